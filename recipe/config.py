@@ -1,0 +1,243 @@
+"""The Recipe: every number that defines a training run, explained on its line and checked when built."""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from recipe.errors import UsageError
+
+REFERENCE_MINIBATCH = 256  # examples; base rates are stated for this minibatch (paper, sec. 5.1)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images, and how they are cut."""
+
+    name: str = "imagenet2012"  # a TFDS data set of JPEG images, "fashion_photos" (built in) or "synthetic"
+    data_dir: str = ""  # folder of the prepared data; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    manual_dir: str = ""  # folder of the original ImageNet tars; "": DATA_DIR/downloads/manual
+    train_split: str = "train"  # TFDS split to train on
+    eval_split: str = "validation"  # TFDS split to measure the error on
+    image_size: int = 224  # pixels a side, for training and evaluation (paper, sec. 5.1)
+    remainder: str = "drop"  # last N mod kn examples of an epoch: "drop" (the paper's floor(N/kn)) or "short" minibatch
+    train_examples: int = 0  # use only the first so many training examples; 0: all
+    eval_examples: int = 0  # use only the first so many evaluation examples; 0: all
+
+
+@dataclass(frozen=True)
+class Model:
+    """The residual network (paper, sec. 5.1)."""
+
+    blocks: tuple[int, ...] = (3, 4, 6, 3)  # bottleneck blocks of each stage; (3, 4, 6, 3) is ResNet-50
+    width: int = 64  # channels of the stem; stage i works with width·2^i and ends with four times that
+    stem: str = "imagenet"  # "imagenet": 7×7 stride 2 and max pooling; "small": 3×3 stride 1, for small images
+    zero_gamma: bool = True  # γ = 0 in the last BN of each block, so that it starts as the identity (sec. 5.1)
+    bn_momentum: float = 0.9  # share of the old moving statistics kept at each step
+    bn_epsilon: float = 1e-5  # added to the variance
+    data_format: str = "channels_last"  # memory layout: "channels_last" or "channels_first" (GPU only in TensorFlow)
+    precision: str = "float32"  # Keras dtype policy: "float32", "mixed_bfloat16" or "mixed_float16" (loss scaling)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Minibatch SGD with Nesterov momentum (paper, sec. 5.1)."""
+
+    base_rate: float = 0.1  # η: the learning rate for a minibatch of 256
+    momentum: float = 0.9  # m
+    nesterov: bool = True
+    weight_decay: float = 1e-4  # λ, on convolution and FC kernels only; part of the loss (remark 1)
+    compression: str = "none"  # gradients on the wire: "none", "fp16" or "bf16"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """η as a function of the epoch (paper, sec. 2.2 and 5.1)."""
+
+    warmup: str = "gradual"  # from η to kη: "gradual", "constant" (η, then kη) or "none"
+    warmup_epochs: float = 5.0  # epochs, may be a fraction
+    decay_epochs: tuple[float, ...] = (30.0, 60.0, 80.0)  # epochs at which the rate is multiplied by decay_factor
+    decay_factor: float = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """How often the run is looked at. None of it changes what is computed."""
+
+    log_every: int = 50  # steps between lines of metrics.jsonl and of the log
+    eval_every: int = 1  # epochs between evaluations; the last epochs are always evaluated
+    checkpoint_every: int = 1  # epochs between checkpoints; the last epoch always has one
+    keep_checkpoints: int = 3  # the newest so many are kept
+    replica_check_every: int = 500  # steps between comparisons of all ranks' weights; 0: never
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run, whatever it runs on. Raises UsageError when a value or a combination is impossible."""
+
+    k: int = 256  # workers: each computes the gradient and the BN statistics of n examples (sec. 2.3, 3)
+    n: int = 32  # examples per worker and step; the minibatch is kn
+    epochs: int = 90  # passes over the training set (sec. 5.1)
+    seed: int = 0  # with the recipe, the whole source of randomness
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    run: Run = field(default_factory=Run)
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_choices(self)
+        _check_ranges(self)
+        _check_schedule(self)
+
+    @property
+    def minibatch(self) -> int:
+        """kn, examples per step."""
+        return self.k * self.n
+
+    @property
+    def scaled_rate(self) -> float:
+        """kη = η·kn/256 (paper, sec. 2.1 and 5.1)."""
+        return self.optimizer.base_rate * self.minibatch / REFERENCE_MINIBATCH
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """The inverse of `dataclasses.asdict`; raises UsageError on unknown names."""
+        return _build(cls, values, "config")
+
+
+CHOICES = {
+    "data.remainder": ("drop", "short"),
+    "model.stem": ("imagenet", "small"),
+    "model.data_format": ("channels_last", "channels_first"),
+    "model.precision": ("float32", "mixed_bfloat16", "mixed_float16"),
+    "optimizer.compression": ("none", "fp16", "bf16"),
+    "schedule.warmup": ("gradual", "constant", "none"),
+}
+
+# field: (lowest, highest) allowed value, both included
+RANGES = {
+    "k": (1, None),
+    "n": (1, None),
+    "epochs": (1, None),
+    "seed": (0, 2**32 - 1),
+    "data.image_size": (8, None),
+    "data.train_examples": (0, None),
+    "data.eval_examples": (0, None),
+    "model.width": (1, None),
+    "model.bn_momentum": (0.0, 1.0),
+    "model.bn_epsilon": (0.0, None),
+    "optimizer.base_rate": (0.0, None),
+    "optimizer.momentum": (0.0, 1.0),
+    "optimizer.weight_decay": (0.0, None),
+    "schedule.warmup_epochs": (0.0, None),
+    "schedule.decay_factor": (0.0, 1.0),
+    "run.log_every": (1, None),
+    "run.eval_every": (1, None),
+    "run.checkpoint_every": (1, None),
+    "run.keep_checkpoints": (1, None),
+    "run.replica_check_every": (0, None),
+}
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """The known name most like `name`; the first one when none is alike."""
+    known = list(known)
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.0)), known[0])
+
+
+def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
+    """{"optimizer.base_rate": 0.1, …}: all leaves of a recipe by their dotted names."""
+    leaves = {}
+    for f in dataclasses.fields(recipe):
+        value = getattr(recipe, f.name)
+        if dataclasses.is_dataclass(value):
+            leaves |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            leaves[prefix + f.name] = value
+    return leaves
+
+
+def _build(cls: type, values: dict[str, Any], path: str) -> Any:
+    types = typing.get_type_hints(cls)
+    for name in values:
+        if name not in types:
+            raise UsageError(
+                f"{path}.{name} is not a field of the recipe; did you mean {path}.{nearest(name, types)}?"
+            )
+    return cls(**{name: _coerce(types[name], value, f"{path}.{name}") for name, value in values.items()})
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    """JSON and the command line have lists where a recipe has tuples, and write 5.0 as 5."""
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, path)
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(typing.get_args(kind)[0], v, path) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _check_types(section: Any, path: str = "config") -> None:
+    for name, kind in typing.get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if dataclasses.is_dataclass(kind):
+            _check_types(value, f"{path}.{name}")
+        elif typing.get_origin(kind) is tuple:
+            element = typing.get_args(kind)[0]
+            if not isinstance(value, tuple) or any(type(v) not in (element, int) for v in value):
+                raise UsageError(f"{path}.{name} must be a tuple of {element.__name__}s, not {value!r}")
+        elif type(value) is not kind and not (kind is float and type(value) is int):
+            raise UsageError(f"{path}.{name} must be of type {kind.__name__}, not {value!r}")
+
+
+def _check_choices(recipe: Recipe) -> None:
+    values = flatten(recipe)
+    for name, choices in CHOICES.items():
+        if values[name] not in choices:
+            raise UsageError(
+                f"config.{name}={values[name]!r} is not one of {', '.join(choices)}; "
+                f"did you mean {nearest(values[name], choices)!r}?"
+            )
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    values = flatten(recipe)
+    for name, (low, high) in RANGES.items():
+        value = values[name]
+        if not value >= low or (high is not None and value > high):
+            limit = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise UsageError(f"config.{name} must be {limit}, not {value}")
+    if recipe.optimizer.momentum == 1:
+        raise UsageError("config.optimizer.momentum=1 never forgets a gradient; the paper's is 0.9")
+    if recipe.optimizer.nesterov and not recipe.optimizer.momentum:
+        raise UsageError(
+            "config.optimizer.nesterov needs a momentum; set config.optimizer.nesterov=false or momentum=0.9"
+        )
+    if not recipe.model.blocks or min(recipe.model.blocks) < 1:
+        raise UsageError(
+            f"config.model.blocks={recipe.model.blocks} must name at least one block for each stage, "
+            "such as (3, 4, 6, 3)"
+        )
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    schedule = recipe.schedule
+    if list(schedule.decay_epochs) != sorted(set(schedule.decay_epochs)):
+        raise UsageError(
+            f"config.schedule.decay_epochs={schedule.decay_epochs} must rise; "
+            f"did you mean {tuple(sorted(set(schedule.decay_epochs)))}?"
+        )
+    warmup_end = schedule.warmup_epochs if schedule.warmup != "none" else 0.0
+    if schedule.decay_epochs and warmup_end > schedule.decay_epochs[0]:
+        raise UsageError(
+            f"config.schedule.warmup_epochs={warmup_end} ends after the first decay at epoch "
+            f"{schedule.decay_epochs[0]}; the warmup must be over by then"
+        )
+    if warmup_end > recipe.epochs:
+        raise UsageError(
+            f"config.schedule.warmup_epochs={warmup_end} is longer than the run of {recipe.epochs} epochs"
+        )
