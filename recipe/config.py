@@ -8,9 +8,6 @@ from typing import Any
 
 from recipe.errors import UsageError
 
-REFERENCE_MINIBATCH = 256  # examples; base rates are stated for this minibatch (paper, sec. 5.1)
-
-
 @dataclass(frozen=True)
 class Data:
     """Which images, and how they are cut."""
@@ -48,7 +45,7 @@ class Optimizer:
     momentum: float = 0.9  # m
     nesterov: bool = True
     weight_decay: float = 1e-4  # λ, on convolution and FC kernels only; part of the loss (remark 1)
-    compression: str = "none"  # gradients on the wire: "none", "fp16" or "bf16"
+    compression: str = "none"  # gradients on the wire: "none" or "fp16"
 
 
 @dataclass(frozen=True)
@@ -97,11 +94,6 @@ class Recipe:
         """kn, examples per step."""
         return self.k * self.n
 
-    @property
-    def scaled_rate(self) -> float:
-        """kη = η·kn/256 (paper, sec. 2.1 and 5.1)."""
-        return self.optimizer.base_rate * self.minibatch / REFERENCE_MINIBATCH
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """The inverse of `dataclasses.asdict`; raises UsageError on unknown names."""
@@ -113,7 +105,7 @@ CHOICES = {
     "model.stem": ("imagenet", "small"),
     "model.data_format": ("channels_last", "channels_first"),
     "model.precision": ("float32", "mixed_bfloat16", "mixed_float16"),
-    "optimizer.compression": ("none", "fp16", "bf16"),
+    "optimizer.compression": ("none", "fp16"),
     "schedule.warmup": ("gradual", "constant", "none"),
 }
 
@@ -196,6 +188,11 @@ def _check_types(section: Any, path: str = "config") -> None:
 
 def _check_choices(recipe: Recipe) -> None:
     values = flatten(recipe)
+    if values["optimizer.compression"] == "bf16":
+        raise UsageError(
+            "config.optimizer.compression='bf16' cannot be had: Horovod 0.28.1 has no bfloat16 on the wire; "
+            "use 'fp16' or 'none'"
+        )
     for name, choices in CHOICES.items():
         if values[name] not in choices:
             raise UsageError(

@@ -1,0 +1,107 @@
+"""The one seam to Horovod outside recipe/keras and recipe/torch: sums, broadcasts and agreements over all ranks.
+
+Every function here is collective: all ranks must call it, in the same order.
+"""
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from recipe.errors import RunError, UsageError
+
+T = TypeVar("T")
+
+_binding: ModuleType | None = None
+
+
+def init(framework: str) -> ModuleType:
+    """Starts Horovod through its binding of `framework` ("tensorflow" or "torch") and returns that binding.
+
+    A process uses one binding only: each brings its own background thread and its own copy of the ranks."""
+    global _binding
+    binding = importlib.import_module(f"horovod.{framework}")
+    if _binding not in (None, binding):
+        raise UsageError(f"Horovod already runs through {_binding.__name__}; it cannot also serve {framework}")
+    _binding = binding
+    if not binding.is_initialized():
+        binding.init()
+    return binding
+
+
+def started() -> bool:
+    """Whether `init` was called in this process."""
+    return _binding is not None and _binding.is_initialized()
+
+
+def horovod() -> ModuleType:
+    """The binding in use. Raises UsageError before `init`."""
+    if _binding is None:
+        raise UsageError("Horovod is not initialised; call init() first")
+    return _binding
+
+
+def rank() -> int:
+    return horovod().rank()
+
+
+def size() -> int:
+    return horovod().size()
+
+
+def total(values: Any, name: str) -> np.ndarray:
+    """The sum over all ranks of an array of numbers, in float64 or int64. All ranks pass the same shape and name."""
+    array = np.asarray(values)
+    array = array.astype(np.int64 if array.dtype.kind in "iub" else np.float64)
+    return _allreduce(array, horovod().Sum, name)
+
+
+def extremes(values: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The smallest and the largest over all ranks of each element of an int64 array."""
+    least = _allreduce(values, horovod().Min, f"{name}.min")
+    return least, _allreduce(values, horovod().Max, f"{name}.max")
+
+
+def broadcast(value: T, name: str) -> T:
+    """Rank 0's value (any picklable object) on every rank."""
+    return horovod().broadcast_object(value, root_rank=0, name=name)
+
+
+def gather(value: T, name: str) -> list[T]:
+    """The values of all ranks, in the order of the ranks."""
+    return horovod().allgather_object(value, name=name)
+
+
+def agreed(action: Callable[[], T], name: str) -> T:
+    """Runs `action` on every rank; when it fails on some, raises the first failing rank's error on all of them.
+
+    So a missing file on one host ends the run everywhere with that host's message (law 2)."""
+    result, failure = None, None
+    try:
+        result = action()
+    except (UsageError, RunError) as error:
+        failure = error
+    failures = [(r, f) for r, f in enumerate(gather(failure, name)) if f is not None]
+    if failures:
+        failed, error = failures[0]
+        raise type(error)(f"rank {failed}: {error}" if size() > 1 else str(error))
+    return result
+
+
+def on_root(action: Callable[[], T], name: str) -> T:
+    """Runs `action` on rank 0 alone and gives its result to all; its error becomes everyone's."""
+    return broadcast(agreed(lambda: action() if rank() == 0 else None, f"{name}.agreed"), name)
+
+
+def _allreduce(array: np.ndarray, op: int, name: str) -> np.ndarray:
+    binding = horovod()
+    if binding.__name__ == "horovod.torch":
+        import torch
+
+        return binding.allreduce(torch.from_numpy(np.atleast_1d(array)), op=op, name=name).numpy()
+    import tensorflow as tf
+
+    with tf.device("/cpu:0"):
+        return binding.allreduce(tf.constant(np.atleast_1d(array)), op=op, name=name).numpy()
