@@ -17,15 +17,21 @@ T = TypeVar("T")
 _binding: ModuleType | None = None
 
 
-def init(framework: str) -> ModuleType:
-    """Starts Horovod through its binding of `framework` ("tensorflow" or "torch") and returns that binding.
+def bind(framework: str) -> ModuleType:
+    """Chooses Horovod's binding of `framework` ("tensorflow" or "torch") for this process and returns it.
 
     A process uses one binding only: each brings its own background thread and its own copy of the ranks."""
     global _binding
     binding = importlib.import_module(f"horovod.{framework}")
     if _binding not in (None, binding):
-        raise UsageError(f"Horovod already runs through {_binding.__name__}; it cannot also serve {framework}")
+        raise UsageError(f"this process runs Horovod through {_binding.__name__}; it cannot also serve {framework}")
     _binding = binding
+    return binding
+
+
+def init(framework: str) -> ModuleType:
+    """Starts Horovod through its binding of `framework` and returns that binding."""
+    binding = bind(framework)
     if not binding.is_initialized():
         binding.init()
     return binding

@@ -1,0 +1,20 @@
+"""Chooses Horovod's side of the Keras backend in use."""
+
+import keras
+
+if keras.backend.backend() == "tensorflow":
+    from recipe.keras import backend_tensorflow as _module
+elif keras.backend.backend() == "torch":
+    from recipe.keras import backend_torch as _module
+else:
+    raise ImportError(
+        f"Horovod has no binding for Keras's {keras.backend.backend()!r} backend; "
+        "set KERAS_BACKEND=tensorflow or KERAS_BACKEND=torch"
+    )
+
+FRAMEWORK = keras.backend.backend()
+Compression = _module.Compression
+average = _module.average
+broadcast = _module.broadcast
+mean_over_ranks = _module.mean_over_ranks
+use_local_device = _module.use_local_device

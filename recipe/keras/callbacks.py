@@ -1,0 +1,161 @@
+"""Keras callbacks of the recipe, made to be reused: initial broadcast, learning rate, metric sums, replica check."""
+
+import math
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+from recipe import collectives
+from recipe.keras import backend, state
+from recipe.keras.distributed import is_distributed
+from recipe.schedule import Rate
+
+
+class BroadcastState(keras.callbacks.Callback):
+    """Before the first step: rank root_rank's weights, moving statistics, optimizer slots, counters and seeds on all.
+
+    Horovod's callback does this after the first step, which then averages gradients of different networks."""
+
+    def __init__(self, root_rank: int = 0) -> None:
+        super().__init__()
+        self.root_rank = root_rank
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        _refuse_what_would_hang(model)
+        if backend.FRAMEWORK == "tensorflow":
+            model.jit_compile = False  # Horovod's operations can't be part of an XLA cluster
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        state.broadcast_state(self.model, self.root_rank)
+
+
+class ScheduledRate(keras.callbacks.Callback):
+    """Sets η = rate(epoch) before each step; epoch is a float, `epoch + step/steps_per_epoch` at the step's start.
+
+    With momentum correction (paper, remark 2): Keras's SGD folds η into its velocity, so that the velocity is
+    multiplied by η_new/η_old whenever η changes. This is exact, for classical and for Nesterov momentum."""
+
+    def __init__(self, rate: Callable[[float], float], *, momentum_correction: bool = True) -> None:
+        super().__init__()
+        self.rate = rate
+        self.momentum_correction = momentum_correction
+        self._epoch = 0
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        steps = self.params.get("steps")
+        if not steps:
+            raise ValueError("the number of steps of an epoch is unknown; pass steps_per_epoch to fit()")
+        set_rate(self.model.optimizer, self.rate(self._epoch + batch / steps), self.momentum_correction)
+
+
+class GradualWarmup(ScheduledRate):
+    """Gradual warmup from base_rate to k·base_rate over the first `epochs` epochs (paper, sec. 2.2), then leaves η alone.
+
+    base_rate is η for one worker's share of the minibatch; k is the number of workers, usually `size()`."""
+
+    def __init__(self, base_rate: float, k: int, epochs: float = 5.0, *, momentum_correction: bool = True) -> None:
+        rate = Rate(start=base_rate, peak=k * base_rate, warmup_epochs=epochs, decay_epochs=())
+        super().__init__(rate, momentum_correction=momentum_correction)
+        self._done = False
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        if not self._done:
+            super().on_train_batch_begin(batch, logs)
+            self._done = self._epoch + batch / self.params["steps"] >= self.rate.warmup_epochs
+
+
+class MetricSums(keras.callbacks.Callback):
+    """Makes the logs of epochs and evaluations speak of all ranks: adds up the metrics' own sums, divides once.
+
+    So ranks may hold different numbers of examples. Right for every metric whose state is additive: means,
+    accuracies, losses, counts, areas under curves. Place it before the callbacks that read the logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._training: dict[str, float] | None = None
+        self._in_fit = False
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self._in_fit = True
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self._in_fit = False
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self._training = None
+
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        if self._in_fit:  # the evaluation is about to reset the metrics of the epoch
+            self._training = metrics_over_ranks(self.model)
+
+    def on_test_end(self, logs: dict | None = None) -> None:
+        if logs is not None:
+            logs.update(_known(metrics_over_ranks(self.model), logs))
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        training = self._training if self._training is not None else metrics_over_ranks(self.model)
+        if logs is not None:
+            logs.update(_known(training, logs))
+
+
+class ReplicaCheck(keras.callbacks.Callback):
+    """Every `every` steps compares all ranks' weights and optimizer state, bit for bit, and raises RunError on all
+    ranks when one differs, naming the first variable."""
+
+    def __init__(self, every: int = 500) -> None:
+        super().__init__()
+        self.every = every
+        self._steps = 0
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self._steps += 1
+        if self._steps % self.every == 0:
+            state.check_replicas(self.model)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        state.check_replicas(self.model)
+
+
+def set_rate(optimizer: keras.optimizers.Optimizer, rate: float, momentum_correction: bool = True) -> None:
+    """Sets the optimizer's learning rate; with momentum correction rescales the velocity of SGD (remark 2)."""
+    sgd = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
+    old = float(keras.ops.convert_to_numpy(sgd.learning_rate))
+    new = float(np.float32(rate))  # as the variable will hold it
+    if new == old:
+        return
+    sgd.learning_rate = rate
+    folded = isinstance(sgd, keras.optimizers.SGD) and sgd.momentum
+    if momentum_correction and folded and sgd.built and old > 0:
+        for velocity in sgd.momentums:
+            velocity.assign(velocity * (new / old))
+
+
+def metrics_over_ranks(model: keras.Model) -> dict[str, float]:
+    """The results that the model's metrics would have if one rank had seen all ranks' examples. Collective."""
+    variables = [v for metric in model.metrics for v in metric.variables]
+    mine = [keras.ops.convert_to_numpy(v) for v in variables]
+    flat = np.concatenate([np.ravel(value).astype(np.float64) for value in mine] or [np.zeros(0)])
+    summed = np.split(collectives.total(flat, "metrics"), np.cumsum([value.size for value in mine])[:-1])
+    for v, value in zip(variables, summed, strict=True):
+        v.assign(value.reshape(v.shape))
+    results = model.get_metrics_result()
+    for v, value in zip(variables, mine, strict=True):
+        v.assign(value)
+    return {name: float(keras.ops.convert_to_numpy(value)) for name, value in results.items()}
+
+
+def _known(values: dict[str, float], logs: dict) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name in logs and not math.isnan(value)}
+
+
+def _refuse_what_would_hang(model: keras.Model) -> None:
+    if is_distributed(getattr(model.optimizer, "inner_optimizer", None)):
+        raise ValueError(
+            "the LossScaleOptimizer is outside the DistributedOptimizer, so that ranks would disagree about "
+            "overflows and hang; use DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer))"
+        )

@@ -1,0 +1,79 @@
+"""All variables of a model and its optimizer: broadcast, compared and averaged over ranks."""
+
+import zlib
+
+import keras
+import numpy as np
+
+from recipe import collectives
+from recipe.errors import RunError
+from recipe.keras import backend
+
+
+def replicated(model: keras.Model) -> list:
+    """The variables that must be equal on all ranks after every step: weights and optimizer state.
+
+    Not the moving statistics of batch normalisation: each worker has its own (paper, sec. 2.3)."""
+    return model.trainable_variables + model.optimizer.variables
+
+
+def everything(model: keras.Model) -> list:
+    """All state of training: weights, moving statistics, random seeds, optimizer slots, learning rate, counters."""
+    return model.variables + model.optimizer.variables
+
+
+def broadcast_state(model: keras.Model, root_rank: int = 0) -> None:
+    """Rank root_rank's state on every rank, optimizer slots included, which are built first. Collective."""
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    variables = everything(model)
+    _check_same_structure(variables)
+    floats = [v for v in variables if keras.backend.is_float_dtype(v.dtype)]
+    others = [v for v in variables if not keras.backend.is_float_dtype(v.dtype)]
+    backend.broadcast(floats, root_rank, "state")
+    # Horovod has no unsigned types, which the seeds are; they are few and small.
+    values = [keras.ops.convert_to_numpy(v) for v in others]
+    for v, value in zip(others, collectives.gather(values, "state.others")[root_rank], strict=True):
+        v.assign(value)
+
+
+def average_moving_statistics(model: keras.Model) -> None:
+    """Averages what each rank's batch normalisation has seen, over all ranks (before evaluation). Collective.
+
+    Moving averages are linear in the batches they saw: averaging them early or late gives the same."""
+    backend.mean_over_ranks(
+        [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)], "moving"
+    )
+
+
+def check_replicas(model: keras.Model) -> None:
+    """Compares the bytes of all replicated variables over all ranks. Collective.
+
+    Raises RunError on every rank, naming the first variable that differs."""
+    variables = replicated(model)
+    digests = np.array([_digest(v) for v in variables], dtype=np.int64)
+    least, largest = collectives.extremes(digests, "replica_check")
+    for v, same in zip(variables, least == largest, strict=True):
+        if not same:
+            raise RunError(
+                f"the ranks' replicas differ: {v.path} {tuple(v.shape)} is the first variable that is not equal "
+                "on all ranks, at step "
+                f"{int(keras.ops.convert_to_numpy(model.optimizer.iterations))}; training can't go on"
+            )
+
+
+def _digest(variable: keras.Variable) -> int:
+    return zlib.crc32(np.ascontiguousarray(keras.ops.convert_to_numpy(variable)).tobytes())
+
+
+def _check_same_structure(variables: list) -> None:
+    """Ranks that built different models would wait for each other for ever in the first broadcast."""
+    mine = [(tuple(v.shape), keras.backend.standardize_dtype(v.dtype)) for v in variables]
+    for rank, theirs in enumerate(collectives.gather(mine, "state.structure")):
+        if theirs != mine:
+            place = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))
+            what = variables[place].path if place < len(mine) else f"variable number {place}"
+            raise RunError(
+                f"rank {rank} built another model than rank {collectives.rank()}: "
+                f"{len(theirs)} and {len(mine)} variables, the first difference at {what}"
+            )
