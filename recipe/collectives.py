@@ -92,7 +92,7 @@ def agreed(action: Callable[[], T], name: str) -> T:
     failures = [(r, f) for r, f in enumerate(gather(failure, name)) if f is not None]
     if failures:
         failed, error = failures[0]
-        raise type(error)(f"rank {failed}: {error}" if size() > 1 else str(error))
+        raise type(error)(f"rank {failed}: {error}" if size() > 1 else str(error), everywhere=True)
     return result
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from recipe.errors import UsageError
 
+
 @dataclass(frozen=True)
 class Data:
     """Which images, and how they are cut."""
@@ -54,7 +55,11 @@ class Schedule:
 
     warmup: str = "gradual"  # from η to kη: "gradual", "constant" (η, then kη) or "none"
     warmup_epochs: float = 5.0  # epochs, may be a fraction
-    decay_epochs: tuple[float, ...] = (30.0, 60.0, 80.0)  # epochs at which the rate is multiplied by decay_factor
+    decay_epochs: tuple[float, ...] = (
+        30.0,
+        60.0,
+        80.0,
+    )  # epochs at which the rate is multiplied by decay_factor
     decay_factor: float = 0.1
 
 
@@ -156,9 +161,7 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
     types = typing.get_type_hints(cls)
     for name in values:
         if name not in types:
-            raise UsageError(
-                f"{path}.{name} is not a field of the recipe; did you mean {path}.{nearest(name, types)}?"
-            )
+            raise UsageError(f"{path}.{name} is not a field of the recipe; did you mean {path}.{nearest(name, types)}?")
     return cls(**{name: _coerce(types[name], value, f"{path}.{name}") for name, value in values.items()})
 
 
@@ -235,6 +238,4 @@ def _check_schedule(recipe: Recipe) -> None:
             f"{schedule.decay_epochs[0]}; the warmup must be over by then"
         )
     if warmup_end > recipe.epochs:
-        raise UsageError(
-            f"config.schedule.warmup_epochs={warmup_end} is longer than the run of {recipe.epochs} epochs"
-        )
+        raise UsageError(f"config.schedule.warmup_epochs={warmup_end} is longer than the run of {recipe.epochs} epochs")

@@ -1,9 +1,18 @@
 """The two errors that end a program with one sentence instead of a traceback."""
 
 
-class UsageError(Exception):
+class _Sentence(Exception):
+    def __init__(self, sentence: str, everywhere: bool = False) -> None:
+        super().__init__(sentence)
+        self.everywhere = everywhere  # all ranks raise it together, so that one of them is enough to say it
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.everywhere)
+
+
+class UsageError(_Sentence):
     """The user asked for something impossible: the sentence names the field or file and the fix. Exit status 2."""
 
 
-class RunError(Exception):
+class RunError(_Sentence):
     """A run failed for a reason that one sentence explains. Exit status 1."""

@@ -18,7 +18,7 @@ def average(gradients: list, name: str, compression: type) -> list:
 
 
 def broadcast(variables: list, root_rank: int, name: str) -> None:
-    """Rank root_rank's values in floating-point Keras variables, on all ranks; one traced call, so that they overlap."""
+    """Rank root_rank's values in floating-point Keras variables, on all ranks; one traced call, so they overlap."""
 
     @tf.function
     def assign_all() -> None:

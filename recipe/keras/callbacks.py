@@ -54,7 +54,7 @@ class ScheduledRate(keras.callbacks.Callback):
 
 
 class GradualWarmup(ScheduledRate):
-    """Gradual warmup from base_rate to k·base_rate over the first `epochs` epochs (paper, sec. 2.2), then leaves η alone.
+    """Gradual warmup from base_rate to k·base_rate over the first `epochs` epochs (sec. 2.2), then leaves η alone.
 
     base_rate is η for one worker's share of the minibatch; k is the number of workers, usually `size()`."""
 

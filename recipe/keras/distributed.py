@@ -57,5 +57,9 @@ def is_distributed(optimizer: Any) -> bool:
 @functools.cache
 def _distributed_class(wrapped: type) -> type:
     """A subclass that goes by the wrapped class's name, since Keras writes that name into saved models."""
-    names = {"__module__": wrapped.__module__, "__qualname__": wrapped.__qualname__, "__doc__": wrapped.__doc__}
+    names = {
+        "__module__": wrapped.__module__,
+        "__qualname__": wrapped.__qualname__,
+        "__doc__": wrapped.__doc__,
+    }
     return type(wrapped.__name__, (_Distributed, wrapped), names)

@@ -57,9 +57,32 @@ def check_replicas(model: keras.Model) -> None:
         if not same:
             raise RunError(
                 f"the ranks' replicas differ: {v.path} {tuple(v.shape)} is the first variable that is not equal "
-                "on all ranks, at step "
-                f"{int(keras.ops.convert_to_numpy(model.optimizer.iterations))}; training can't go on"
+                f"on all ranks, after step {int(keras.ops.convert_to_numpy(model.optimizer.iterations))}; "
+                "training can't go on",
+                everywhere=True,
             )
+
+
+def to_arrays(model: keras.Model) -> dict[str, np.ndarray]:
+    """All state by unique names, for a checkpoint."""
+    return {name: keras.ops.convert_to_numpy(v) for name, v in _named(model).items()}
+
+
+def from_arrays(model: keras.Model, arrays: dict[str, np.ndarray]) -> None:
+    """The inverse of `to_arrays`. Raises RunError when the arrays are another model's."""
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    variables = _named(model)
+    for name in variables.keys() ^ arrays.keys():
+        where = "the checkpoint lacks" if name in variables else "the model lacks"
+        raise RunError(f"{where} {name}; the checkpoint is of another model or library version")
+    for name, v in variables.items():
+        v.assign(arrays[name])
+
+
+def _named(model: keras.Model) -> dict[str, keras.Variable]:
+    named = {f"model/{v.path}": v for v in model.variables}
+    return named | {f"optimizer/{i:03d}/{v.path}": v for i, v in enumerate(model.optimizer.variables)}
 
 
 def _digest(variable: keras.Variable) -> int:
@@ -71,7 +94,9 @@ def _check_same_structure(variables: list) -> None:
     mine = [(tuple(v.shape), keras.backend.standardize_dtype(v.dtype)) for v in variables]
     for rank, theirs in enumerate(collectives.gather(mine, "state.structure")):
         if theirs != mine:
-            place = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))
+            place = next(
+                (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs))
+            )
             what = variables[place].path if place < len(mine) else f"variable number {place}"
             raise RunError(
                 f"rank {rank} built another model than rank {collectives.rank()}: "

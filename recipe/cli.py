@@ -1,0 +1,143 @@
+"""Command lines of the recipe's programs: the recipe from flags, one sentence for a user's mistake, exit statuses."""
+
+import importlib
+import json
+import os
+import pkgutil
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from recipe import collectives, configs
+from recipe.config import Recipe, flatten, nearest
+from recipe.errors import RunError, UsageError
+
+RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+def presets() -> list[str]:
+    """Names of the recipes in recipe/configs."""
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+
+
+def parse_recipe(argv: list[str]) -> tuple[Recipe, str, list[str]]:
+    """(recipe, its name, the arguments that are not about the recipe) of a command line without the program's name.
+
+    --config=NAME takes a preset's name or a run's config.json; --config.SECTION.FIELD=VALUE changes one field.
+    Raises UsageError."""
+    source, overrides, others = _split(argv)
+    recipe = load_recipe(source)
+    values = flags.FlagValues()
+    config = ml_collections.ConfigDict(asdict(recipe))
+    _refuse_unknown(overrides, recipe)
+    try:
+        # A tuple's overrides may change its length, and 5 may stand for 5.0: recipe/config.py checks the types.
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", *overrides])
+        values(["", *overrides])
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UsageError(str(error).removeprefix("flag ")) from None
+    return Recipe.from_dict(values.config.to_dict()), Path(source).stem, others
+
+
+def load_recipe(source: str) -> Recipe:
+    """The recipe of a preset's name or of a .json file. Raises UsageError, with the nearest preset's name."""
+    if source.endswith(".json"):
+        try:
+            return Recipe.from_dict(json.loads(Path(source).read_text()))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--config={source} can't be read: {error}")
+    if source not in presets():
+        raise UsageError(
+            f"--config={source} is not a preset ({', '.join(presets())}) nor a .json file; "
+            f"did you mean --config={nearest(source, presets())}?"
+        )
+    return importlib.import_module(f"recipe.configs.{source}").RECIPE
+
+
+def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    """Parses the program's own flags. Raises UsageError, with the nearest flag's name."""
+    try:
+        rest = values(["", *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = [name for name in values if name not in ("help", "helpfull", "helpshort", "helpxml")]
+        raise UsageError(
+            f"--{error.flagname} is not a flag of this program; did you mean --{nearest(error.flagname, known)}?"
+        ) from None
+    except flags.Error as error:
+        raise UsageError(str(error)) from None
+    if rest:
+        raise UsageError(f"{rest[0]!r} is not understood: flags begin with --, such as --config=quick")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a program and leaves with its exit status: 0, 1 for a failed run, 2 for a usage error.
+
+    A rank that fails says so and leaves at once, without Horovod's orderly shutdown, which would wait for the other
+    ranks; the launcher then ends them."""
+    try:
+        main(sys.argv[1:])
+        return
+    except UsageError as error:
+        _leave(2, str(error), error.everywhere)
+    except RunError as error:
+        _leave(1, str(error), error.everywhere)
+    except KeyboardInterrupt:
+        _leave(130, "interrupted", True)
+    except Exception as error:
+        _leave(1, _unexpected(error))
+
+
+def quiet() -> bool:
+    """Whether this process is a rank other than 0, by the launcher's word, before Horovod knows."""
+    return next((os.environ[v] for v in RANK_VARIABLES if v in os.environ), "0") != "0"
+
+
+def _split(argv: list[str]) -> tuple[str, list[str], list[str]]:
+    source, overrides, others = None, [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            source = value if equals else next(arguments, "")
+        elif argument.startswith("-") and name.startswith("config."):
+            overrides.append(f"--{name}={value if equals else next(arguments, '')}")
+        else:
+            others.append(argument)
+    if not source:
+        raise UsageError(f"--config is missing: give one of {', '.join(presets())}")
+    return source, overrides, others
+
+
+def _refuse_unknown(overrides: list[str], recipe: Recipe) -> None:
+    known = [f"config.{name}" for name in flatten(recipe)]
+    for override in overrides:
+        name = override.lstrip("-").partition("=")[0]
+        if name not in known:
+            raise UsageError(f"--{name} is not a field of the recipe; did you mean --{nearest(name, known)}?")
+
+
+def _unexpected(error: Exception) -> str:
+    if "Horovod" in f"{type(error).__name__} {error}" and "shut down" in str(error).replace("shutdown", "shut down"):
+        time.sleep(1)  # let the rank that failed first be heard first
+        return "another rank has gone; its own message says why"
+    traceback.print_exc()
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _leave(status: int, message: str, everywhere: bool = False) -> None:
+    """Says why, and ends the process. What all ranks know rank 0 says; the others give it time to."""
+    several = collectives.started() and collectives.size() > 1
+    if quiet() and (everywhere or not several):
+        time.sleep(10)  # the launcher ends this rank as soon as rank 0 has left
+    else:
+        who = f"rank {collectives.rank()} of {collectives.size()}: " if several and not everywhere else ""
+        print(f"error: {who}{message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)

@@ -1,0 +1,32 @@
+"""Trains a recipe: `mpirun -np 2 python -m recipe.train --config=quick`, or the same under horovodrun or srun."""
+
+import time
+from pathlib import Path
+
+from absl import flags
+
+from recipe import cli
+
+VALUES = flags.FlagValues()
+flags.DEFINE_string("run_dir", "", "where the run is recorded; runs/PRESET-DATE when empty", flag_values=VALUES)
+flags.DEFINE_bool("resume", False, "continue the run in --run_dir after its last checkpoint", flag_values=VALUES)
+
+
+def main(argv: list[str]) -> None:
+    recipe, name, others = cli.parse_recipe(argv)
+    cli.parse_flags(VALUES, others)
+    from recipe import collectives, metrics
+    from recipe.keras import fit
+
+    fit.start()
+    run_dir = VALUES.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(collectives.broadcast(run_dir, "run_dir"))
+    errors = fit.train(recipe, run_dir, VALUES.resume)
+    if collectives.rank() == 0:
+        print(
+            f"top-1 error {metrics.final_error(errors):.2%} (median of the last {len(errors[-5:])} epochs)  {run_dir}"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
