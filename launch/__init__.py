@@ -1,0 +1,1 @@
+"""Where and how the recipe runs: the environment, local runs, clusters."""

@@ -1,0 +1,1 @@
+"""The pinned environment: `launch/install/install` builds `.venv` and proves that it works."""

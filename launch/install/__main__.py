@@ -1,0 +1,76 @@
+"""The command: builds `.venv` at the project's root in five stages, or sees that it is in place."""
+
+import argparse
+import sys
+import time
+
+from launch.install import checks, stages, target
+from launch.install.console import Console
+from launch.install.lock import locked
+from recipe.errors import RunError
+
+
+def main() -> int:
+    """Exit status 0: the environment is in place; 1: a sentence on stderr says why not."""
+    option = parse().gpu
+    try:
+        checks.python(sys.version_info[:2])
+        install(option)
+    except RunError as error:
+        print(f"install: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninstall: interrupted; run it again to start over", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="launch/install/install",
+        description="Builds .venv at the project's root: TensorFlow, PyTorch, an MPI, and Horovod for them."
+        " Does nothing when it is in place.",
+        epilog="Default: as .venv is now; without one, --gpu where an NVIDIA driver and nvcc are, else --cpu.",
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--cpu", dest="gpu", action="store_false", default=None, help="without GPUs")
+    kind.add_argument("--gpu", dest="gpu", action="store_true", help="with NCCL; needs the CUDA toolkit (nvcc)")
+    return parser.parse_args()
+
+
+def install(option: bool | None) -> None:
+    """Build the environment unless it is there."""
+    wanted, remark = target.choose(option)
+    if target.in_place(wanted):
+        print(f"environment in place: {target.VENV}")
+        return
+    lock = target.ROOT / ".cache" / "install.lock"
+    with locked(lock, "another installation is running here: waiting for it") as held:
+        if target.in_place(wanted):  # the other one has just made it
+            return
+        if remark:
+            print(remark)
+        build(wanted, Console(target.LOG, 5, [held]))
+
+
+def build(wanted: target.Target, console: Console) -> None:
+    """All stages, from nothing to the proof."""
+    start = time.monotonic()
+    compiler = stages.check(wanted)
+    if reason := target.difference(wanted):
+        print(f"rebuilding {target.VENV}: {reason}")
+    stages.create(console, wanted)
+    stages.packages(console, wanted)
+    built = stages.horovod(console, wanted, compiler)
+    stages.project(console, wanted)
+    proofs = stages.proofs(console, wanted)
+    versions = stages.finish(console, wanted, built, proofs)
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    print(f"\nReady in {minutes} min {seconds} s: {target.VENV}")
+    print(stages.summary(wanted, versions, proofs))
+    print("Next: ./launch/local")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

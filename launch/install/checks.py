@@ -1,0 +1,94 @@
+"""What must be there before anything is installed: each check passes or says in one sentence what is missing."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from recipe.errors import RunError
+
+PYTHONS = ((3, 11), (3, 13))
+CPU_GB, GPU_GB = 4.0, 15.0  # .venv, the build and the wheel
+
+
+def python(version: tuple[int, ...]) -> None:
+    """The pins hold for these versions only: keras 3.15.1 needs 3.11, tensorflow 2.21 ends at 3.13."""
+    if not PYTHONS[0] <= version[:2] <= PYTHONS[1]:
+        name = ".".join(map(str, version[:2]))
+        raise RunError(f"Python {name} does not fit the pinned packages: install Python 3.11, 3.12 or 3.13")
+
+
+def venv_module() -> None:
+    """Debian ships Python without it."""
+    if importlib.util.find_spec("ensurepip") is None or importlib.util.find_spec("venv") is None:
+        raise RunError("Python's venv module is missing: install it (on Debian and Ubuntu: apt install python3-venv)")
+
+
+def headers(include: str = "") -> None:
+    """PyTorch's headers include Python's."""
+    folder = include or sysconfig.get_paths()["include"]
+    if not (Path(folder) / "Python.h").is_file():
+        raise RunError(
+            f"Python's C headers are missing (no {folder}/Python.h): install them"
+            " (on Debian and Ubuntu: apt install python3-dev)"
+        )
+
+
+def compiler(path: str) -> str:
+    """The C++ compiler that CMake will find, with its version."""
+    name = os.environ.get("CXX", "").split() or ["c++"]
+    found = shutil.which(name[0], path=path) or shutil.which("g++", path=path)
+    if found is None:
+        raise RunError(
+            f"no C++ compiler ({name[0]}) on PATH: install g++ 9 or newer (on Debian and Ubuntu: apt install g++)"
+        )
+    return version(found)
+
+
+def version(program: str) -> str:
+    """What a program says of its version, in one line."""
+    said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    return " ".join(said.split()) or program
+
+
+def tools(path: str) -> None:
+    """Horovod's sources are patched with patch and built with make."""
+    for name in ("make", "patch"):
+        if shutil.which(name, path=path) is None:
+            raise RunError(f"`{name}` is not on PATH: install it (on Debian and Ubuntu: apt install {name})")
+
+
+def disk(folder: Path, need_gb: float, what: str) -> None:
+    """Room for the environment, or for the build."""
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < need_gb:
+        raise RunError(f"{folder} has {free:.1f} GB free and {what} needs {need_gb:g} GB: free some space there")
+
+
+def gpu_here(path: str) -> bool:
+    """An NVIDIA driver that answers, and a CUDA compiler."""
+    smi = shutil.which("nvidia-smi", path=path)
+    if smi is None or cuda_home(path) is None:
+        return False
+    return subprocess.run([smi, "-L"], capture_output=True).returncode == 0
+
+
+def cuda(path: str) -> str:
+    """The CUDA toolkit that --gpu builds with."""
+    home = cuda_home(path)
+    if home is None:
+        raise RunError(
+            "--gpu needs the CUDA compiler and there is no nvcc in $CUDA_HOME/bin, /usr/local/cuda/bin or on PATH:"
+            " install the CUDA toolkit, or use --cpu"
+        )
+    return home
+
+
+def cuda_home(path: str) -> str | None:
+    """The root of the CUDA toolkit: $CUDA_HOME, the usual place, or the nvcc on the search path."""
+    places = [os.environ.get("HOROVOD_CUDA_HOME"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    if nvcc := shutil.which("nvcc", path=path):
+        places.append(str(Path(nvcc).resolve().parent.parent))
+    return next((place for place in places if place and os.access(f"{place}/bin/nvcc", os.X_OK)), None)

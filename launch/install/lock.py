@@ -1,0 +1,19 @@
+"""One installation at a time: a lock that the kernel releases when its holders are gone, however they ended."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def locked(path: Path, waiting: str) -> Iterator[int]:
+    """Hold the lock of this file; if another process has it, say so and wait. Gives its file descriptor."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(waiting, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
