@@ -4,7 +4,10 @@ Every function here is collective: all ranks must call it, in the same order.
 """
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -32,6 +35,9 @@ def bind(framework: str) -> ModuleType:
 def init(framework: str) -> ModuleType:
     """Starts Horovod through its binding of `framework` and returns that binding."""
     binding = bind(framework)
+    if (Path(sys.prefix) / "bin" / "orted").exists():
+        # Open MPI installed as a wheel finds its own files only under mpirun, unless told.
+        os.environ.setdefault("OPAL_PREFIX", sys.prefix)
     if not binding.is_initialized():
         binding.init()
     return binding

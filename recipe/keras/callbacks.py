@@ -1,6 +1,5 @@
 """Keras callbacks of the recipe, made to be reused: initial broadcast, learning rate, metric sums, replica check."""
 
-import math
 from collections.abc import Callable
 
 import keras
@@ -73,12 +72,14 @@ class MetricSums(keras.callbacks.Callback):
     """Makes the logs of epochs and evaluations speak of all ranks: adds up the metrics' own sums, divides once.
 
     So ranks may hold different numbers of examples. Right for every metric whose state is additive: means,
-    accuracies, losses, counts, areas under curves. Place it before the callbacks that read the logs."""
+    accuracies, losses, counts, areas under curves. Place it before the callbacks that read the logs. What
+    `evaluate()` returns is corrected too, when Keras knows its number of steps beforehand."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._training: dict[str, float] | None = None
         self._in_fit = False
+        self._train: dict[str, float] = {}
+        self._test: dict[str, float] = {}
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self._in_fit = True
@@ -87,20 +88,28 @@ class MetricSums(keras.callbacks.Callback):
         self._in_fit = False
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        self._training = None
+        self._train, self._test = {}, {}
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if batch + 1 == self.params.get("steps"):  # before Keras reads the metrics for the epoch's logs
+            self._train = sum_metrics(self.model)
 
     def on_test_begin(self, logs: dict | None = None) -> None:
-        if self._in_fit:  # the evaluation is about to reset the metrics of the epoch
-            self._training = metrics_over_ranks(self.model)
+        self._test = {}
+        if self._in_fit and not self._train:  # the evaluation is about to reset the metrics
+            self._train = sum_metrics(self.model)
+
+    def on_test_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if not self._in_fit and batch + 1 == self.params.get("steps"):  # inside fit() these are the training steps
+            self._test = sum_metrics(self.model)
 
     def on_test_end(self, logs: dict | None = None) -> None:
-        if logs is not None:
-            logs.update(_known(metrics_over_ranks(self.model), logs))
+        self._test = self._test or sum_metrics(self.model)
+        logs.update(self._test)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        training = self._training if self._training is not None else metrics_over_ranks(self.model)
-        if logs is not None:
-            logs.update(_known(training, logs))
+        self._train = self._train or sum_metrics(self.model)
+        logs.update(self._train | {f"val_{name}": value for name, value in self._test.items()})
 
 
 class ReplicaCheck(keras.callbacks.Callback):
@@ -135,22 +144,15 @@ def set_rate(optimizer: keras.optimizers.Optimizer, rate: float, momentum_correc
             velocity.assign(velocity * (new / old))
 
 
-def metrics_over_ranks(model: keras.Model) -> dict[str, float]:
-    """The results that the model's metrics would have if one rank had seen all ranks' examples. Collective."""
+def sum_metrics(model: keras.Model) -> dict[str, float]:
+    """Adds up the state of the model's metrics over all ranks, in place, and returns their results. Collective."""
     variables = [v for metric in model.metrics for v in metric.variables]
     mine = [keras.ops.convert_to_numpy(v) for v in variables]
-    flat = np.concatenate([np.ravel(value).astype(np.float64) for value in mine] or [np.zeros(0)])
-    summed = np.split(collectives.total(flat, "metrics"), np.cumsum([value.size for value in mine])[:-1])
-    for v, value in zip(variables, summed, strict=True):
+    summed = collectives.total(np.concatenate([np.ravel(m).astype(np.float64) for m in mine]), "metrics")
+    ends = np.cumsum([m.size for m in mine])
+    for v, value in zip(variables, np.split(summed, ends[:-1]), strict=True):
         v.assign(value.reshape(v.shape))
-    results = model.get_metrics_result()
-    for v, value in zip(variables, mine, strict=True):
-        v.assign(value)
-    return {name: float(keras.ops.convert_to_numpy(value)) for name, value in results.items()}
-
-
-def _known(values: dict[str, float], logs: dict) -> dict[str, float]:
-    return {name: value for name, value in values.items() if name in logs and not math.isnan(value)}
+    return {name: float(keras.ops.convert_to_numpy(value)) for name, value in model.get_metrics_result().items()}
 
 
 def _refuse_what_would_hang(model: keras.Model) -> None:

@@ -1,0 +1,115 @@
+"""Recipes refuse what is unknown or impossible, in one sentence that holds the nearest valid name."""
+
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recipe import cli
+from recipe.config import Data, Model, Optimizer, Recipe, Schedule, flatten
+from recipe.errors import UsageError
+
+
+def refused(action, *parts: str) -> None:
+    with pytest.raises(UsageError) as error:
+        action()
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    for part in parts:
+        assert part in sentence
+
+
+def parse(*arguments: str) -> Recipe:
+    return cli.parse_recipe(list(arguments))[0]
+
+
+def test_the_papers_numbers():
+    one_hour, baseline = cli.load_recipe("imagenet_1hr"), cli.load_recipe("imagenet_8gpu")
+    assert (one_hour.k, one_hour.n, one_hour.minibatch, one_hour.epochs) == (256, 32, 8192, 90)
+    assert (baseline.k, baseline.n, baseline.minibatch, baseline.epochs) == (8, 32, 256, 90)
+    assert flatten(one_hour.optimizer) == {
+        "base_rate": 0.1,
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 1e-4,
+        "compression": "none",
+    }
+    assert one_hour.schedule.decay_epochs == baseline.schedule.decay_epochs == (30, 60, 80)
+
+
+@pytest.mark.parametrize("preset", cli.presets())
+def test_recipes_survive_json(preset):
+    recipe = cli.load_recipe(preset)
+    assert Recipe.from_dict(asdict(recipe)) == recipe
+
+
+def test_overrides():
+    recipe = parse(
+        "--config=quick",
+        "--config.optimizer.base_rate=1",
+        "--config.schedule.decay_epochs=(8, 9.5, 10, 11)",
+        "--config.k",
+        "3",
+    )
+    assert (recipe.optimizer.base_rate, recipe.schedule.decay_epochs, recipe.k) == (1.0, (8.0, 9.5, 10.0, 11.0), 3)
+    assert type(recipe.optimizer.base_rate) is float
+    assert replace(recipe, k=2, optimizer=Optimizer(base_rate=0.1)).n == cli.load_recipe("quick").n
+
+
+def test_a_runs_config_file_is_a_recipe(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"k": 4, "optimizer": {"base_rate": 1}}')
+    assert parse(f"--config={path}") == Recipe(k=4, optimizer=Optimizer(base_rate=1.0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["--config is missing", "imagenet_1hr"]),
+        (["--config=imagenet_1h"], ["imagenet_1h ", "--config=imagenet_1hr"]),
+        (["--config=no.json"], ["no.json", "can't be read"]),
+        (["--config=quick", "--config.optimiser.base_rate=1"], ["optimiser", "--config.optimizer.base_rate"]),
+        (["--config=quick", "--config.base_rate=1"], ["--config.optimizer.base_rate"]),
+        (["--config=quick", "--config.k=two"], ["config.k", "two"]),
+        (["--config=quick", "--config.k=0"], ["config.k", "at least 1", "0"]),
+        (["--config=quick", "--config.optimizer.base_rate=nan"], ["config.optimizer.base_rate", "nan"]),
+        (["--config=quick", "--config.schedule.decay_epochs=('a',)"], ["config.schedule.decay_epochs"]),
+        (["--config=quick", "--config.model.stem=smal"], ["config.model.stem", "'smal'", "'small'"]),
+    ],
+)
+def test_command_lines_refused(arguments, parts):
+    refused(lambda: parse(*arguments), *parts)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"k": 2.0}, ["config.k", "int", "2.0"]),
+        ({"seed": -1}, ["config.seed", "-1"]),
+        ({"optimizer": lambda: Optimizer(momentum=1.0)}, ["config.optimizer.momentum"]),
+        ({"optimizer": lambda: Optimizer(momentum=0.0)}, ["config.optimizer.nesterov", "momentum"]),
+        ({"optimizer": lambda: Optimizer(compression="bf16")}, ["bf16", "'fp16'"]),
+        ({"schedule": lambda: Schedule(decay_epochs=(60.0, 30.0))}, ["decay_epochs", "(30.0, 60.0)"]),
+        ({"schedule": lambda: Schedule(warmup_epochs=40.0)}, ["warmup_epochs=40.0", "30"]),
+        ({"epochs": 3}, ["warmup_epochs=5.0", "3 epochs"]),
+        ({"model": lambda: Model(blocks=())}, ["config.model.blocks"]),
+        ({"model": lambda: Model(blocks=(3, 0))}, ["config.model.blocks", "(3, 0)"]),
+        ({"data": lambda: Data(remainder="dorp")}, ["config.data.remainder", "'drop'"]),
+        ({"data": lambda: Data(image_size=4)}, ["config.data.image_size", "at least 8"]),
+    ],
+)
+def test_recipes_refused(values, parts):
+    refused(lambda: Recipe(**{name: v() if callable(v) else v for name, v in values.items()}), *parts)
+
+
+def test_unknown_names_in_a_file_are_refused():
+    refused(lambda: Recipe.from_dict({"model": {"widht": 3}}), "config.model.widht", "config.model.width")
+
+
+@given(st.text(st.characters(codec="ascii"), min_size=1, max_size=20), st.text(max_size=10))
+def test_any_override_is_taken_or_refused_in_one_sentence(name, value):
+    try:
+        parse("--config=quick", f"--config.{name}={value}")
+    except UsageError as error:
+        assert len(str(error)) < 500
