@@ -1,4 +1,4 @@
-"""(seed, epoch) → order of the examples; (step, worker) → example indices. Pure functions of their arguments, NumPy only."""
+"""(seed, epoch) → order of the examples; (step, worker) → example indices. Pure functions, NumPy only."""
 
 import numpy as np
 
@@ -8,27 +8,55 @@ from recipe.errors import UsageError
 def permutation(examples: int, seed: int, epoch: int) -> np.ndarray:
     """int64[examples]: one random order of the whole training set for one epoch (paper, remark 4).
 
-    Ranks the raw 64-bit words of Philox with key (seed, epoch). NumPy promises that stream for ever;
+    It ranks the raw 64-bit words of Philox with the key (seed, epoch). NumPy promises that stream for ever;
     it does not promise that Generator.permutation stays as it is."""
     words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(examples)
     return np.argsort(words, kind="stable").astype(np.int64)
 
 
-def steps_per_epoch(examples: int, minibatch: int, workers: int, remainder: str) -> int:
-    """Steps in an epoch of `examples` with a minibatch of kn = `minibatch` examples over k = `workers`.
+def steps_per_epoch(examples: int, k: int, n: int, remainder: str) -> int:
+    """Steps of an epoch with a minibatch of kn examples.
 
-    "drop" is the paper's floor(N/kn): the N mod kn examples that an epoch's order puts last wait for another epoch.
-    "short" gives them a last, short minibatch, unless they are fewer than k, so that each worker has at least one.
-    Raises UsageError when no step remains."""
-    steps, rest = divmod(examples, minibatch)
-    if remainder == "short" and rest >= workers:
+    "drop" is the paper's floor(N/kn): the N mod kn examples that come last in an epoch's order are left out of that
+    epoch. "short" gives them a last, short minibatch, unless they are fewer than the k workers: a worker never gets
+    an empty batch. Raises UsageError when no step is left."""
+    steps, rest = divmod(examples, k * n)
+    if remainder == "short" and rest >= k:
         steps += 1
     if steps == 0:
-        short = f"config.k={workers} workers" if remainder == "short" else f"one minibatch of kn={minibatch}"
+        fix = "lower config.k" if examples < k else "lower config.n or config.k, or set config.data.remainder='short'"
         raise UsageError(
-            f"{examples} training examples are not enough for {short}: "
-            "lower config.n or config.k, or set config.data.remainder='short'"
-            if remainder == "drop"
-            else f"{examples} training examples are not enough for {short}: lower config.k"
+            f"{examples} training examples are fewer than one minibatch of config.k={k} times config.n={n}: {fix}"
         )
     return steps
+
+
+def worker_indices(order: np.ndarray, step: int, worker: int, k: int, n: int) -> np.ndarray:
+    """int64[n_j]: the examples of worker j < k in step t of an epoch with this order (paper, remark 4).
+
+    A minibatch is kn examples in a row of the order, a worker's batch n in a row of these. The last, short minibatch
+    is divided so that the workers' n_j differ by one at most, the larger ones first."""
+    start, count = _slice(len(order), step, worker, k, n)
+    return order[start : start + count]
+
+
+def worker_weight(examples: int, step: int, worker: int, k: int, n: int) -> float:
+    """k·n_j/M: the factor of worker j's mean loss with which the mean over k workers is the mean over the minibatch's
+    M examples (paper, remark 3). Exactly 1.0 for a full minibatch."""
+    _, count = _slice(examples, step, worker, k, n)
+    return k * count / min(k * n, examples - step * k * n)
+
+
+def eval_indices(examples: int, rank: int, size: int) -> np.ndarray:
+    """int64: this rank's block of 0 … examples−1. Every example is in exactly one rank's block, also when size does
+    not divide the examples; with fewer examples than ranks some blocks are empty."""
+    return np.arange(examples * rank // size, examples * (rank + 1) // size, dtype=np.int64)
+
+
+def _slice(examples: int, step: int, worker: int, k: int, n: int) -> tuple[int, int]:
+    """(where worker j's examples begin in the order, how many they are)."""
+    minibatch = min(k * n, examples - step * k * n)
+    if not (0 <= worker < k and 0 <= step and minibatch >= k):
+        raise IndexError(f"worker {worker} of {k} has no examples in step {step} of an epoch of {examples}")
+    share, larger = divmod(minibatch, k)
+    return step * k * n + worker * share + min(worker, larger), share + (worker < larger)
