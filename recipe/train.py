@@ -5,7 +5,7 @@ from pathlib import Path
 
 from absl import flags
 
-from recipe import cli
+from recipe import cli, noise
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string("run_dir", "", "where the run is recorded; runs/PRESET-DATE when empty", flag_values=VALUES)
@@ -15,9 +15,9 @@ flags.DEFINE_bool("resume", False, "continue the run in --run_dir after its last
 def main(argv: list[str]) -> None:
     recipe, name, others = cli.parse_recipe(argv)
     cli.parse_flags(VALUES, others)
-    from recipe import collectives, metrics
-    from recipe.keras import fit
-
+    with noise.filtered():
+        from recipe import collectives, metrics
+        from recipe.keras import fit
     fit.start()
     run_dir = VALUES.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(collectives.broadcast(run_dir, "run_dir"))

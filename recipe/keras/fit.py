@@ -40,7 +40,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool) -> list[float]:
     hosts = collectives.gather(socket.gethostname(), "hosts")
     collectives.on_root(lambda: runlog.open_run(run_dir, recipe, hosts, resume), "open_run")
     source, evaluation = open_data(recipe)
-    steps = sharding.steps_per_epoch(len(source), recipe.minibatch, recipe.data.remainder)
+    steps = sharding.steps_per_epoch(len(source), recipe.k, recipe.n, recipe.data.remainder)
     model = compiled_model(recipe, source.num_classes)
     epoch = collectives.on_root(lambda: _restore(model, run_dir) if resume else 0, "restore")
     recorder = Recorder(recipe, run_dir, steps, epoch) if collectives.rank() == 0 else None
@@ -103,6 +103,15 @@ def evaluate(model: keras.Model, recipe: Recipe, source: object) -> Sums:
     for images, labels in eval_batches(source, recipe, mine, EVAL_BATCH):
         sums.add(model.predict_on_batch(images), np.asarray(labels))
     return sums.over_ranks("evaluate")
+
+
+def evaluate_run(recipe: Recipe, run_dir: Path) -> Sums:
+    """Evaluates the newest checkpoint of a run, on as many ranks as there are. Collective."""
+    evaluation = open_data(recipe)[1]
+    model = compiled_model(recipe, evaluation.num_classes)
+    collectives.on_root(lambda: _restore(model, run_dir), "restore")
+    state.broadcast_state(model)
+    return evaluate(model, recipe, evaluation)
 
 
 class Recorder:

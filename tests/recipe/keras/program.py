@@ -1,5 +1,6 @@
 """Run on real ranks by test_distributed.py: each scenario's findings on this rank go back to the test."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import recipe.keras as hvd
 from recipe.errors import RunError
 from recipe.keras import state
-from recipe.keras.callbacks import BroadcastState, GradualWarmup, MetricSums, ReplicaCheck, ScheduledRate
+from recipe.keras.callbacks import BroadcastState, GradualWarmup, MetricSums, ReplicaCheck, ScheduledRate, set_rate
 from recipe.keras.distributed import is_distributed
 from recipe.schedule import Rate
 from tests.ranks import report
@@ -233,6 +234,26 @@ def gradual_warmup() -> dict:
 
     fit(compiled(network(), nesterov()), 3, GradualWarmup(base_rate=0.1, k=4, epochs=1.5), Rates())
     return {"rates": rates}
+
+
+def momentum() -> dict:
+    """The weight's path under given gradients and a rate that changes at every step."""
+    found = {}
+    gradients = np.random.default_rng(2).normal(size=(12, 5)).astype(np.float32)
+    rates = [0.1 * (t + 1) for t in range(6)] + [0.06] * 3 + [0.006] * 3
+    for nesterov_, corrected, scaled in itertools.product((False, True), (True, False), (False, True)):
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9, nesterov=nesterov_)
+        scale = 8.0 if scaled else 1.0
+        if scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=scale)
+        optimizer = hvd.DistributedOptimizer(optimizer)
+        v, path = keras.Variable(np.zeros(5, np.float32)), []
+        for gradient, rate in zip(gradients, rates, strict=True):
+            set_rate(optimizer, rate, corrected)
+            optimizer.apply([keras.ops.convert_to_tensor(gradient * scale)], [v])
+            path.append(keras.ops.convert_to_numpy(v).copy())
+        found[nesterov_, corrected, scaled] = path
+    return {"paths": found, "gradients": gradients, "rates": rates}
 
 
 def main() -> None:

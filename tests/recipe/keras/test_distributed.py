@@ -21,6 +21,7 @@ SCENARIOS = (
     "compression",
     "saved_models",
     "gradual_warmup",
+    "momentum",
 )
 BACKENDS = ("tensorflow", "torch")
 SEVERAL = ((2, "mpirun"), (4, "mpirun"), (2, "gloo"))
@@ -161,3 +162,23 @@ def test_gradual_warmup_reaches_k_times_the_base_rate_and_lets_go(run, backend):
     """Trap 5: 1.5 epochs of 4 steps: six equal increments, kη at the seventh step; then η is another's."""
     expected = [0.1 + 0.3 * t / 6 for t in range(6)] + [0.4, 0.4] + [0.01] * 4
     assert run("gradual_warmup", backend, 2)[0]["rates"] == pytest.approx(expected, rel=1e-6)
+
+
+def reference_path(gradients: np.ndarray, rates: list[float], nesterov: bool, corrected: bool) -> list[np.ndarray]:
+    """The paper's equation (9), whose velocity knows no η; uncorrected: equation (10), whose velocity holds it."""
+    w, u, path = np.zeros(5), np.zeros(5), []
+    for g, rate in zip(gradients.astype(np.float64), rates, strict=True):
+        u = 0.9 * u + (g if corrected else rate * g)
+        update = (g if corrected else rate * g) + 0.9 * u if nesterov else u
+        w = w - (rate * update if corrected else update)
+        path.append(w)
+    return path
+
+
+def test_momentum_correction_is_the_papers(run, backend):
+    """Remark 2, and trap 3: assigning optimizer.momentum does nothing in a traced step."""
+    (found,) = run("momentum", backend, 1)
+    for (nesterov, corrected, _scaled), path in found["paths"].items():
+        expected = reference_path(found["gradients"], found["rates"], nesterov, corrected)
+        np.testing.assert_allclose(path, expected, rtol=1e-4, atol=1e-5)  # float32 sums of 12 steps of size ≈ 1
+    assert not np.allclose(found["paths"][True, True, False], found["paths"][True, False, False], rtol=1e-2)

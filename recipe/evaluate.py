@@ -1,0 +1,30 @@
+"""Top-1 error of a run's last checkpoint, by any number of ranks: `python -m recipe.evaluate --run_dir=RUN`."""
+
+from pathlib import Path
+
+from absl import flags
+
+from recipe import cli, noise, runlog
+from recipe.errors import UsageError
+
+VALUES = flags.FlagValues()
+flags.DEFINE_string("run_dir", "", "a run directory of recipe.train", flag_values=VALUES)
+
+
+def main(argv: list[str]) -> None:
+    cli.parse_flags(VALUES, argv)
+    if not VALUES.run_dir:
+        raise UsageError("--run_dir is missing: name a run directory of recipe.train")
+    run_dir = Path(VALUES.run_dir)
+    recipe = runlog.read_recipe(run_dir)
+    with noise.filtered():
+        from recipe import collectives
+        from recipe.keras import fit
+    fit.start()
+    sums = fit.evaluate_run(recipe, run_dir)
+    if collectives.rank() == 0:
+        print(f"top-1 error {sums.error:.2%}  loss {sums.mean_loss:.4f}  examples {sums.count:.0f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

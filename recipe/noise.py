@@ -1,0 +1,31 @@
+"""Keeps the frameworks' start-up chatter out of a program's output."""
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+
+# TensorFlow's C++ libraries write these before their own log level is in force.
+_CHATTER = re.compile(rb"(I0000 |WARNING: All log messages before absl::InitializeLog|To enable the following instr)")
+
+
+@contextlib.contextmanager
+def filtered() -> Iterator[None]:
+    """For the import of the frameworks: what they write to stderr comes out afterwards, without the chatter."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as written:
+        stderr = os.dup(2)
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            for line in written:
+                if not _CHATTER.match(line):
+                    os.write(2, line)

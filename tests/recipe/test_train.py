@@ -1,0 +1,254 @@
+"""Whole runs of recipe.train on real ranks: run directory, launchers, resume, failures, exact evaluation."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from recipe import checkpoint
+from tests.ranks import BIN, command, environment, launch
+
+pytestmark = pytest.mark.ranks
+
+SMALL = [
+    "-m",
+    "recipe.train",
+    "--config=quick",
+    "--config.n=64",
+    "--config.epochs=3",
+    "--config.data.train_examples=448",  # 3.5 minibatches of 128: the last one is short
+    "--config.data.eval_examples=131",  # a prime: no number of ranks divides it
+    "--config.schedule.warmup_epochs=1.5",
+    "--config.schedule.decay_epochs=(2.0,)",
+    "--config.model.blocks=(1,1)",
+    "--config.model.width=8",
+    "--config.run.log_every=2",
+    "--config.run.replica_check_every=3",
+]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, data_dir) -> tuple[Path, str]:
+    """An undisturbed run of two ranks under mpirun: its directory and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    done = launch(2, [*SMALL, f"--run_dir={folder}"], TFDS_DATA_DIR=data_dir)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return folder, done.stdout
+
+
+def lines(folder: Path, kind: str) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return checkpoint.load(checkpoint.latest(folder / "checkpoints"))[0]
+
+
+def refused(done: subprocess.CompletedProcess, status: int, *parts: str) -> None:
+    """One sentence, said once, and no traceback."""
+    assert done.returncode == status, done.stdout
+    (sentence,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    for part in parts:
+        assert part in sentence
+    assert "Traceback" not in done.stdout
+
+
+def test_the_run_directory_says_what_ran(finished):
+    folder, _ = finished
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["k"], config["n"], config["data"]["eval_examples"]) == (2, 64, 131)
+    environment_ = json.loads((folder / "environment.json").read_text())
+    assert len(environment_["hosts"]) == 2
+    assert environment_["packages"]["horovod"] == "0.28.1"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"
+    }  # fmt: skip
+    assert [path.name for path in checkpoint.checkpoints(folder / "checkpoints")] == [
+        f"epoch-000{e}.npz" for e in (1, 2, 3)
+    ]
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_the_rates_are_the_schedules(finished):
+    """4 steps an epoch, kη = 0.1·128/256 below η = 0.1: no ramp; ÷10 at epoch 2."""
+    steps = lines(finished[0], "step")
+    assert [line["step"] for line in steps] == [2, 4, 6, 8, 10, 12]
+    assert [line["rate"] for line in steps] == pytest.approx([0.05] * 4 + [0.005] * 2)
+
+
+def test_every_example_is_counted_once(finished):
+    """Traps 7 and 11: also when neither minibatches nor ranks divide the data."""
+    for line in lines(finished[0], "epoch"):
+        assert line["eval_examples"] == 131
+        assert (line["error"] * 448) == pytest.approx(round(line["error"] * 448), abs=1e-6)
+
+
+def test_it_learns(finished):
+    losses = [line["loss"] for line in lines(finished[0], "epoch")]
+    assert losses[-1] < losses[0] < 2.6  # ln 10 ≈ 2.3 knows nothing
+
+
+def test_only_rank_0_speaks_and_no_framework_does(finished):
+    folder, printed = finished
+    assert len([line for line in printed.splitlines() if "epoch 3 of 3" in line]) == 1
+    assert printed.splitlines()[-1].startswith("top-1 error ")
+    assert str(folder) in printed
+    for noise in ("oneDNN", "cpu_feature_guard", "WARNING", "absl::InitializeLog", "Traceback"):
+        assert noise not in printed
+
+
+@pytest.mark.parametrize("launcher", ["gloo", "horovodrun-mpi"])
+def test_other_launchers_train_the_same(finished, tmp_path, data_dir, launcher):
+    done = launch(2, [*SMALL, f"--run_dir={tmp_path / 'run'}"], launcher, TFDS_DATA_DIR=data_dir)
+    assert done.returncode == 0, done.stdout[-4000:]
+    for one, other in zip(lines(tmp_path / "run", "epoch"), lines(finished[0], "epoch"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)  # float32 threads of TensorFlow, 12 steps
+
+
+def test_the_torch_backend_runs_the_recipe_too(tmp_path, data_dir):
+    done = launch(2, [*SMALL, f"--run_dir={tmp_path / 'run'}"], TFDS_DATA_DIR=data_dir, KERAS_BACKEND="torch")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert lines(tmp_path / "run", "epoch")[-1]["loss"] < 2.6
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_evaluation_does_not_depend_on_the_ranks(finished, data_dir, size):
+    done = launch(size, ["-m", "recipe.evaluate", f"--run_dir={finished[0]}"], TFDS_DATA_DIR=data_dir)
+    assert done.returncode == 0, done.stdout
+    last = lines(finished[0], "epoch")[-1]
+    assert f"top-1 error {last['eval_error']:.2%}" in done.stdout
+    assert "examples 131" in done.stdout
+    printed = float(done.stdout.split("loss ")[1].split()[0])
+    assert printed == pytest.approx(last["eval_loss"], abs=2e-4)  # four decimals, other batch shapes
+
+
+def killed_after_epoch(folder: Path, epoch: int, data_dir: str, launcher: str) -> tuple[float, int, str]:
+    """Starts a run, kills rank 1 once an epoch has its checkpoint: (seconds to the job's end, status, output)."""
+    job = subprocess.Popen(
+        command(2, [*SMALL, f"--run_dir={folder}"], launcher),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(TFDS_DATA_DIR=data_dir),
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / f"checkpoints/epoch-000{epoch}.npz").exists():
+            assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
+            time.sleep(0.01)
+        ranks = [p for p in psutil.Process(job.pid).children(recursive=True) if "recipe.train" in p.cmdline()[1:3]]
+        victim = max(ranks, key=lambda p: p.pid)
+        victim.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        printed = job.communicate(timeout=60)[0]
+        return time.monotonic() - began, job.returncode, printed
+    finally:
+        job.kill()
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
+def test_a_killed_rank_ends_the_job_and_the_run_resumes(finished, tmp_path, data_dir, launcher):
+    folder = tmp_path / "run"
+    seconds, status, printed = killed_after_epoch(folder, 1, data_dir, launcher)
+    assert status != 0
+    assert seconds < 20  # a hang is the bug; the launchers take 0.4 to 3 s here
+    assert "signal 9" in printed or "exit code" in printed.lower() or "exit status" in printed.lower()
+    done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert [line["epoch"] for line in lines(folder, "epoch")] == [1, 2, 3]
+    assert [line["step"] for line in lines(folder, "step")] == [2, 4, 6, 8, 10, 12]
+    resumed, whole = weights(folder), weights(finished[0])
+    for name, value in whole.items():
+        np.testing.assert_allclose(resumed[name], value, rtol=1e-3, atol=1e-4, err_msg=name)  # TensorFlow's threads
+
+
+def test_one_rank_without_data_ends_the_run_with_its_message(tmp_path, data_dir):
+    """A failed read on one rank is agreed upon: no traceback, no hang, the rank is named."""
+    program = [sys.executable, *SMALL, f"--run_dir={tmp_path / 'run'}"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    mpirun = [str(BIN / "mpirun"), "--oversubscribe", "--bind-to", "none", "-np", "1", *program, ":", "-np", "1"]
+    done = subprocess.run(
+        [*mpirun, "env", f"TFDS_DATA_DIR={empty}", *program],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment(TFDS_DATA_DIR=data_dir),
+        check=False,
+    )
+    done.stdout += done.stderr
+    refused(done, 2, "rank 1: ", str(empty))
+
+
+def test_ranks_must_be_the_recipes_workers(tmp_path, data_dir):
+    done = launch(3, [*SMALL, f"--run_dir={tmp_path / 'run'}"], TFDS_DATA_DIR=data_dir)
+    refused(done, 2, "config.k=2", "this run has 3", "-np 2", "--config.k=3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_usage_errors_are_said_once(tmp_path):
+    done = launch(2, ["-m", "recipe.train", "--config=quick", "--config.optimizer.base_rat=1"])
+    refused(done, 2, "--config.optimizer.base_rat ", "--config.optimizer.base_rate")
+    refused(launch(1, ["-m", "recipe.train", "--config=quick", "--runs_dir=x"]), 2, "--runs_dir", "--run_dir")
+    refused(launch(1, ["-m", "recipe.evaluate", f"--run_dir={tmp_path}"]), 2, str(tmp_path), "config.json")
+
+
+def test_a_run_directory_is_not_overwritten(finished, data_dir):
+    folder = finished[0]
+    done = launch(2, [*SMALL, f"--run_dir={folder}"], TFDS_DATA_DIR=data_dir)
+    refused(done, 2, str(folder), "--resume")
+    done = launch(
+        2, [*SMALL, "--config.optimizer.momentum=0.8", f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir
+    )
+    refused(done, 2, "config.optimizer.momentum=0.8 (was 0.9)")
+    assert len(lines(folder, "epoch")) == 3
+
+
+def test_there_must_be_something_to_resume(tmp_path, data_dir):
+    done = launch(2, [*SMALL, f"--run_dir={tmp_path / 'run'}", "--resume"], TFDS_DATA_DIR=data_dir)
+    refused(done, 2, "holds no run to resume")
+
+
+def test_divergence_stops_all_ranks(tmp_path, data_dir):
+    arguments = [*SMALL, f"--run_dir={tmp_path / 'run'}", "--config.optimizer.base_rate=1e30"]
+    refused(launch(2, arguments, TFDS_DATA_DIR=data_dir), 1, "the loss is", "at step 2", "base_rate")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts a small file system, which needs root")
+def test_a_full_disk_is_one_sentence(tmp_path, data_dir):
+    folder = tmp_path / "full"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
+    try:
+        done = launch(2, [*SMALL, f"--run_dir={folder / 'run'}"], TFDS_DATA_DIR=data_dir)
+        refused(done, 1, "cannot write the checkpoint", "No space left on device")
+        assert not list(folder.rglob("*.partial"))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_reports_are_the_papers(finished, tmp_path):
+    runs = [tmp_path / name for name in ("a", "b")]
+    for run in runs:
+        shutil.copytree(finished[0], run)
+    done = launch(1, ["-m", "recipe.report", *map(str, runs)])
+    assert done.returncode == 0, done.stdout
+    errors = [line["eval_error"] for line in lines(finished[0], "epoch")]
+    assert f"top-1 error {np.median(errors):.2%}, median of the last 3 of 3 epochs" in done.stdout
+    assert f"2 runs: {np.median(errors):.2%} ± 0.00%" in done.stdout
+    assert (runs[0] / "report.png").read_bytes().startswith(b"\x89PNG")
+    refused(launch(1, ["-m", "recipe.report", str(tmp_path)]), 2, "metrics.jsonl")
