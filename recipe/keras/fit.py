@@ -37,11 +37,11 @@ def train(recipe: Recipe, run_dir: Path, resume: bool) -> list[float]:
 
     Raises UsageError or RunError on every rank."""
     _check_size(recipe)
-    hosts = collectives.gather(socket.gethostname(), "hosts")
-    collectives.on_root(lambda: runlog.open_run(run_dir, recipe, hosts, resume), "open_run")
     source, evaluation = open_data(recipe)
     steps = sharding.steps_per_epoch(len(source), recipe.k, recipe.n, recipe.data.remainder)
     model = compiled_model(recipe, source.num_classes)
+    hosts = collectives.gather(socket.gethostname(), "hosts")
+    collectives.on_root(lambda: runlog.open_run(run_dir, recipe, hosts, resume), "open_run")
     epoch = collectives.on_root(lambda: _restore(model, run_dir) if resume else 0, "restore")
     recorder = Recorder(recipe, run_dir, steps, epoch) if collectives.rank() == 0 else None
     model.fit(
