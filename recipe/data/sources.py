@@ -15,6 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from recipe import augment
 from recipe.config import Data, nearest
 from recipe.data import builders, records
+from recipe.data.images import is_png
 from recipe.errors import RunError, UsageError
 
 
@@ -27,7 +28,7 @@ class Source(Protocol):
 
 
 class TFDSSource:
-    """The encoded images (JPEG or PNG) and labels of a prepared TFDS split, in the order of TFDS's files.
+    """The encoded images (all JPEG or all PNG) and labels of a prepared TFDS split, in the order of TFDS's files.
 
     `split` is TFDS's notation, also "train[:10%]". Raises UsageError when there is no such split, or when the data
     set's features aren't an `image` and its `label`."""
@@ -43,6 +44,7 @@ class TFDSSource:
         self._end = np.concatenate([positions[1:] for positions in chosen])
         self._fds = _open_all(self._paths)
         weakref.finalize(self, _close_all, self._fds)
+        self.png = len(self) > 0 and is_png(self._example(0)[0])  # or JPEG; all of a data set are the same
 
     def __len__(self) -> int:
         return len(self._start)
