@@ -98,7 +98,7 @@ def _augmented(
     def load(position: int) -> tuple:
         epoch, indices, weights = share(position)
         images, labels, shapes = _read(source, indices)
-        boxes, flips = augment.crop_boxes(shapes, indices, recipe.seed, epoch)
+        boxes, flips = augment.crop_boxes(shapes, indices, recipe.seed, epoch, recipe.data.min_area)
         return images, boxes, flips, indices, labels, weights
 
     def decoded(images: tf.Tensor, boxes: tf.Tensor, flips: tf.Tensor, indices: tf.Tensor, *rest: tf.Tensor) -> tuple:

@@ -16,5 +16,4 @@ FRAMEWORK = keras.backend.backend()
 Compression = _module.Compression
 average = _module.average
 broadcast = _module.broadcast
-mean_over_ranks = _module.mean_over_ranks
 use_local_device = _module.use_local_device

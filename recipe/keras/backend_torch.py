@@ -26,11 +26,6 @@ def broadcast(variables: list, root_rank: int, name: str) -> None:
         hvd.synchronize(handle)
 
 
-def mean_over_ranks(variables: list, name: str) -> None:
-    """Each floating-point Keras variable becomes its mean over all ranks."""
-    average([v.value.data for v in variables], name, Compression.none)
-
-
 def use_local_device(local_rank: int, threads: int) -> None:
     """Gives this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
     if torch.cuda.is_available():
