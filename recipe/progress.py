@@ -1,5 +1,6 @@
 """Progress of a run: a bar on a terminal, plain lines in a log. Rank 0 only."""
 
+import os
 import sys
 import time
 
@@ -12,7 +13,8 @@ class Progress:
     def __init__(self, steps: int, steps_per_epoch: int, first_step: int = 0) -> None:
         self.steps, self.steps_per_epoch = steps, steps_per_epoch
         self._first, self._began = first_step, time.monotonic()
-        self._bar = tqdm(total=steps, initial=first_step, unit="step", leave=False) if sys.stderr.isatty() else None
+        width = _terminal_width()
+        self._bar = tqdm(total=steps, initial=first_step, unit="step", leave=False, ncols=width) if width else None
 
     def step(self, step: int) -> None:
         """Step number `step` is done."""
@@ -46,3 +48,21 @@ class Progress:
         done = max(1, step - self._first)
         seconds = (time.monotonic() - self._began) / done * (self.steps - step)
         return tqdm.format_interval(seconds)
+
+
+def _terminal_width() -> int:
+    """Columns of the terminal that a person looks at, 0 if there is none.
+
+    Launchers give their ranks a pipe and copy it to their own stderr: mpirun is rank 0's parent, and asked instead."""
+    for stream in ("/proc/self/fd/2", f"/proc/{os.getppid()}/fd/2"):
+        try:
+            terminal = os.open(stream, os.O_WRONLY | os.O_NOCTTY)
+        except OSError:
+            continue
+        try:
+            return os.get_terminal_size(terminal).columns or 80
+        except OSError:
+            continue  # a pipe or a file
+        finally:
+            os.close(terminal)
+    return 0
