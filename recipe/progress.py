@@ -1,8 +1,10 @@
 """Progress of a run: a bar on a terminal, plain lines in a log. Rank 0 only."""
 
+import contextlib
 import os
 import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -54,15 +56,8 @@ def _terminal_width() -> int:
     """Columns of the terminal that a person looks at, 0 if there is none.
 
     Launchers give their ranks a pipe and copy it to their own stderr: mpirun is rank 0's parent, and asked instead."""
-    for stream in ("/proc/self/fd/2", f"/proc/{os.getppid()}/fd/2"):
-        try:
-            terminal = os.open(stream, os.O_WRONLY | os.O_NOCTTY)
-        except OSError:
-            continue
-        try:
-            return os.get_terminal_size(terminal).columns or 80
-        except OSError:
-            continue  # a pipe or a file
-        finally:
-            os.close(terminal)
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    with contextlib.suppress(OSError), Path(f"/proc/{os.getppid()}/fd/2").open("wb", 0) as launchers:
+        return os.get_terminal_size(launchers.fileno()).columns or 80
     return 0

@@ -1,9 +1,12 @@
 """A bar where a person looks, plain lines in a log, also behind mpirun's pipes."""
 
+import fcntl
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -22,6 +25,7 @@ progress.close()
 
 def on_a_terminal(arguments: list[str]) -> str:
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
     with subprocess.Popen(arguments, stdout=theirs, stderr=theirs, stdin=theirs, env=environment()) as job:
         os.close(theirs)
         seen = b""
