@@ -24,6 +24,7 @@ SMALL = [
     "--config=quick",
     "--config.n=64",
     "--config.epochs=3",
+    "--config.optimizer.base_rate=0.1",
     "--config.data.train_examples=448",  # 3.5 minibatches of 128: the last one is short
     "--config.data.eval_examples=131",  # a prime: no number of ranks divides it
     "--config.schedule.warmup_epochs=1.5",
