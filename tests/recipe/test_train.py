@@ -126,6 +126,33 @@ def test_the_torch_backend_runs_the_recipe_too(tmp_path, data_dir):
     assert lines(tmp_path / "run", "epoch")[-1]["loss"] < 2.6
 
 
+def test_the_imagenet_preset_in_mixed_precision_on_synthetic_data(tmp_path):
+    """The 16 layers of stages and the stem of imagenet_8gpu, thin; float16 with loss scaling, and on the wire."""
+    arguments = [
+        "-m",
+        "recipe.train",
+        "--config=imagenet_8gpu",
+        "--config.k=2",
+        "--config.n=4",
+        "--config.epochs=1",
+        "--config.schedule.decay_epochs=()",
+        "--config.data.name=synthetic",
+        "--config.data.image_size=64",
+        "--config.data.train_examples=16",
+        "--config.data.eval_examples=5",
+        "--config.model.width=4",
+        "--config.model.precision=mixed_float16",
+        "--config.optimizer.compression=fp16",
+        f"--run_dir={tmp_path / 'run'}",
+    ]
+    done = launch(2, arguments)
+    assert done.returncode == 0, done.stdout[-4000:]
+    (epoch,) = lines(tmp_path / "run", "epoch")
+    assert epoch["eval_examples"] == 5
+    assert 6 < epoch["loss"] < 8  # ln 1000 ≈ 6.9
+    assert any(name.endswith("dynamic_scale") for name in weights(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_evaluation_does_not_depend_on_the_ranks(finished, data_dir, size):
     done = launch(size, ["-m", "recipe.evaluate", f"--run_dir={finished[0]}"], TFDS_DATA_DIR=data_dir)
