@@ -7,6 +7,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+import absl.logging
+
 # TensorFlow's C++ libraries write these before their own log level is in force.
 _CHATTER = re.compile(rb"(I0000 |WARNING: All log messages before absl::InitializeLog|To enable the following instr)")
 
@@ -15,6 +17,7 @@ _CHATTER = re.compile(rb"(I0000 |WARNING: All log messages before absl::Initiali
 def filtered() -> Iterator[None]:
     """For the import of the frameworks: what they write to stderr comes out afterwards, without the chatter."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    absl.logging.set_verbosity(absl.logging.ERROR)
     sys.stderr.flush()
     with tempfile.TemporaryFile() as written:
         stderr = os.dup(2)

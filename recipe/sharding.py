@@ -56,7 +56,7 @@ def eval_indices(examples: int, rank: int, size: int) -> np.ndarray:
 def _slice(examples: int, step: int, worker: int, k: int, n: int) -> tuple[int, int]:
     """(where worker j's examples begin in the order, how many they are)."""
     minibatch = min(k * n, examples - step * k * n)
-    if not (0 <= worker < k and 0 <= step and minibatch >= k):
+    if not (0 <= worker < k and step >= 0 and minibatch >= k):
         raise IndexError(f"worker {worker} of {k} has no examples in step {step} of an epoch of {examples}")
     share, larger = divmod(minibatch, k)
     return step * k * n + worker * share + min(worker, larger), share + (worker < larger)

@@ -16,7 +16,7 @@ def main() -> int:
     try:
         checks.python(sys.version_info[:2])
         install(option)
-    except RunError as error:
+    except (RunError, OSError) as error:  # an OSError names its file and what is wrong with it
         print(f"install: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -48,7 +48,7 @@ class Console:
         """Print what happens now (and how long it may take), and at the end how long it took."""
         self.count += 1
         start = time.monotonic()
-        print(f"[{self.count}/{self.total}] {text} … ", end="", flush=True)
+        print(f"[{self.count}/{self.total}] {text} ... ", end="", flush=True)
         try:
             yield
         except BaseException:
@@ -104,4 +104,4 @@ def last_lines(output: str) -> list[str]:
     lines = [line for line in lines if not line.startswith(("$ ", "WARNING: Location"))]
     first = next((i for i, line in enumerate(lines) if re.search(r"CMake Error|: (fatal )?error: |\*\*\* ", line)), -1)
     buried = lines[first : first + 3] if 0 <= first < len(lines) - 6 else []
-    return [*buried, *(["…"] if buried else []), *lines[-4:]]
+    return [*buried, *(["..."] if buried else []), *lines[-4:]]

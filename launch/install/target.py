@@ -100,7 +100,7 @@ def difference(target: Target) -> str:
         return ""
     have, want = stamp(), target.inputs()
     if not have:
-        return "its installation was interrupted"
+        return "its installation did not end"
     changed = [name for name in want if have.get(name) != want[name]]
     return f"other {', '.join(changed)}" if changed else "its Python is gone"
 

@@ -39,6 +39,7 @@ def build_flags(mpi_libraries: list[str], cuda_home: str | None) -> dict[str, st
             "HOROVOD_GPU_OPERATIONS": "NCCL",
             "HOROVOD_NCCL_LINK": "SHARED",
             "HOROVOD_CUDA_HOME": cuda_home,
+            "CUDA_HOME": cuda_home,  # PyTorch's name for it; it would guess from the place of nvcc
             "HOROVOD_RPATH": f"{flags['HOROVOD_RPATH']};{NCCL_RUN_PATH}",
         }
     return flags

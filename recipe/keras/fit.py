@@ -49,6 +49,7 @@ def train(recipe: Recipe, run_dir: Path, resume: bool) -> list[float]:
         epochs=recipe.epochs,
         initial_epoch=epoch,
         steps_per_epoch=steps,
+        shuffle=False,  # the order is the recipe's
         verbose=0,
         callbacks=[
             BroadcastState(),

@@ -394,7 +394,7 @@ def test_an_environment_is_in_place_only_when_finished_and_wanted(
     wanted = target.Target("/bin", mpi.WHEEL)
     target.write_stamp({})
     assert not target.in_place(wanted)
-    assert target.difference(wanted) == "its installation was interrupted"
+    assert target.difference(wanted) == "its installation did not end"
     target.write_stamp({"inputs": wanted.inputs()})
     assert target.in_place(wanted)
     other = dataclasses.replace(wanted, mpi=SYSTEM)

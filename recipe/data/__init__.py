@@ -1,0 +1,1 @@
+"""The images: data sets, access to their examples by index, and the input pipeline."""

@@ -1,0 +1,40 @@
+"""What the head of an encoded image says, without decoding it."""
+
+import struct
+
+PNG = b"\x89PNG\r\n\x1a\n"
+JPEG = b"\xff\xd8"
+FRAMES = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}  # the JPEG segments that begin with the size
+
+
+def image_shape(encoded: bytes) -> tuple[int, int]:
+    """(height, width) in pixels of a JPEG or PNG. Raises ValueError when it is neither, or empty."""
+    try:
+        height, width = _png_shape(encoded) if is_png(encoded) else _jpeg_shape(encoded)
+    except struct.error:
+        raise ValueError("its head is cut off") from None
+    if not (height and width):
+        raise ValueError("it has no pixels")
+    return height, width
+
+
+def is_png(encoded: bytes) -> bool:
+    return encoded.startswith(PNG)
+
+
+def _png_shape(encoded: bytes) -> tuple[int, int]:
+    width, height = struct.unpack_from(">II", encoded, 16)
+    return height, width
+
+
+def _jpeg_shape(encoded: bytes) -> tuple[int, int]:
+    if not encoded.startswith(JPEG):
+        raise ValueError("it is neither JPEG nor PNG")
+    position = len(JPEG)
+    while True:
+        marker, length = struct.unpack_from(">HH", encoded, position)
+        if marker in FRAMES:
+            return struct.unpack_from(">HH", encoded, position + 5)
+        if marker < 0xFFC0:
+            raise ValueError("its head is damaged")
+        position += 1 if marker == 0xFFFF else 2 + length  # 0xFF may be repeated before a marker
