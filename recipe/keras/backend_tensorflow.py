@@ -20,7 +20,7 @@ def reduce(gradients: list, variables: list, groups: list[list[int]], how: Any) 
     for group in groups:
         sparse = [i for i in group if isinstance(reduced[i], tf.IndexedSlices)]
         for i in sparse:
-            reduced[i] = _gathered(reduced[i], f"{how.name}.{i}", how)
+            reduced[i] = _gathered(reduced[i], f"{how.wire_name}.{i}", how)
         together = [i for i in group if reduced[i] is not None and i not in sparse]
         for i, result in zip(together, _allreduced([reduced[i] for i in together], group[0], how), strict=True):
             reduced[i] = result
@@ -29,7 +29,7 @@ def reduce(gradients: list, variables: list, groups: list[list[int]], how: Any) 
 
 def _allreduced(tensors: list, number: int, how: Any) -> list:
     options = {
-        "name": f"{how.name}.{number}",
+        "name": f"{how.wire_name}.{number}",
         "op": how.op,
         "compression": how.compression,
         "prescale_factor": 1 / how.predivide,

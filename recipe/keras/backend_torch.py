@@ -19,11 +19,11 @@ def reduce(gradients: list, variables: list, groups: list[list[int]], how: Any) 
     it (a layer that only some ranks' examples reach) and would wait for ever; None comes back when no rank has it."""
     places = list(itertools.chain(*groups))
     have = torch.tensor([gradients[i] is not None for i in places], dtype=torch.int32)
-    have = hvd.allreduce_async_(have, op=hvd.Max, name=f"{how.name}.present", process_set=how.process_set)
+    have = hvd.allreduce_async_(have, op=hvd.Max, name=f"{how.wire_name}.present", process_set=how.process_set)
     started = []
     for group in groups:
         filled = [torch.zeros_like(variables[i].value) if gradients[i] is None else gradients[i] for i in group]
-        started.append(_start([dense(g) for g in filled], f"{how.name}.{group[0]}", how))
+        started.append(_start([dense(g) for g in filled], f"{how.wire_name}.{group[0]}", how))
     present = dict(zip(places, hvd.synchronize(have).tolist(), strict=True))
     reduced = list(gradients)
     for group, (handle, contexts) in zip(groups, started, strict=True):
@@ -60,6 +60,8 @@ def divided_by_size(gradient: torch.Tensor, process_set: Any) -> torch.Tensor:
 
 def total(tensor: torch.Tensor, name: str, process_set: Any = hvd.global_process_set) -> torch.Tensor:
     """The sum of a tensor over all ranks; differentiable: its gradient is the sum of all ranks' gradients."""
+    if tensor.device.type == "meta":  # Keras infers shapes
+        return tensor.clone()
     return _Total.apply(tensor, name, process_set)
 
 

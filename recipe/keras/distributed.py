@@ -135,7 +135,7 @@ def DistributedOptimizer(
     if keras.config.dtype_policy().name == "mixed_float16" and not loss_scaled:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     optimizer._hvd = Reduction(
-        name=f"{name or 'gradient'}.{next(_instances)}",
+        wire_name=f"{name or 'gradient'}.{next(_instances)}",
         compression=compression,
         op=op,
         predivide=gradient_predivide_factor,

@@ -14,7 +14,7 @@ from recipe.keras import backend
 class Reduction:
     """Held beside the optimizer's variables, not among them: saved models load without it."""
 
-    name: str  # of the collectives; the same on all ranks
+    wire_name: str  # prefix of the names of its collectives; the same on all ranks
     compression: type
     op: int
     predivide: float
@@ -52,10 +52,10 @@ class Reduction:
         return reduced
 
     def add_local(self, variable: Any) -> None:
-        self.local[id(_framework(variable))] = _framework(variable)
+        self.local[id(framework_variable(variable))] = framework_variable(variable)
 
     def is_local(self, variable: Any) -> bool:
-        return id(_framework(variable)) in self.local
+        return id(framework_variable(variable)) in self.local
 
     def build(self, variables: list) -> None:
         """The sums of several passes, outside the optimizer's tracked variables."""
@@ -88,7 +88,7 @@ class Reduction:
         """An overflow in one rank's local gradients must make all ranks skip the step: 0·∞ is NaN, and so is any sum
         with it."""
         zero = sum(keras.ops.sum(keras.ops.cast(backend.dense(g), "float32") * 0.0) for g in kept)
-        shared = backend.total(zero, f"{self.name}.overflow", self.process_set)
+        shared = backend.total(zero, f"{self.wire_name}.overflow", self.process_set)
         first = next(i for i, g in enumerate(reduced) if g is not None)
         reduced[first] = backend.dense(reduced[first]) + keras.ops.cast(shared, reduced[first].dtype)
 
@@ -104,11 +104,14 @@ class Reduction:
         if isinstance(self.groups, int):
             return [("group", n * self.groups // len(shared)) for n in range(len(shared))]
         members = enumerate(self.groups or ())
-        group = {id(_framework(v)): g for g, v in itertools.chain(*(((g, v) for v in vs) for g, vs in members))}
-        return [("group", group[k]) if (k := id(_framework(variables[i]))) in group else ("alone", i) for i in shared]
+        group = {id(framework_variable(v)): g for g, v in itertools.chain(*(((g, v) for v in vs) for g, vs in members))}
+        return [
+            ("group", group[k]) if (k := id(framework_variable(variables[i]))) in group else ("alone", i)
+            for i in shared
+        ]
 
 
-def _framework(variable: Any) -> Any:
+def framework_variable(variable: Any) -> Any:
     """The framework's variable in a Keras variable: users may name either."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
