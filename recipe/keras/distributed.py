@@ -1,6 +1,5 @@
 """`DistributedOptimizer` for Keras 3: any Keras optimizer, applied to the gradient reduced over all ranks."""
 
-import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,8 +12,6 @@ from recipe.keras.reduction import Reduction
 Average, Sum, Adasum = backend.horovod.Average, backend.horovod.Sum, backend.horovod.Adasum
 Compression = backend.Compression
 global_process_set = backend.horovod.global_process_set
-
-_instances = itertools.count()  # gradient names must differ between the optimizers of a process, and agree over ranks
 
 
 class _Distributed:
@@ -135,7 +132,7 @@ def DistributedOptimizer(
     if keras.config.dtype_policy().name == "mixed_float16" and not loss_scaled:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     optimizer._hvd = Reduction(
-        wire_name=f"{name or 'gradient'}.{next(_instances)}",
+        prefix=name or "gradient",
         compression=compression,
         op=op,
         predivide=gradient_predivide_factor,
@@ -225,7 +222,7 @@ def _check_optimizer(optimizer: Any) -> None:
 
 def _check_reduction(op: int, predivide: float, passes: int, device_dense: str, device_sparse: str) -> None:
     if op == Adasum:
-        raise ValueError("op=Adasum is not supported: it has no meaning for momentum and clipping; use Average or Sum")
+        raise ValueError("op=Adasum is not supported for Keras, by Horovod neither; use Average or Sum")
     if op not in (Average, Sum):
         raise ValueError(f"op={op!r} is not a reduction of gradients; use Average or Sum")
     if predivide != 1.0 and op != Average:

@@ -1,14 +1,11 @@
 """Batch normalisation over the examples of all ranks. The recipe itself normalises per worker (paper, sec. 2.3)."""
 
-import itertools
 from typing import Any
 
 import keras
 from keras import ops
 
-from recipe.keras import backend
-
-_layers = itertools.count()
+from recipe.keras import backend, names
 
 
 @keras.saving.register_keras_serializable("recipe")
@@ -24,9 +21,10 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if fused in (True, None):
             raise ValueError(f"fused={fused}: a fused kernel can't ask the other ranks; leave it False")
         super().__init__(*args, **kwargs)
-        self.wire_name = f"sync_batch_norm.{next(_layers)}"
+        self.wire_name: str | None = None  # prefix of the names of its collectives; given at its first use
 
     def _moments(self, inputs: Any, mask: Any) -> tuple:
+        self.wire_name = self.wire_name or names.give("sync_batch_norm")
         axes, channels = self._reduction_axes, inputs.shape[self.axis]
         if mask is None:
             counted = ops.ones_like(inputs)

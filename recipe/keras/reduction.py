@@ -1,20 +1,19 @@
 """How a DistributedOptimizer's gradients travel, and what it remembers between backward passes."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 
-from recipe.keras import backend
+from recipe.keras import backend, names
 
 
 @dataclass
 class Reduction:
     """Held beside the optimizer's variables, not among them: saved models load without it."""
 
-    wire_name: str  # prefix of the names of its collectives; the same on all ranks
+    prefix: str  # of its name
     compression: type
     op: int
     predivide: float
@@ -30,6 +29,7 @@ class Reduction:
     local: dict[int, Any] = field(default_factory=dict)  # variables whose gradients stay on their rank, by id
     sums: list = field(default_factory=list)  # of the gradients since the last step
     count: Any = None  # backward passes since the last step
+    wire_name: str | None = None  # prefix of the names of its collectives; given at its first reduction
     seen: set[int] = field(default_factory=set)  # places of the sums that have had a gradient since the last step
 
     def __call__(self, gradients: list, variables: list) -> list:
@@ -41,6 +41,7 @@ class Reduction:
             )
         if not self.process_set.included():
             return gradients
+        self.wire_name = self.wire_name or names.give(self.prefix, self.process_set.process_set_id)
         shared = [i for i, v in enumerate(variables) if not self.is_local(v)]
         local = [i for i, v in enumerate(variables) if self.is_local(v) and gradients[i] is not None]
         reduced = backend.reduce(gradients, variables, self._grouped(shared, variables), self)
@@ -103,12 +104,9 @@ class Reduction:
     def _keys(self, shared: list[int], variables: list) -> list:
         if isinstance(self.groups, int):
             return [("group", n * self.groups // len(shared)) for n in range(len(shared))]
-        members = enumerate(self.groups or ())
-        group = {id(framework_variable(v)): g for g, v in itertools.chain(*(((g, v) for v in vs) for g, vs in members))}
-        return [
-            ("group", group[k]) if (k := id(framework_variable(variables[i]))) in group else ("alone", i)
-            for i in shared
-        ]
+        group = {id(framework_variable(v)): g for g, members in enumerate(self.groups or ()) for v in members}
+        keys = [id(framework_variable(variables[i])) for i in shared]
+        return [("group", group[k]) if k in group else ("alone", i) for i, k in zip(shared, keys, strict=True)]
 
 
 def framework_variable(variable: Any) -> Any:

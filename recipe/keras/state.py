@@ -8,7 +8,7 @@ import numpy as np
 
 from recipe import collectives
 from recipe.errors import RunError
-from recipe.keras import backend
+from recipe.keras import backend, names
 from recipe.keras.distributed import reduction_of
 from recipe.keras.normalization import SyncBatchNormalization
 from recipe.keras.reduction import framework_variable
@@ -113,13 +113,14 @@ def from_arrays(model: keras.Model, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _agree_on_names(model: keras.Model, optimizer: keras.optimizers.Optimizer, root_rank: int) -> None:
-    """Collectives are named by the order in which optimizers and layers were made; a rank that made more of them
-    than others (it loaded a model; it is new to an elastic job) would wait for ever."""
+    """Optimizers and layers of a rank that is new to an elastic job go by the names they have on the others."""
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, SyncBatchNormalization)]
     named = [*layers, *filter(None, [reduction_of(optimizer)])]
-    names = collectives.gather([n.wire_name for n in named], "state.names")[root_rank]
-    for n, name in zip(named, names, strict=True):
-        n.wire_name = name
+    mine = [n.wire_name for n in named], names.given()
+    theirs, given = collectives.gather(mine, "state.names")[root_rank]
+    names.go_on_from(given)
+    for n, name in zip(named, theirs, strict=True):
+        n.wire_name = name or n.wire_name
 
 
 def _named(model: keras.Model) -> dict[str, keras.Variable]:

@@ -47,7 +47,7 @@ class ScheduledRate(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict | None = None) -> None:
         if (n := self.model.steps_per_execution) > 1:
             raise ValueError(
-                f"steps_per_execution={n}: a callback sees only every {n}th step; leave it 1, or give the optimizer a "
+                f"steps_per_execution={n}: a callback sees only one step in {n}; leave it 1, or give the optimizer a "
                 "recipe.keras.RateSchedule as its learning rate"
             )
 
