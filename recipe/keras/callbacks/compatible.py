@@ -104,7 +104,7 @@ class LearningRateScheduleCallback(ScheduledRate):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if logs is not None:
-            logs["lr"] = rate_of(self.model.optimizer)
+            logs.setdefault("lr", rate_of(self.model.optimizer))  # before a warmup sets the next epoch's
 
     def _rate(self, epoch: float) -> float:
         if callable(self.multiplier):
