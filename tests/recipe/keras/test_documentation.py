@@ -1,4 +1,4 @@
-"""docs/keras.md against the installed Horovod: every public name stands in its table, exists, and takes its arguments."""
+"""docs/keras.md against the installed Horovod: every public name stands in its table and takes its arguments."""
 
 import importlib
 import inspect

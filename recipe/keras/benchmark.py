@@ -1,0 +1,143 @@
+"""What DistributedOptimizer costs per step, and when gradients are reduced: `python -m recipe.keras.benchmark`.
+
+Prints, on one rank, the time of a training step with the wrapped optimizer over that with the plain one, timed in
+turns; and, from the Horovod timeline of a run on two ranks, which part of the allreduces began before the last
+gradient was ready.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import recipe.keras as hvd
+
+BATCH, WIDTH, LAYERS = 32, 256, 12
+STEPS, TURNS = 20, 9
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        record_timeline(sys.argv[1])
+        return
+    hvd.init()
+    print(f"{keras.backend.backend()}, {LAYERS} dense layers of {WIDTH}, batch {BATCH}, one rank; ms per step")
+    plain, wrapped = cost()
+    for name, times in (("plain", plain), ("wrapped", wrapped)):
+        print(f"{name:8} median {statistics.median(times):6.2f}   from {min(times):6.2f} to {max(times):6.2f}")
+    ratios = [w / p for p, w in zip(plain, wrapped, strict=True)]
+    print(f"ratio    median {statistics.median(ratios):6.3f}   from {min(ratios):6.3f} to {max(ratios):6.3f}")
+    if hvd.is_initialized():
+        hvd.shutdown()
+    print(overlap())
+
+
+def cost() -> tuple[list[float], list[float]]:
+    """Milliseconds per step, plain and wrapped, in TURNS turns of STEPS steps each."""
+    steppers = [
+        stepper(keras.optimizers.SGD(0.01, 0.9)),
+        stepper(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9))),
+    ]
+    times: tuple[list[float], list[float]] = ([], [])
+    for step in steppers:
+        step()  # traced
+    for _ in range(TURNS):
+        for step, found in zip(steppers, times, strict=True):
+            began = time.perf_counter()
+            for _ in range(STEPS):
+                step()
+            found.append((time.perf_counter() - began) / STEPS * 1000)
+    return times
+
+
+def stepper(optimizer: keras.optimizers.Optimizer) -> Callable[[], object]:
+    """A function that trains one step of a network on one fixed batch."""
+    layers = [keras.layers.Dense(WIDTH, activation="relu") for _ in range(LAYERS)]
+    model = keras.Sequential([keras.Input((WIDTH,)), *layers])
+    model.compile(optimizer, "mse", jit_compile=False)
+    x = np.random.default_rng(0).normal(size=(BATCH, WIDTH)).astype(np.float32)
+    return lambda: model.train_on_batch(x, x)
+
+
+def record_timeline(path: str) -> None:
+    """Run on each of two ranks: a few steps on a larger batch, rank 0 writing Horovod's timeline."""
+    hvd.init()
+    global BATCH
+    BATCH = 2048  # so that backprop takes long enough to see
+    step = stepper(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9)))
+    step()
+    hvd.start_timeline(path)
+    for _ in range(5):
+        step()
+        time.sleep(0.05)  # what separates the steps in the timeline
+    hvd.stop_timeline()
+
+
+def overlap() -> str:
+    """One sentence about two ranks, from their timeline."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/timeline.json"
+        program = [sys.executable, "-m", "recipe.keras.benchmark", path]
+        mpirun = str(Path(sys.executable).parent / "mpirun")
+        command = [mpirun, "-np", "2", "--oversubscribe", "--bind-to", "none", *program]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, check=False
+        )
+        if done.returncode:
+            return f"no timeline: two ranks ended with status {done.returncode}: {done.stdout[-2000:]}"
+        return described(steps_of(read_events(path)))
+
+
+def read_events(path: str) -> list[dict]:
+    """The events of a Horovod timeline, which lacks its closing bracket when the run is cut."""
+    text = Path(path).read_text().rstrip().rstrip(",")
+    return [event for event in json.loads(text if text.endswith("]") else text + "]") if event]
+
+
+def steps_of(events: list[dict]) -> list[dict[str, tuple[float, float, float]]]:
+    """For each step and gradient: when it was ready on rank 0, when its allreduce began and ended, in ms."""
+    tensors = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+    steps: list[dict] = []
+    open_: dict[int, list[float]] = {}
+    last = -np.inf
+    for event in events:
+        name = tensors.get(event.get("pid"), "")
+        if "gradient" not in name or "ts" not in event:
+            continue
+        at = event["ts"] / 1000
+        if event["ph"] == "B" and event.get("name", "").startswith("NEGOTIATE"):
+            if at - last > 40:
+                steps.append({})
+            open_[event["pid"]] = [at]
+            last = at
+        elif event["ph"] == "B" and event.get("name") == "ALLREDUCE" and event["pid"] in open_:
+            open_[event["pid"]].append(at)
+        elif event["ph"] == "E" and len(open_.get(event["pid"], ())) >= 2:
+            steps[-1][name] = (*open_[event["pid"]][:2], at)
+    return steps
+
+
+def described(steps: list[dict[str, tuple[float, float, float]]]) -> str:
+    """How many allreduces began, and ended, before the last gradient of their step was ready."""
+    began, ended, total, spans = 0, 0, 0, []
+    for step in steps:
+        ready = max(times[0] for times in step.values())
+        began += sum(times[1] < ready for times in step.values())
+        ended += sum(times[2] < ready for times in step.values())
+        total += len(step)
+        spans.append(ready - min(times[0] for times in step.values()))
+    return (
+        f"two ranks, {len(steps)} steps: {began} of {total} allreduces began and {ended} ended before the last "
+        f"gradient of their step was ready (median {statistics.median(spans):.1f} ms after the first)"
+    )
+
+
+if __name__ == "__main__":
+    main()
