@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from recipe.keras import backend
+from recipe.keras import backend, names
 from recipe.keras.backend import Compression
 
 _hvd = backend.horovod
@@ -30,7 +30,7 @@ def allreduce(
     `average` is an old way to say op=Average (True) or op=Sum (False); both at once is a ValueError."""
     options = {
         "op": _op(op, average),
-        "name": name,
+        "name": name or _name("allreduce", process_set),
         "compression": compression,
         "prescale_factor": prescale_factor,
         "postscale_factor": postscale_factor,
@@ -52,7 +52,7 @@ def grouped_allreduce(
     """Several values of one type, reduced as one operation; otherwise as `allreduce`."""
     options = {
         "op": _op(op, average),
-        "name": name,
+        "name": name or _name("allreduce", process_set),
         "compression": compression,
         "prescale_factor": prescale_factor,
         "postscale_factor": postscale_factor,
@@ -63,11 +63,12 @@ def grouped_allreduce(
 
 def allgather(value: Any, name: str | None = None, process_set: Any = _hvd.global_process_set) -> Any:
     """All ranks' values one after another along the first axis, in which they may differ."""
-    return _hvd.allgather(_tensor(value), name=name, process_set=process_set)
+    return _hvd.allgather(_tensor(value), name=name or _name("allgather", process_set), process_set=process_set)
 
 
 def broadcast(value: Any, root_rank: int, name: str | None = None, process_set: Any = _hvd.global_process_set) -> Any:
     """Rank root_rank's value, on all ranks."""
+    name = name or _name("broadcast", process_set)
     return _hvd.broadcast(_tensor(value), root_rank, name=name, process_set=process_set)
 
 
@@ -75,6 +76,7 @@ def reducescatter(
     value: Any, name: str | None = None, op: int = _hvd.Average, process_set: Any = _hvd.global_process_set
 ) -> Any:
     """This rank's part, along the first axis, of the reduced value; op is Average or Sum."""
+    name = name or _name("reducescatter", process_set)
     return _hvd.reducescatter(_tensor(value), name=name, op=op, process_set=process_set)
 
 
@@ -86,6 +88,7 @@ def alltoall(
     Without `splits` (one length for each rank) the parts are equal; with it, (joined, lengths received) comes back."""
     if splits is not None:
         splits = keras.ops.cast(_tensor(splits), "int32")
+    name = name or _name("alltoall", process_set)
     return _hvd.alltoall(_tensor(value), splits=splits, name=name, process_set=process_set)
 
 
@@ -123,6 +126,12 @@ def broadcast_global_variables(root_rank: int) -> None:
 
 def _tensor(value: Any) -> Any:
     return keras.ops.convert_to_tensor(value)
+
+
+def _name(operation: str, process_set: Any) -> str | None:
+    """PyTorch's binding counts unnamed operations whatever their process set, so that ranks that are in one and ranks
+    that are not would wait for each other; TensorFlow's takes the graph's names."""
+    return names.give(operation, process_set.process_set_id) if backend.FRAMEWORK == "torch" else None
 
 
 def _op(op: int | None, average: bool | None) -> int:
