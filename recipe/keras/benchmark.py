@@ -22,6 +22,7 @@ import recipe.keras as hvd
 
 BATCH, WIDTH, LAYERS = 32, 256, 12
 STEPS, TURNS = 20, 9
+PAUSE = 200  # ms between the steps of the timeline, by which they are told apart
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ def record_timeline(path: str) -> None:
     hvd.start_timeline(path)
     for _ in range(5):
         step()
-        time.sleep(0.05)  # what separates the steps in the timeline
+        time.sleep(PAUSE / 1000)
     hvd.stop_timeline()
 
 
@@ -111,25 +112,24 @@ def read_events(path: str) -> list[dict]:
 
 def steps_of(events: list[dict]) -> list[dict[str, tuple[float, float, float]]]:
     """For each step and gradient: when it was ready on rank 0, when its allreduce began and ended, in ms."""
-    tensors = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+    tensors = {e["pid"]: e["args"]["name"] for e in events if e.get("args", {}).get("name")}
     steps: list[dict] = []
-    open_: dict[int, list[float]] = {}
-    last = -np.inf
+    phases: dict[int, list[tuple[str, float]]] = {}  # begun and not ended, by tensor
+    ready: dict[int, float] = {}
     for event in events:
-        name = tensors.get(event.get("pid"), "")
-        if "gradient" not in name or "ts" not in event:
+        tensor = event.get("pid")
+        if "gradient" not in tensors.get(tensor, "") or event["ph"] not in "BE":
             continue
         at = event["ts"] / 1000
-        if event["ph"] == "B" and event.get("name", "").startswith("NEGOTIATE"):
-            if at - last > 40:
-                steps.append({})
-            open_[event["pid"]] = [at]
-            last = at
-        elif event["ph"] == "B" and event.get("name") == "ALLREDUCE" and event["pid"] in open_:
-            open_[event["pid"]].append(at)
-        elif event["ph"] == "E" and len(open_.get(event["pid"], ())) >= 2:
-            steps[-1][name] = (*open_[event["pid"]][:2], at)
-    return steps
+        if event["ph"] == "B":
+            phases.setdefault(tensor, []).append((event["name"], at))
+            if event["name"].startswith("NEGOTIATE"):
+                if not ready or at - max(ready.values()) > PAUSE / 2:
+                    steps.append({})
+                ready[tensor] = at
+        elif (ended := phases[tensor].pop())[0] == "ALLREDUCE":
+            steps[-1][tensors[tensor]] = (ready[tensor], ended[1], at)
+    return [step for step in steps if step]
 
 
 def described(steps: list[dict[str, tuple[float, float, float]]]) -> str:

@@ -18,7 +18,9 @@ from tests.ranks import report
 from tests.recipe.keras.program import EXAMPLES, LABELS, MINIBATCH, compiled, fit, nesterov, network, share
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
-PAIR = hvd.ProcessSet([0, 2] if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 2 else [0])
+SIZE = int(os.environ["OMPI_COMM_WORLD_SIZE"])
+PAIR = hvd.ProcessSet([0, 2] if SIZE > 2 else [0])
+SETS = [PAIR] if SIZE > 1 else None  # Horovod refuses a set of all ranks
 
 
 def value(v) -> np.ndarray:
@@ -493,7 +495,7 @@ def schedules() -> dict:
         model = compiled(network(), hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, 0.9, nesterov_)))
         fit(model, 3, ScheduledRate(RATE), rates := Rates())
         found["callback", nesterov_] = model.get_weights()
-        for steps in (1, 4):
+        for steps in (1, 4) if TENSORFLOW else (1,):  # Keras has no others with PyTorch
             schedule = hvd.RateSchedule(RATE, 4)
             model = network()
             model.compile(
@@ -627,7 +629,7 @@ def elastic_callbacks() -> dict:
 
 
 def main() -> None:
-    hvd.init(process_sets=[PAIR])
+    hvd.init(process_sets=SETS)
     report(hvd.rank(), {name: globals()[name]() for name in sys.argv[1:]})
 
 

@@ -284,7 +284,7 @@ def test_schedule_and_callback_are_the_same_rate_and_the_same_training(run, back
     for found in run("schedules", backend, 2):
         assert found["schedule"] == found["callback"]
         for nesterov in (False, True):
-            for steps in (1, 4):
+            for steps in (1, 4) if backend == "tensorflow" else (1,):
                 scheduled = found["weights"]["schedule", nesterov, steps]
                 assert_same(scheduled, found["weights"]["callback", nesterov], rtol=1e-4, atol=1e-5)
 
