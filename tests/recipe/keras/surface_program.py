@@ -14,7 +14,7 @@ from recipe.keras import state
 from recipe.keras.callbacks import BroadcastState, ReplicaCheck, ScheduledRate
 from recipe.keras.distributed import is_distributed, reduction_of
 from recipe.schedule import Rate
-from tests.ranks import report
+from tests.ranks import ROOT, report
 from tests.recipe.keras.program import EXAMPLES, LABELS, MINIBATCH, compiled, fit, nesterov, network, share
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -626,6 +626,17 @@ def elastic_callbacks() -> dict:
         )
         found[name] = {"seen": seen, "epoch": held.epoch, "batch": held.batch}
     return found
+
+
+def fifteen_lines() -> dict:
+    """The page's own script, for two epochs."""
+    code = (ROOT / "docs/keras.md").read_text().split("```python\n")[1].split("```")[0].replace("epochs=90", "epochs=2")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    given = {"x": EXAMPLES, "y": LABELS, "model": network(), "loss": loss, "metrics": ["accuracy"], "batch": 12}
+    os.chdir(os.environ["RESULTS"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code, "docs/keras.md", "exec"), given)
+    return {"weights": given["model"].get_weights(), "rate": float(value(given["optimizer"].learning_rate))}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import runpy
 
 import keras
 import pytest
@@ -77,3 +78,9 @@ def test_every_test_that_the_page_names_exists():
 def test_every_argument_of_distributed_optimizer_is_in_the_table():
     for parameter in parameters(counterpart("horovod.keras", "DistributedOptimizer"))[1:]:
         assert re.search(rf"^\|[^|]*`{parameter.name}`", PAGE, re.MULTILINE), parameter.name
+
+
+def test_jax_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(ImportError, match=r"no binding for Keras's 'jax' backend; set KERAS_BACKEND="):
+        runpy.run_path(str(ROOT / "recipe/keras/backend.py"))

@@ -54,6 +54,7 @@ ON_TWO = (
     "schedules",
     "elastic_state",
     "elastic_callbacks",
+    "fifteen_lines",
 )
 ALONE = ("every_optimizer", "on_the_averaged_gradient", "embeddings", "synchronised_normalisation")
 
@@ -337,3 +338,10 @@ def test_elastic_callbacks_take_up_an_epoch_where_it_was_left(run, backend):
             assert epochs == (1,) * 4 + (2,) * 4
             assert iterations == (0, 0, 1, 2, 3, 4, 5, 6)
             assert (taken_up["epoch"], taken_up["batch"]) == (3, 0)
+
+
+def test_the_fifteen_lines_of_the_page_train(run, backend):
+    """Two epochs of 4 steps, the last of which is 7/20 into the warmup from 0.01 to 0.02."""
+    first, second = run("fifteen_lines", backend, 2)
+    assert_same(first["weights"], second["weights"])
+    assert first["rate"] == pytest.approx(0.01 * (1 + 7 / 20))
