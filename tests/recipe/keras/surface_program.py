@@ -323,7 +323,7 @@ def saving() -> dict:
         loaded = hvd.load_model(path, compression=hvd.Compression.fp16, **names)
         by_objects = hvd.load_model(path, custom_objects={kind.__name__: kind})
         found[kind.__name__] = {
-            "plain": type(plain.optimizer) is kind,
+            "plain": isinstance(plain.optimizer, kind) and not is_distributed(plain.optimizer),
             "distributed": [
                 is_distributed(m.optimizer) and isinstance(m.optimizer, kind) for m in (loaded, by_objects)
             ],
