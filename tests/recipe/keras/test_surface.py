@@ -58,9 +58,9 @@ ON_TWO = (
 )
 ALONE = ("every_optimizer", "on_the_averaged_gradient", "embeddings", "synchronised_normalisation")
 
-# A gradient is a float32 sum of about 400 terms whose order depends on the ranks: 1e-6 of it. Adam's kind divides by
-# the gradient's size, so that a tiny gradient's rounding moves a weight by a share of η = 0.01 to 0.1 at each step.
-ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
+# A gradient is a float32 sum of about 400 terms whose order depends on the ranks: 1e-6 of it; after 4 to 6 steps of
+# η = 0.01 to 0.1 the weights differ by 5e-7 at most (seen: every optimizer, both backends, 2 and 4 ranks).
+ROUNDING = {"rtol": 1e-5, "atol": 5e-6}
 
 pytestmark = pytest.mark.ranks
 
@@ -161,11 +161,8 @@ def test_every_optimizer_on_two_ranks_is_one_rank_with_the_whole_minibatch(run, 
     assert len(first) > 12
     for name, weights in first.items():
         assert_same(weights, second[name])
-        # Muon orthogonalises: it divides by the gradient's smallest directions.
-        bound = {"rtol": 5e-3, "atol": 5e-4} if name == "Muon" else ROUNDING
-        np.testing.assert_equal(len(weights), len(alone[name]))
         for a, b in zip(weights, alone[name], strict=True):
-            np.testing.assert_allclose(a, b, **bound, err_msg=name)
+            np.testing.assert_allclose(a, b, **ROUNDING, err_msg=name)
 
 
 def test_embeddings_get_the_averaged_gradient_sparse_and_dense(run, backend, size):
