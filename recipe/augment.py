@@ -2,7 +2,6 @@
 
 import numpy as np
 
-AREA = (0.08, 1.0)  # of the image, uniform (GoogLeNet's augmentation; paper, sec. 5.1)
 ASPECT = (3 / 4, 4 / 3)  # width to height
 ATTEMPTS = 10  # draws before the fallback
 EVAL_RESIZE = 256 / 224  # shorter side to crop in evaluation (paper, sec. 5.1)
@@ -17,18 +16,21 @@ def uniforms(indices: np.ndarray, seed: int, epoch: int, count: int) -> np.ndarr
     return (words >> np.uint64(11)) * 2.0**-53
 
 
-def crop_boxes(shapes: np.ndarray, indices: np.ndarray, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def crop_boxes(
+    shapes: np.ndarray, indices: np.ndarray, seed: int, epoch: int, min_area: float = 0.08
+) -> tuple[np.ndarray, np.ndarray]:
     """(boxes int32[b, 4] as (y, x, height, width) in source pixels, flips bool[b]) for training images.
 
-    `shapes` is int[b, 2], (height, width) of each image; `indices` are the examples' indices. Area 8–100 % of the
-    image and aspect 3/4–4/3, up to ten draws until the box fits; else the central square of the shorter side, which
-    is the fallback of the paper's reference (fb.resnet.torch). Mirrored with probability 1/2 (paper, sec. 5.1).
+    `shapes` is int[b, 2], (height, width) of each image; `indices` are the examples' indices. Area min_area–100 %
+    of the image (8 % in the paper), uniform, and aspect 3/4–4/3, up to ten draws until the box fits; else the central
+    square of the shorter side, which is the fallback of the paper's reference (fb.resnet.torch). Mirrored with
+    probability 1/2 (paper, sec. 5.1).
 
     Deviation: the logarithm of the aspect is uniform, as is usual today; the reference draws the aspect itself and
     exchanges width and height in half of the cases. Both favour neither orientation."""
     height, width = np.asarray(shapes, dtype=np.int64).T
     u = uniforms(indices, seed, epoch, 2 * ATTEMPTS + 3)
-    h, w = _sizes(height, width, u[:, :ATTEMPTS], u[:, ATTEMPTS : 2 * ATTEMPTS])
+    h, w = _sizes(height, width, u[:, :ATTEMPTS], u[:, ATTEMPTS : 2 * ATTEMPTS], min_area)
     fits, drawn_y, drawn_x = h > 0, u[:, -3], u[:, -2]
     y, x = np.floor(drawn_y * (height - h + 1)), np.floor(drawn_x * (width - w + 1))
     side = np.minimum(height, width)
@@ -52,10 +54,10 @@ def eval_boxes(shapes: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def _sizes(
-    height: np.ndarray, width: np.ndarray, u_area: np.ndarray, u_aspect: np.ndarray
+    height: np.ndarray, width: np.ndarray, u_area: np.ndarray, u_aspect: np.ndarray, min_area: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(h, w), each [b]: the first draw that fits into the image, or zeros where none does."""
-    area = (AREA[0] + u_area * (AREA[1] - AREA[0])) * (height * width)[:, None]
+    area = (min_area + u_area * (1 - min_area)) * (height * width)[:, None]
     low, high = np.log(ASPECT)
     aspect = np.exp(low + u_aspect * (high - low))
     h, w = np.round(np.sqrt(area / aspect)), np.round(np.sqrt(area * aspect))

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import sys
 import time
 import traceback
@@ -124,11 +125,15 @@ def _refuse_unknown(overrides: list[str], recipe: Recipe) -> None:
 
 
 def _unexpected(error: Exception) -> str:
-    if "Horovod" in f"{type(error).__name__} {error}" and "shut down" in str(error).replace("shutdown", "shut down"):
+    """The sentence for an error that isn't ours by type; prints its traceback when it is nobody's we know."""
+    text = str(error)
+    if ours := re.search(r"RunError: (.*)", text):
+        return ours[1]  # raised inside TensorFlow's input pipeline, which wraps it in an error of its own
+    if "Horovod" in f"{type(error).__name__} {text}":
         time.sleep(1)  # let the rank that failed first be heard first
-        return "another rank has gone; its own message says why"
+        return f"another rank has gone; its own message says why ({text.splitlines()[0]})"
     traceback.print_exc()
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{type(error).__name__}: {text}".splitlines()[0]
 
 
 def _leave(status: int, message: str, everywhere: bool = False) -> None:

@@ -1,7 +1,10 @@
 """Progress of a run: a bar on a terminal, plain lines in a log. Rank 0 only."""
 
+import contextlib
+import os
 import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -12,7 +15,8 @@ class Progress:
     def __init__(self, steps: int, steps_per_epoch: int, first_step: int = 0) -> None:
         self.steps, self.steps_per_epoch = steps, steps_per_epoch
         self._first, self._began = first_step, time.monotonic()
-        self._bar = tqdm(total=steps, initial=first_step, unit="step", leave=False) if sys.stderr.isatty() else None
+        width = _terminal_width()
+        self._bar = tqdm(total=steps, initial=first_step, unit="step", leave=False, ncols=width) if width else None
 
     def step(self, step: int) -> None:
         """Step number `step` is done."""
@@ -46,3 +50,14 @@ class Progress:
         done = max(1, step - self._first)
         seconds = (time.monotonic() - self._began) / done * (self.steps - step)
         return tqdm.format_interval(seconds)
+
+
+def _terminal_width() -> int:
+    """Columns of the terminal that a person looks at, 0 if there is none.
+
+    Launchers give their ranks a pipe and copy it to their own stderr: mpirun is rank 0's parent, and asked instead."""
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    with contextlib.suppress(OSError), Path(f"/proc/{os.getppid()}/fd/2").open("wb", 0) as launchers:
+        return os.get_terminal_size(launchers.fileno()).columns or 80
+    return 0

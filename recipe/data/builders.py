@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -74,6 +75,9 @@ def run_builder(builder: tfds.core.DatasetBuilder, manual_dir: Path) -> None:
             return  # another process was faster
         reason = next(iter(str(error).strip().splitlines()), "")
         raise RunError(f"{builder.name} can't be prepared in {builder.data_dir}: {type(error).__name__}: {reason}")
+    finished = Path(builder.data_dir)
+    for leftover in finished.parent.glob(f"incomplete.*_{finished.name}"):  # of killed preparations
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_tars(folder: Path) -> None:

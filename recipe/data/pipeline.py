@@ -98,7 +98,7 @@ def _augmented(
     def load(position: int) -> tuple:
         epoch, indices, weights = share(position)
         images, labels, shapes = _read(source, indices)
-        boxes, flips = augment.crop_boxes(shapes, indices, recipe.seed, epoch)
+        boxes, flips = augment.crop_boxes(shapes, indices, recipe.seed, epoch, recipe.data.min_area)
         return images, boxes, flips, indices, labels, weights
 
     def decoded(images: tf.Tensor, boxes: tf.Tensor, flips: tf.Tensor, indices: tf.Tensor, *rest: tf.Tensor) -> tuple:
@@ -196,7 +196,7 @@ def _train_image(size: int, png: bool, encoded: tf.Tensor, box: tf.Tensor, flip:
 def _eval_image(
     size: int, png: bool, encoded: tf.Tensor, window: tf.Tensor, scale: tf.Tensor, offset: tf.Tensor
 ) -> tf.Tensor:
-    image = tf.cast(_cropped(png, encoded, window), tf.float32)[None]
+    image = _cropped(png, encoded, window)[None]
     resized = tf.raw_ops.ScaleAndTranslate(
         images=image, size=[size, size], scale=scale, translation=offset, kernel_type="triangle", antialias=True
     )

@@ -38,7 +38,7 @@ def prepare_now(data: Data) -> None:
         print(f"preparing {data.name} in {builder.data_dir} ...", flush=True)
         builders.run_builder(builder, builders.manual_dir(data))
     sources.prepare(data)
-    splits = builder.info.splits.values()
+    splits = builders.find_builder(data).info.splits.values()
     counts = " and ".join(f"{split.num_examples:,} in {split.name}" for split in splits)
     megabytes = sum(split.num_bytes for split in splits) / 1e6
     print(f"{counts}: {megabytes:,.1f} MB in {builder.data_dir} ({time.monotonic() - began:.0f} s)")

@@ -19,7 +19,6 @@ horovod = _module.hvd
 broadcast = _module.broadcast
 dense = _module.dense
 divided_by_size = _module.divided_by_size
-mean_over_ranks = _module.mean_over_ranks
 reduce = _module.reduce
 total = _module.total
 use_local_device = _module.use_local_device

@@ -92,17 +92,6 @@ def broadcast(variables: list, root_rank: int, name: str) -> None:
     assign_all()
 
 
-def mean_over_ranks(variables: list, name: str) -> None:
-    """Each floating-point Keras variable becomes its mean over all ranks."""
-
-    @tf.function
-    def assign_all() -> None:
-        for i, v in enumerate(variables):
-            v.value.assign(hvd.allreduce(v.value.read_value(), op=hvd.Average, name=f"{name}.{i}"))
-
-    assign_all()
-
-
 def use_local_device(local_rank: int, threads: int) -> None:
     """Gives this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
     gpus = tf.config.list_physical_devices("GPU")

@@ -88,13 +88,6 @@ def broadcast(variables: list, root_rank: int, name: str) -> None:
         hvd.synchronize(handle)
 
 
-def mean_over_ranks(variables: list, name: str) -> None:
-    """Each floating-point Keras variable becomes its mean over all ranks."""
-    handles = [hvd.allreduce_async_(v.value.data, op=hvd.Average, name=f"{name}.{i}") for i, v in enumerate(variables)]
-    for handle in handles:
-        hvd.synchronize(handle)
-
-
 def use_local_device(local_rank: int, threads: int) -> None:
     """Gives this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
     if torch.cuda.is_available():

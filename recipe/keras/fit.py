@@ -11,8 +11,8 @@ import numpy as np
 
 from recipe import checkpoint, collectives, runlog, sharding
 from recipe.config import Recipe
-from recipe.data import open_source, prepare
 from recipe.data.pipeline import eval_batches, train_batches
+from recipe.data.sources import open_source, prepare
 from recipe.errors import RunError, UsageError
 from recipe.keras import backend, resnet, state
 from recipe.keras.callbacks import BroadcastState, ReplicaCheck, ScheduledRate

@@ -1,5 +1,6 @@
 """All variables of a model and its optimizer: broadcast, compared and averaged over ranks."""
 
+import math
 import zlib
 from collections.abc import Sequence
 
@@ -73,9 +74,12 @@ def average_moving_statistics(model: keras.Model) -> None:
     """Averages what each rank's batch normalisation has seen, over all ranks (before evaluation). Collective.
 
     Moving averages are linear in the batches they saw: averaging them early or late gives the same."""
-    backend.mean_over_ranks(
-        [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)], "moving"
-    )
+    variables = [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
+    mine = np.concatenate([np.ravel(keras.ops.convert_to_numpy(v)) for v in variables] or [np.zeros(0)])
+    mean = collectives.total(mine, "moving_statistics") / collectives.size()
+    ends = np.cumsum([math.prod(v.shape) for v in variables])
+    for v, value in zip(variables, np.split(mean, ends[:-1]), strict=True):
+        v.assign(value.reshape(v.shape))
 
 
 def check_replicas(model: keras.Model) -> None:

@@ -24,6 +24,7 @@ SMALL = [
     "--config=quick",
     "--config.n=64",
     "--config.epochs=3",
+    "--config.optimizer.base_rate=0.1",
     "--config.data.train_examples=448",  # 3.5 minibatches of 128: the last one is short
     "--config.data.eval_examples=131",  # a prime: no number of ranks divides it
     "--config.schedule.warmup_epochs=1.5",
@@ -192,6 +193,25 @@ def test_one_rank_without_data_ends_the_run_with_its_message(tmp_path, data_dir)
     )
     done.stdout += done.stderr
     refused(done, 2, "rank 1: ", str(empty))
+
+
+def test_a_damaged_image_is_named(tmp_path, data_dir, finished):
+    """On the rank that meets it, while the other waits in an allreduce; the job ends all the same."""
+    copy = tmp_path / "data"
+    shutil.copytree(data_dir, copy)
+    for shard in copy.glob("fashion_photos/*/fashion_photos-train.tfrecord-00000-*"):
+        content = bytearray(shard.read_bytes())
+        for place in range(len(content) - 1):
+            if content[place : place + 2] == b"\xff\xda":  # each image's pixels begin here
+                content[place + 2 : place + 40] = b"\xff\xd9" * 19  # and end at once
+        shard.write_bytes(content)
+    began = time.monotonic()
+    done = launch(2, [*SMALL, f"--run_dir={tmp_path / 'run'}"], TFDS_DATA_DIR=str(copy))
+    assert time.monotonic() - began < 90
+    assert done.returncode == 1
+    assert "error: rank" in done.stdout
+    assert ": example " in done.stdout and "fashion_photos-train.tfrecord-00000" in done.stdout
+    assert "Traceback" not in done.stdout
 
 
 def test_ranks_must_be_the_recipes_workers(tmp_path, data_dir):

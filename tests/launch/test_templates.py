@@ -1,0 +1,51 @@
+"""Hostfiles and sbatch templates: each names what it is for, and its numbers agree with the recipe it starts."""
+
+import re
+import subprocess
+
+import pytest
+
+from recipe import cli
+from tests.ranks import ROOT
+
+HOSTFILES = {"localhost": (1, 2), "bigbasin-1": (1, 8), "bigbasin-4": (4, 8), "bigbasin-32": (32, 8)}  # servers, slots
+
+
+@pytest.mark.parametrize(("name", "servers", "slots"), [(name, *shape) for name, shape in HOSTFILES.items()])
+def test_hostfiles_have_the_ranks_of_the_recipes_they_name(name, servers, slots):
+    lines = (ROOT / "hostfiles" / name).read_text().splitlines()
+    hosts = [line for line in lines if not line.startswith("#")]
+    assert len(set(hosts)) == len(hosts) == servers
+    assert all(re.fullmatch(rf"[\w.-]+ slots={slots}", line) for line in hosts)
+    commands = [line.removeprefix("# ") for line in lines if "recipe.train" in line]
+    assert [command.split()[0] for command in commands] == ["mpirun", "horovodrun"]
+    for command in commands:
+        assert f"-np {servers * slots} --hostfile hostfiles/{name} " in command
+        recipe, _, others = cli.parse_recipe(command.split("recipe.train ")[1].split())
+        assert recipe.k == servers * slots
+        assert not others
+
+
+def test_every_hostfile_is_tested():
+    assert {path.name for path in (ROOT / "hostfiles").iterdir()} == set(HOSTFILES)
+
+
+def test_horovodrun_reads_the_hostfiles():
+    """Horovod's own parser knows no comments; our build of it does."""
+    from horovod.runner.common.util.hosts import parse_host_files
+
+    assert parse_host_files(str(ROOT / "hostfiles/bigbasin-4")) == "bb01:8,bb02:8,bb03:8,bb04:8"
+
+
+def test_the_sbatch_template_is_for_256_gpus():
+    text = (ROOT / "launch/slurm/train.sbatch").read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
+    assert int(options["nodes"]) * int(options["ntasks-per-node"]) == cli.load_recipe("imagenet_1hr").k
+    assert options["gpus-per-node"] == options["ntasks-per-node"]
+
+
+@pytest.mark.parametrize(
+    "script", ["launch/local", "launch/install/install", "tests/run", ".ci/run", "launch/slurm/train.sbatch"]
+)
+def test_shell_scripts_parse(script):
+    assert subprocess.run(["bash", "-n", str(ROOT / script)], check=False).returncode == 0

@@ -1,0 +1,266 @@
+"""Batches: which examples, which pixels, in which order, and what a bad image says."""
+
+import dataclasses
+import io
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from recipe import augment, sharding
+from recipe.config import Data, Recipe, Schedule
+from recipe.data import pipeline, records, sources
+from recipe.data.images import image_shape
+from recipe.errors import UsageError
+
+NO_WARMUP = Schedule(warmup="none", decay_epochs=())
+
+
+def recipe_of(data: Data, k: int, n: int, epochs: int = 2, seed: int = 5) -> Recipe:
+    return Recipe(k=k, n=n, epochs=epochs, seed=seed, data=data, schedule=NO_WARMUP)
+
+
+def collected(batches: Iterable) -> list[tuple[np.ndarray, ...]]:
+    return [tuple(np.asarray(part) for part in batch) for batch in batches]
+
+
+def assert_equal(a: list[tuple], b: list[tuple]) -> None:
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        for x, y in zip(left, right, strict=True):
+            assert np.array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def data(fashion: Data) -> Data:
+    """250 examples: two full minibatches of 96 and a short one of 58."""
+    return dataclasses.replace(fashion, train_examples=250, eval_examples=99, remainder="short")
+
+
+@pytest.fixture(scope="module")
+def source(data: Data) -> sources.TFDSSource:
+    return sources.open_source(data, "train")
+
+
+def test_batches_are_the_workers_shares(source: sources.TFDSSource, data: Data) -> None:
+    recipe = recipe_of(data, k=3, n=32)
+    batches = collected(pipeline.train_batches(source, recipe, [0, 1, 2]))
+    assert [len(images) for images, _, _ in batches] == ([32] * 6 + [20, 19, 19]) * 2
+    assert all(images.dtype == np.uint8 and images.shape[1:] == (28, 28, 3) for images, _, _ in batches)
+    all_labels = source.read(np.arange(250))[1]
+    for position, (_, labels, weights) in enumerate(batches):
+        epoch, step, worker = position // 9, position % 9 // 3, position % 3
+        order = sharding.permutation(250, 5, epoch)
+        assert np.array_equal(labels, all_labels[sharding.worker_indices(order, step, worker, 3, 32)])
+        assert weights.dtype == np.float32
+        assert np.allclose(weights, sharding.worker_weight(250, step, worker, 3, 32))
+
+
+def test_dropped_remainder(source: sources.TFDSSource, data: Data) -> None:
+    recipe = recipe_of(dataclasses.replace(data, remainder="drop"), k=3, n=32)
+    batches = pipeline.train_batches(source, recipe, [1])
+    assert batches.element_spec[0].shape == (32, 28, 28, 3)
+    assert [(len(images), weights[0]) for images, _, weights in collected(batches)] == [(32, 1.0)] * 4
+
+
+def test_the_division_among_ranks_changes_nothing(source: sources.TFDSSource, data: Data) -> None:
+    """Law 1: one rank with both workers, two ranks with one each, one worker with all examples: the same images."""
+    recipe = recipe_of(data, k=2, n=48)
+    both = collected(pipeline.train_batches(source, recipe, [0, 1]))
+    assert_equal(both[0::2], collected(pipeline.train_batches(source, recipe, [0])))
+    assert_equal(both[1::2], collected(pipeline.train_batches(source, recipe, [1])))
+    single = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=96), [0]))
+    joined = [
+        tuple(map(np.concatenate, zip(a[:2], b[:2], strict=True))) for a, b in zip(both[::2], both[1::2], strict=True)
+    ]
+    assert_equal(joined, [batch[:2] for batch in single])
+
+
+@pytest.mark.parametrize("first_step", [1, 3, 4])
+def test_resume_continues_the_stream(source: sources.TFDSSource, data: Data, first_step: int) -> None:
+    """Trap 10: after a resume, in an epoch or between two, comes what would have come, not epoch 0 again."""
+    recipe = recipe_of(data, k=2, n=48)
+    whole = collected(pipeline.train_batches(source, recipe, [0, 1]))
+    assert_equal(collected(pipeline.train_batches(source, recipe, [0, 1], first_step)), whole[2 * first_step :])
+
+
+def test_parallelism_changes_nothing(source: sources.TFDSSource, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(data, k=2, n=8)
+    streams = []
+    for parallel in (1, 7, tf.data.AUTOTUNE):
+        monkeypatch.setattr(pipeline, "PARALLEL", parallel)
+        streams.append(collected(pipeline.train_batches(source, recipe, [0, 1])))
+    assert_equal(streams[0], streams[1])
+    assert_equal(streams[0], streams[2])
+
+
+def test_epochs_and_seeds_differ(source: sources.TFDSSource, data: Data) -> None:
+    first, second = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=250), [0]))
+    other = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=250, epochs=1, seed=6), [0]))[0]
+    assert not np.array_equal(first[1], second[1])
+    assert not np.array_equal(first[1], other[1])
+    assert np.bincount(first[1]).tolist() == np.bincount(second[1]).tolist()
+
+
+def test_too_few_examples_are_refused(source: sources.TFDSSource, data: Data) -> None:
+    with pytest.raises(UsageError, match="250 training examples are fewer"):
+        pipeline.train_batches(source, recipe_of(data, k=251, n=1), [0])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_evaluation_has_every_example_once(data: Data, ranks: int) -> None:
+    """Trap 7, on a number of examples that no number of ranks and no batch divides."""
+    source = sources.open_source(data, "eval")
+    recipe = recipe_of(data, k=1, n=1)
+    images, labels = source.read(np.arange(99))
+    batches = [
+        batch
+        for rank in range(ranks)
+        for batch in collected(pipeline.eval_batches(source, recipe, sharding.eval_indices(99, rank, ranks), 16))
+    ]
+    assert np.array_equal(np.concatenate([labels for _, labels in batches]), labels)
+    assert sum(len(images) for images, _ in batches) == len(images)
+
+
+def test_a_rank_without_examples_evaluates_nothing(data: Data) -> None:
+    source = sources.open_source(data, "eval")
+    nothing = sharding.eval_indices(3, 0, 5)
+    assert collected(pipeline.eval_batches(source, recipe_of(data, k=1, n=1), nothing, 16)) == []
+
+
+def test_evaluation_pixels_are_pil_s(small_imagenet: tfds.core.DatasetBuilder) -> None:
+    """torchvision's Resize(256) and CenterCrop(224), done with PIL, which rounds to whole levels between two passes;
+    here both are one, in floating point. So two levels at most, a quarter of one on average."""
+    source = sources.TFDSSource(small_imagenet, "train")
+    recipe = recipe_of(Data(image_size=224), k=1, n=1)
+    batches = collected(pipeline.eval_batches(source, recipe, np.arange(len(source)), 4))
+    for pixels, jpeg in zip(
+        np.concatenate([b[0] for b in batches]), source.read(np.arange(len(source)))[0], strict=True
+    ):
+        image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+        short = min(image.size)
+        image = image.resize([256 * side // short for side in image.size], Image.Resampling.BILINEAR)
+        left, top = (round((side - 224) / 2) for side in image.size)
+        expected = np.asarray(image.crop((left, top, left + 224, top + 224)), dtype=int)
+        difference = np.abs(pixels.astype(int) - expected)
+        assert difference.max() <= 2, image.size
+        assert difference.mean() < 0.3, image.size
+
+
+def test_training_pixels_are_the_box_resized(small_imagenet: tfds.core.DatasetBuilder) -> None:
+    """Against decoding the whole image. Half a level is rounding; at the edge of a crop the decoder lacks the chroma of
+    the pixels outside, some levels in the last column and rows: they weigh more the smaller the crop is."""
+    source = sources.TFDSSource(small_imagenet, "train")
+    recipe = recipe_of(Data(image_size=224), k=1, n=len(source), epochs=3)
+    jpegs = source.read(np.arange(len(source)))[0]
+    shapes = np.array([image_shape(jpeg) for jpeg in jpegs])
+    for epoch, (images, _, _) in enumerate(collected(pipeline.train_batches(source, recipe, [0]))):
+        order = sharding.permutation(len(source), 5, epoch)
+        boxes, flips = augment.crop_boxes(shapes[order], order, 5, epoch)
+        for i, (y, x, h, w), flip, pixels in zip(order, boxes, flips, images, strict=True):
+            whole = np.asarray(Image.open(io.BytesIO(jpegs[i])).convert("RGB"))
+            expected = tf.image.resize(whole[y : y + h, x : x + w], [224, 224]).numpy()
+            difference = np.abs(pixels[:, ::-1] - expected if flip else pixels - expected)
+            assert np.median(difference) <= 0.5
+            assert difference.mean() < (0.5 if min(h, w) > 50 else 2)
+
+
+def test_png_data_sets(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
+
+    class TinyPng(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = {
+                "image": tfds.features.Image(shape=(32, 32, 3)),
+                "label": tfds.features.ClassLabel(num_classes=20),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager: object) -> dict:
+            return {"train": self._generate_examples(), "validation": self._generate_examples()}
+
+        def _generate_examples(self) -> Iterable:
+            return ((i, {"image": image, "label": i}) for i, image in enumerate(pixels))
+
+    data = Data(name="tiny_png", data_dir=str(tmp_path), image_size=32)
+    sources.prepare(data)
+    source = sources.open_source(data, "train")
+    images, labels, _ = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=20), [0]))[0]
+    indices = sharding.permutation(20, 5, 0)
+    boxes, flips = augment.crop_boxes(np.full((20, 2), 32), indices, 5, 0)
+    for image, label, (y, x, h, w), flip in zip(images, labels, boxes, flips, strict=True):
+        expected = np.round(tf.image.resize(pixels[label, y : y + h, x : x + w], [32, 32]))
+        assert np.abs((image[:, ::-1] if flip else image) - expected).max() <= 1
+    (evaluated, _), *_ = collected(pipeline.eval_batches(source, recipe_of(data, k=1, n=1), np.arange(20), 20))
+    assert evaluated.shape == (20, 32, 32, 3)
+
+
+def overwrite(data: Data, example: int, replace: dict[bytes, bytes]) -> str:
+    """Changes bytes in the record of an example of the first shard; returns the file's name."""
+    path = next(Path(data.data_dir).rglob("*train.tfrecord-00000*"))
+    start, end = records.scan(str(path))[example : example + 2]
+    content = bytearray(path.read_bytes())
+    for old, new in replace.items():
+        at = content.index(old, start, end)
+        content[at : at + len(new)] = new
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        ({b"\xff\xd8\xff": b"\x00\x00\x00"}, "is not an image: it is neither JPEG nor PNG"),
+        ({b"\xff\xdb": b"\x12\x34"}, "is not an image: its head is damaged"),
+        ({b"\xff\xc4": b"\xff\xc4\x00\x1f\x00" + b"\xff" * 16}, "can't be decoded"),
+        ({b"\xff\xda": b"\xff\xd9"}, "can't be decoded"),
+    ],
+)
+@pytest.mark.parametrize("n", [1, 64])
+def test_a_bad_image_is_named(fashion: Data, tmp_path: Path, replace: dict, message: str, n: int) -> None:
+    shutil.copytree(fashion.data_dir, tmp_path, dirs_exist_ok=True)
+    data = dataclasses.replace(fashion, data_dir=str(tmp_path), train_examples=64)
+    path = overwrite(data, 5, replace)
+    source = sources.open_source(data, "train")
+    for batches in (
+        pipeline.train_batches(source, recipe_of(data, k=1, n=n), [0]),
+        pipeline.eval_batches(source, recipe_of(data, k=1, n=n), np.arange(64), n),
+    ):
+        with pytest.raises(tf.errors.OpError, match=rf"RunError: example 5 \(byte \d+ of {path}\) {message}"):
+            collected(batches)
+
+
+def test_synthetic_batches() -> None:
+    data = Data(name="synthetic", train_examples=70, eval_examples=10, image_size=32, remainder="short")
+    source = sources.open_source(data, "train", 5)
+    recipe = recipe_of(data, k=2, n=16)
+    batches = collected(pipeline.train_batches(source, recipe, [0, 1]))
+    assert [len(images) for images, _, _ in batches] == [16, 16, 16, 16, 3, 3] * 2
+    order = sharding.permutation(70, 5, 1)
+    indices = sharding.worker_indices(order, 1, 1, 2, 16)
+    assert np.array_equal(batches[9][0], source.images(indices, 32))
+    assert np.array_equal(batches[9][1], source.labels(indices))
+    evaluation = sources.open_source(data, "eval", 5)
+    assert_equal(
+        collected(pipeline.eval_batches(evaluation, recipe, np.arange(10), 16)),
+        [(evaluation.images(np.arange(10), 32), evaluation.labels(np.arange(10)))],
+    )
+
+
+def test_keras_can_train_on_the_batches(source: sources.TFDSSource, data: Data) -> None:
+    """The element's form is that of model.fit: inputs, targets, sample weights."""
+    import keras
+
+    model = keras.Sequential([keras.Input((28, 28, 3), dtype="uint8"), keras.layers.Flatten(), keras.layers.Dense(10)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    recipe = recipe_of(data, k=2, n=48)
+    history = model.fit(pipeline.train_batches(source, recipe, [1]), epochs=2, steps_per_epoch=3, verbose=0)
+    assert len(history.history["loss"]) == 2

@@ -1,0 +1,265 @@
+"""Access by index, the kept index of records, missing and damaged data, and what users are told."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from recipe.config import Data
+from recipe.data import builders, records, sources
+from recipe.errors import RunError, UsageError
+
+
+@pytest.fixture
+def copied(fashion: Data, tmp_path: Path) -> Data:
+    """fashion_photos in a folder that a test may damage."""
+    shutil.copytree(fashion.data_dir, tmp_path, dirs_exist_ok=True)
+    return dataclasses.replace(fashion, data_dir=str(tmp_path))
+
+
+def shard(data: Data) -> Path:
+    """The file of training examples 0, 1, …"""
+    return next(Path(data.data_dir).rglob("*train.tfrecord-00000*"))
+
+
+def test_examples_are_tfds_s_in_its_order(fashion: Data) -> None:
+    source = sources.open_source(fashion, "train")
+    builder = builders.find_builder(fashion)
+    one_file_at_a_time = tfds.ReadConfig(interleave_cycle_length=1)
+    dataset = builder.as_dataset(
+        "train", decoders={"image": tfds.decode.SkipDecoding()}, read_config=one_file_at_a_time
+    )
+    expected = list(dataset.as_numpy_iterator())
+    images, labels = source.read(np.arange(len(source)))
+    assert images == [example["image"] for example in expected]
+    assert labels.tolist() == [example["label"] for example in expected]
+    assert labels.dtype == np.int32
+
+
+def test_any_index_in_any_order(fashion: Data) -> None:
+    source = sources.open_source(fashion, "train")
+    images, labels = source.read(np.arange(len(source)))
+    order = np.random.default_rng(0).integers(0, len(source), 100)
+    some, their_labels = source.read(order)
+    assert some == [images[i] for i in order]
+    assert np.array_equal(their_labels, labels[order])
+
+
+def test_parts_of_splits(fashion: Data) -> None:
+    whole = sources.open_source(fashion, "train")
+    part = sources.open_source(dataclasses.replace(fashion, train_split="train[10%:35%]"), "train")
+    first = sources.open_source(dataclasses.replace(fashion, train_examples=700), "train")
+    assert (len(part), len(first)) == (2000, 700)
+    for few, indices in ((part, [800, 2799]), (first, [0, 699])):
+        images, labels = whole.read(np.array(indices))
+        own_images, own_labels = few.read(np.array([0, len(few) - 1]))
+        assert own_images == images
+        assert np.array_equal(own_labels, labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_split": "trian"}, r"'trian' is not a split of fashion_photos .*did you mean 'train'"),
+        ({"train_examples": 9000}, r"config\.data\.train_examples=9000 is more than the 8000"),
+        ({"name": "fashion_photo"}, r"config\.data\.name='fashion_photo' .*did you mean 'fashion_photos'"),
+    ],
+)
+def test_wrong_fields_are_named(fashion: Data, changes: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        sources.open_source(dataclasses.replace(fashion, **changes), "train")
+
+
+def test_unprepared_data_names_the_command(tmp_path: Path) -> None:
+    data = Data(name="fashion_photos", data_dir=str(tmp_path))
+    with pytest.raises(UsageError, match=f"recipe.data.prepare fashion_photos --data_dir={tmp_path}"):
+        sources.open_source(data, "train")
+
+
+def test_missing_imagenet_names_files_sizes_place_and_command(tmp_path: Path) -> None:
+    data = Data(name="imagenet2012", data_dir=str(tmp_path))
+    for action in (sources.prepare, lambda d: sources.open_source(d, "train")):
+        with pytest.raises(UsageError) as caught:
+            action(data)
+        message, manual = str(caught.value), tmp_path / "downloads" / "manual"
+        assert f"{manual}/ILSVRC2012_img_train.tar is missing (147,897,477,120 bytes)" in message
+        assert f"{manual}/ILSVRC2012_img_val.tar is missing (6,744,924,160 bytes)" in message
+        assert f"python -m recipe.data.prepare imagenet2012 --manual_dir={manual}" in message
+        assert "\n" not in message
+
+
+def test_a_tar_of_wrong_size_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"half")
+    with pytest.raises(
+        UsageError, match=r"img_train\.tar has 4 bytes instead of 147,897,477,120 and .*val\.tar is miss"
+    ):
+        builders.check_tars(tmp_path)
+
+
+def test_whole_tars_are_not_prepared_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builders, "IMAGENET_TARS", {"ILSVRC2012_img_train.tar": 3})
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"tar")
+    data = Data(name="imagenet2012", data_dir=str(tmp_path / "data"), manual_dir=str(tmp_path))
+    with pytest.raises(UsageError, match=f"run: python -m recipe.data.prepare imagenet2012 .*--manual_dir={tmp_path}"):
+        sources.prepare(data)
+
+
+def test_imagenet_s_own_builder_on_a_small_tar_tree(
+    small_imagenet: tfds.core.DatasetBuilder, photos: dict[str, bytes]
+) -> None:
+    source = sources.TFDSSource(small_imagenet, "train")
+    images, labels = source.read(np.arange(len(source)))
+    assert source.num_classes == 1000
+    assert sorted(images) == sorted(photos.values())
+    by_jpeg = {jpeg: name for name, jpeg in photos.items()}
+    assert [by_jpeg[i].startswith("n01443537") for i in images] == [label == 1 for label in labels]
+    assert len(sources.TFDSSource(small_imagenet, "validation")) == 4
+
+
+def test_an_incomplete_imagenet_is_refused(small_imagenet: tfds.core.DatasetBuilder) -> None:
+    data = Data(name="imagenet2012", data_dir=str(small_imagenet.data_dir_root))
+    with pytest.raises(RunError, match=r"has 10 examples in split 'train', and imagenet2012 has 1,281,167"):
+        sources.open_source(data, "train")
+
+
+def test_the_index_is_kept(copied: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = sources.open_source(copied, "train").read(np.arange(50))[0]
+    monkeypatch.setattr(records, "scan", lambda path: pytest.fail("scanned again"))
+    assert sources.open_source(copied, "train").read(np.arange(50))[0] == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half an archive", b"nonsense"])
+def test_a_damaged_index_is_made_again(copied: Data, content: bytes) -> None:
+    expected = sources.open_source(copied, "train").read(np.arange(50))[0]
+    kept = next(Path(copied.data_dir).rglob("records.npz"))
+    kept.write_bytes(content)
+    assert sources.open_source(copied, "train").read(np.arange(50))[0] == expected
+    with np.load(kept) as stored:
+        assert len(stored["names"]) == 32
+    assert not list(kept.parent.glob(".*"))
+
+
+def test_without_a_place_for_the_index_it_is_scanned(fashion: Data, tmp_path: Path) -> None:
+    index = records.read_index([str(shard(fashion))], tmp_path / "no such folder" / "records.npz")
+    assert len(index[str(shard(fashion))]) > 100
+
+
+def test_truncated_and_missing_files_are_named(copied: Data) -> None:
+    path = shard(copied)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(RunError, match=f"{path} is truncated"):
+        sources.open_source(copied, "train")
+    path.unlink()
+    with pytest.raises(RunError, match=f"{path} is missing"):
+        sources.open_source(copied, "eval")
+
+
+def test_a_shard_with_too_few_records_is_named(copied: Data) -> None:
+    path = shard(copied)
+    os.truncate(path, records.scan(str(path))[-2])
+    with pytest.raises(RunError, match=rf"{path} has \d+ records instead of \d+"):
+        sources.open_source(copied, "train")
+
+
+def test_a_file_that_changes_during_a_run_is_named(copied: Data) -> None:
+    source = sources.open_source(copied, "train")
+    os.truncate(shard(copied), 10_000)
+    last = int(source._file.searchsorted(1)) - 1
+    with pytest.raises(
+        RunError, match=rf"example {last} \(byte \d+ of {shard(copied)}\) is damaged: the file has changed"
+    ):
+        source.read(np.array([last]))
+
+
+def test_a_damaged_record_is_named(copied: Data) -> None:
+    start = int(records.scan(str(shard(copied)))[3])
+    with shard(copied).open("r+b") as file:
+        file.seek(start + records.HEAD)
+        file.write(b"\xff" * 50)
+    with pytest.raises(RunError, match=rf"example 3 \(byte {start} of {shard(copied)}\) is damaged"):
+        sources.open_source(copied, "train").read(np.array([2, 3]))
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_files_are_closed(fashion: Data) -> None:
+    before = open_files()
+    source = sources.open_source(fashion, "train")
+    assert open_files() >= before + 16
+    del source
+    assert open_files() == before
+
+
+def test_data_without_image_and_label_is_refused(tmp_path: Path) -> None:
+    class NumbersOnly(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"number": tf.int64}))
+
+        def _split_generators(self, dl_manager: object) -> dict:
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self) -> list:
+            return [(0, {"number": 0})]
+
+    data = Data(name="numbers_only", data_dir=str(tmp_path))
+    with pytest.raises(
+        UsageError, match=r"'numbers_only' has the features number: the recipe needs an image and a label"
+    ):
+        sources.prepare(data)
+
+
+def test_synthetic_images_depend_on_seed_and_index_only() -> None:
+    data = Data(name="synthetic", train_examples=5000, eval_examples=300)
+    source = sources.open_source(data, "train", 1)
+    assert (len(source), source.num_classes) == (5000, 1000)
+    assert len(sources.open_source(data, "eval", 1)) == 300
+    indices = np.array([7, 4999, 7])
+    images, labels = source.images(indices, 32), source.labels(indices)
+    assert images.shape == (3, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert labels.dtype == np.int32
+    again = sources.open_source(data, "train", 1)
+    assert np.array_equal(again.images(indices[::-1], 32), images[::-1])
+    assert np.array_equal(images[0], images[2])
+    assert not np.array_equal(images[0], images[1])
+    other = sources.open_source(data, "train", 2)
+    assert not np.array_equal(other.images(indices, 32), images)
+    assert len(np.unique(source.labels(np.arange(5000)))) > 950
+
+
+def test_synthetic_data_has_imagenet_s_counts_and_needs_no_preparation() -> None:
+    data = Data(name="synthetic")
+    sources.prepare(data)
+    assert len(sources.open_source(data, "train")) == 1_281_167
+    assert len(sources.open_source(data, "eval")) == 50_000
+
+
+def prepare_command(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "recipe.data.prepare", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_command_prepares_and_says_so(tmp_path: Path) -> None:
+    done = prepare_command("fashion_photos", "--data_dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "8,000 in train and 2,000 in validation" in done.stdout
+    assert not done.stderr.strip()
+    assert len(sources.open_source(Data(name="fashion_photos", data_dir=str(tmp_path)), "eval")) == 2000
+
+
+def test_the_command_ends_with_one_sentence(tmp_path: Path) -> None:
+    done = prepare_command("imagenet2012", "--data_dir", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "ILSVRC2012_img_train.tar is missing" in done.stderr
