@@ -32,14 +32,14 @@ def bind(framework: str) -> ModuleType:
     return binding
 
 
-def init(framework: str) -> ModuleType:
-    """Starts Horovod through its binding of `framework` and returns that binding."""
+def init(framework: str, **options: Any) -> ModuleType:
+    """Starts Horovod through its binding of `framework`, with its own options, and returns that binding."""
     binding = bind(framework)
     if (Path(sys.prefix) / "bin" / "orted").exists():
         # Open MPI installed as a wheel finds its own files only under mpirun, unless told.
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
     if not binding.is_initialized():
-        binding.init()
+        binding.init(**options)
     return binding
 
 

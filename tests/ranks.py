@@ -52,12 +52,12 @@ def launch(
 
 
 def results(
-    folder: Path, size: int, program: str, *arguments: str, launcher: str = "mpirun", **extra: str
+    folder: Path, size: int, program: str, *arguments: str, launcher: str = "mpirun", timeout: float = 180, **extra: str
 ) -> list[dict[str, Any]]:
     """What each rank of a test program gave to `report`, in the order of the ranks."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    done = launch(size, [program, *arguments], launcher, RESULTS=str(folder), **extra)
+    done = launch(size, [program, *arguments], launcher, timeout, RESULTS=str(folder), **extra)
     assert done.returncode == 0, done.stdout[-6000:]
     return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(size)]
 

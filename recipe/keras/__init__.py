@@ -1,9 +1,30 @@
-"""Horovod for Keras 3: `import recipe.keras as hvd`, on Keras's TensorFlow and PyTorch backends."""
+"""Horovod for Keras 3: `import recipe.keras as hvd`, on Keras's TensorFlow and PyTorch backends.
+
+The names, arguments and defaults are those of `horovod.keras` and `horovod.tensorflow.keras` 0.28.1; docs/keras.md
+lists them one by one, with what is better here and what is refused.
+"""
+
+from typing import Any
 
 from recipe import collectives
-from recipe.keras import backend, callbacks
+from recipe.keras import backend, callbacks, elastic
 from recipe.keras.backend import Compression
-from recipe.keras.distributed import DistributedOptimizer
+from recipe.keras.distributed import DistributedOptimizer, PartialDistributedOptimizer, load_model
+from recipe.keras.normalization import SyncBatchNormalization
+from recipe.keras.operations import (
+    allgather,
+    allgather_object,
+    allreduce,
+    alltoall,
+    broadcast,
+    broadcast_global_variables,
+    broadcast_object,
+    broadcast_variables,
+    grouped_allreduce,
+    reducescatter,
+)
+from recipe.keras.schedules import RateSchedule
+from recipe.keras.sgd import SGD
 
 _hvd = collectives.bind(backend.FRAMEWORK)
 
@@ -16,22 +37,88 @@ local_size = _hvd.local_size
 cross_rank = _hvd.cross_rank
 cross_size = _hvd.cross_size
 
+start_timeline = _hvd.start_timeline
+stop_timeline = _hvd.stop_timeline
+
+mpi_threads_supported = _hvd.mpi_threads_supported
+mpi_enabled = _hvd.mpi_enabled
+mpi_built = _hvd.mpi_built
+gloo_enabled = _hvd.gloo_enabled
+gloo_built = _hvd.gloo_built
+nccl_built = _hvd.nccl_built
+ddl_built = _hvd.ddl_built
+ccl_built = _hvd.ccl_built
+cuda_built = _hvd.cuda_built
+rocm_built = _hvd.rocm_built
+
+Average = _hvd.Average
+Sum = _hvd.Sum
+Adasum = _hvd.Adasum
+Min = _hvd.Min
+Max = _hvd.Max
+Product = _hvd.Product
+
+ProcessSet = _hvd.ProcessSet
+global_process_set = _hvd.global_process_set
+add_process_set = _hvd.add_process_set
+remove_process_set = _hvd.remove_process_set
+
 __all__ = [
+    "SGD",
+    "Adasum",
+    "Average",
     "Compression",
     "DistributedOptimizer",
+    "Max",
+    "Min",
+    "PartialDistributedOptimizer",
+    "ProcessSet",
+    "Product",
+    "RateSchedule",
+    "Sum",
+    "SyncBatchNormalization",
+    "add_process_set",
+    "allgather",
+    "allgather_object",
+    "allreduce",
+    "alltoall",
+    "broadcast",
+    "broadcast_global_variables",
+    "broadcast_object",
+    "broadcast_variables",
     "callbacks",
+    "ccl_built",
     "cross_rank",
     "cross_size",
+    "cuda_built",
+    "ddl_built",
+    "elastic",
+    "global_process_set",
+    "gloo_built",
+    "gloo_enabled",
+    "grouped_allreduce",
     "init",
     "is_initialized",
+    "load_model",
     "local_rank",
     "local_size",
+    "mpi_built",
+    "mpi_enabled",
+    "mpi_threads_supported",
+    "nccl_built",
     "rank",
+    "reducescatter",
+    "remove_process_set",
+    "rocm_built",
     "shutdown",
     "size",
+    "start_timeline",
+    "stop_timeline",
 ]
 
 
-def init() -> None:
-    """Starts Horovod through the binding of Keras's backend."""
-    collectives.init(backend.FRAMEWORK)
+def init(comm: Any = None, process_sets: Any = None) -> None:
+    """Starts Horovod through the binding of Keras's backend.
+
+    `comm` is a list of ranks or an mpi4py communicator (default: all), `process_sets` the ProcessSets to register."""
+    collectives.init(backend.FRAMEWORK, comm=comm, process_sets=process_sets)

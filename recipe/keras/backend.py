@@ -13,7 +13,12 @@ else:
     )
 
 FRAMEWORK = keras.backend.backend()
+DEVICES = _module.DEVICES
 Compression = _module.Compression
-average = _module.average
+horovod = _module.hvd
 broadcast = _module.broadcast
+dense = _module.dense
+divided_by_size = _module.divided_by_size
+reduce = _module.reduce
+total = _module.total
 use_local_device = _module.use_local_device

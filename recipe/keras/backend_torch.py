@@ -1,22 +1,84 @@
 """What Horovod does to gradients and variables under Keras's PyTorch backend."""
 
+import itertools
+from typing import Any
+
 import horovod.torch as hvd
 import torch
 
 Compression = hvd.Compression
+DEVICES = False  # a tensor is reduced where it lies
 
 
-def average(gradients: list, name: str, compression: type) -> list:
-    """The mean over all ranks of each gradient. All start before the first is waited for, so that Horovod fuses them.
+def reduce(gradients: list, variables: list, groups: list[list[int]], how: Any) -> list:
+    """The gradients (tensors or None) at the places in `groups`, reduced over the ranks as `how`, a Reduction, says;
+    the others as they are.
 
-    Keras hands the gradients over when backprop is done, so here they don't overlap with it. None stays None."""
-    pending = [None if g is None else _start(g, f"{name}.{i}", compression) for i, g in enumerate(gradients)]
-    return [None if p is None else compression.decompress(hvd.synchronize(p[0]), p[1]) for p in pending]
+    All start before the first is waited for, so that Horovod fuses them. Keras hands the gradients over when backprop
+    is done, so here they don't overlap with it. A rank that lacks a gradient sends zeros, since the others may have
+    it (a layer that only some ranks' examples reach) and would wait for ever; None comes back when no rank has it."""
+    places = list(itertools.chain(*groups))
+    have = torch.tensor([gradients[i] is not None for i in places], dtype=torch.int32)
+    have = hvd.allreduce_async_(have, op=hvd.Max, name=f"{how.wire_name}.present", process_set=how.process_set)
+    started = []
+    for group in groups:
+        filled = [torch.zeros_like(variables[i].value) if gradients[i] is None else gradients[i] for i in group]
+        started.append(_start([dense(g) for g in filled], f"{how.wire_name}.{group[0]}", how))
+    present = dict(zip(places, hvd.synchronize(have).tolist(), strict=True))
+    reduced = list(gradients)
+    for group, (handle, contexts) in zip(groups, started, strict=True):
+        results = hvd.synchronize(handle)
+        results = results if isinstance(results, (list, tuple)) else [results]
+        for i, result, context in zip(group, results, contexts, strict=True):
+            reduced[i] = how.compression.decompress(result, context) if present[i] else None
+    return reduced
 
 
-def _start(gradient: torch.Tensor, name: str, compression: type) -> tuple:
-    wire, context = compression.compress(gradient)
-    return hvd.allreduce_async_(wire, op=hvd.Average, name=name), context
+def _start(tensors: list[torch.Tensor], name: str, how: Any) -> tuple:
+    wires, contexts = zip(*(how.compression.compress(t.contiguous()) for t in tensors), strict=True)
+    options = {
+        "name": name,
+        "op": how.op,
+        "prescale_factor": 1 / how.predivide,
+        "postscale_factor": how.predivide,
+        "process_set": how.process_set,
+    }
+    if len(wires) > 1:
+        return hvd.grouped_allreduce_async_(list(wires), **options), contexts
+    return hvd.allreduce_async_(wires[0], **options), contexts
+
+
+def dense(gradient: Any) -> Any:
+    """A sparse gradient as a dense one, its repeated rows added up; anything else as it is."""
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+
+
+def divided_by_size(gradient: torch.Tensor, process_set: Any) -> torch.Tensor:
+    """The gradient divided by the number of ranks in the set."""
+    return gradient / process_set.size()
+
+
+def total(tensor: torch.Tensor, name: str, process_set: Any = hvd.global_process_set) -> torch.Tensor:
+    """The sum of a tensor over all ranks; differentiable: its gradient is the sum of all ranks' gradients."""
+    if tensor.device.type == "meta":  # Keras infers shapes
+        return tensor.clone()
+    return _Total.apply(tensor, name, process_set)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, name: str, process_set: Any) -> torch.Tensor:
+        ctx.name, ctx.process_set = name, process_set
+        return hvd.allreduce(tensor.contiguous(), op=hvd.Sum, name=name, process_set=process_set)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        name = f"{ctx.name}.gradient"
+        return (
+            hvd.allreduce(gradient.contiguous(), op=hvd.Sum, name=name, process_set=ctx.process_set),
+            None,
+            None,
+        )
 
 
 def broadcast(variables: list, root_rank: int, name: str) -> None:

@@ -1,52 +1,206 @@
-"""`DistributedOptimizer` for Keras 3: any Keras optimizer, applied to the gradient averaged over all ranks."""
+"""`DistributedOptimizer` for Keras 3: any Keras optimizer, applied to the gradient reduced over all ranks."""
 
-import functools
-import itertools
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
 
-from recipe.keras.backend import Compression, average
+from recipe.keras import backend
+from recipe.keras.reduction import Reduction
 
-_instances = itertools.count()  # gradient names must differ between the optimizers of a process, and agree over ranks
+Average, Sum, Adasum = backend.horovod.Average, backend.horovod.Sum, backend.horovod.Adasum
+Compression = backend.Compression
+global_process_set = backend.horovod.global_process_set
 
 
 class _Distributed:
     """Mixed into the class of a wrapped optimizer; `apply` is the one method that every trainer of Keras 3 calls."""
 
-    _hvd_name: str
-    _hvd_compression: type
+    _hvd: Reduction
+    _hvd_wrapped: type
+    _hvd_options: dict[str, Any]
 
-    def apply(self, grads: list, trainable_variables: list | None = None) -> None:
-        super().apply(average(list(grads), self._hvd_name, self._hvd_compression), trainable_variables)
+    @classmethod
+    def from_config(cls, config: dict, custom_objects: dict | None = None) -> keras.optimizers.Optimizer:
+        """An optimizer of this configuration, distributed in the same way."""
+        return DistributedOptimizer(cls._hvd_wrapped.from_config(config, custom_objects), **cls._hvd_options)
+
+    def register_local_var(self, var: Any) -> None:
+        """The gradient of `var`, a Keras or a framework variable, stays on its rank: it is not reduced.
+
+        It is divided by the number of ranks when `scale_local_gradients` is set, so that it weighs what it would in
+        the average."""
+        self._hvd.add_local(var)
+
+    def build(self, variables: list) -> None:
+        super().build(variables)
+        self._hvd.build(variables)
+
+    def apply(self, grads: Iterable, trainable_variables: Iterable | None = None) -> None:
+        gradients = list(grads)
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        if len(variables) != len(gradients):
+            super().apply(gradients, trainable_variables)  # which says what is wrong
+        elif self._hvd.passes > 1 or self.gradient_accumulation_steps:
+            if not self.built:
+                self.build(variables)
+                self.built = True
+            step = self._apply_after_passes if self._hvd.passes > 1 else self._apply_accumulating
+            step(gradients, variables)
+        else:
+            super().apply(self._hvd(gradients, variables), variables)
+
+    def _apply_after_passes(self, gradients: list, variables: list) -> None:
+        """Adds up on this rank; every `passes` passes reduces the sums and updates. `iterations` counts updates."""
+        how, update = self._hvd, super().apply
+        places = [self._get_variable_index(v) for v in variables]
+        how.accumulate(gradients, places)
+
+        def last() -> None:
+            update(how(how.take(places), variables), variables)
+
+        keras.ops.cond(keras.ops.equal(how.count, how.passes), last, lambda: None)
+
+    def _apply_accumulating(self, gradients: list, variables: list) -> None:
+        """The optimizer accumulates by itself: on its updating pass the accumulators become the reduced sums, and
+        zeros take the gradients' place (subtracting what was accumulated would round differently on each rank)."""
+        update = super().apply
+        present = [i for i, g in enumerate(gradients) if g is not None]
+        mine = [backend.dense(gradients[i]) for i in present]
+        variables = [variables[i] for i in present]
+        accumulators = [self._accumulated_gradients[self._get_variable_index(v)] for v in variables]
+
+        def last() -> list:
+            sums = [g + keras.ops.cast(a, g.dtype) for g, a in zip(mine, accumulators, strict=True)]
+            for accumulator, total in zip(accumulators, self._hvd(sums, variables), strict=True):
+                accumulator.assign(total)
+            return [keras.ops.zeros_like(g) for g in mine]
+
+        due = keras.ops.equal((self._iterations + 1) % self.gradient_accumulation_steps, 0)
+        update(keras.ops.cond(due, last, lambda: mine), variables)
 
 
 def DistributedOptimizer(
-    optimizer: keras.optimizers.Optimizer, *, compression: type = Compression.none
+    optimizer: keras.optimizers.Optimizer,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: type = Compression.none,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: int = Average,
+    backward_passes_per_step: int = 1,
+    average_aggregated_gradients: bool = False,
+    num_groups: int = 0,
+    groups: int | Sequence[Sequence] | None = None,
+    process_set: Any = global_process_set,
+    scale_local_gradients: bool = True,
 ) -> keras.optimizers.Optimizer:
-    """Makes `optimizer` average each gradient over all ranks before it uses it, and returns it.
+    """Makes `optimizer` reduce each gradient over all ranks before it uses it, and returns it.
 
-    The same object comes back, with its state: only its class gains a method. So clipping, weight decay and moving
-    averages of the optimizer act on the averaged gradient, and a model saved with it loads without this package.
+    The same object comes back, with its state: only its class gains methods. So clipping, weight decay and moving
+    averages of the optimizer act on the reduced gradient, and a model saved with it loads without this package.
 
     Under the global policy "mixed_float16" a LossScaleOptimizer is put around the optimizer first, as
-    `Model.compile` would do: ranks must average the scaled gradients *before* they are tested for overflow, or they
+    `Model.compile` would do: ranks must reduce the scaled gradients *before* they are tested for overflow, or they
     would disagree about skipping the step and wait for each other for ever.
 
-    `compression` is `Compression.none` or `Compression.fp16`: how gradients travel.
-    Raises ValueError for anything that is not a Keras optimizer or already is distributed.
+    - `name`: prefix of the collectives' names; must be the same on all ranks.
+    - `device_dense`, `device_sparse`: TensorFlow device of the reductions; with PyTorch they must be empty.
+    - `compression`: `Compression.none` or `Compression.fp16`: how dense gradients travel.
+    - `sparse_as_dense`: sparse gradients are made dense and summed, instead of gathered with their indices.
+    - `gradient_predivide_factor` f: divides by f before the sum and multiplies by f/size after it.
+    - `op`: `Average` or `Sum`.
+    - `backward_passes_per_step` m: gradients of m calls are added up before they are reduced and used once; the sum
+      is divided by m with `average_aggregated_gradients`. Sparse gradients become dense.
+    - `groups`: the number of groups, or lists of variables, that are reduced together (`num_groups`: its old name).
+    - `process_set`: the ranks over which to reduce; ranks outside it keep their own gradients.
+    - `scale_local_gradients`: gradients of local variables (`register_local_var`) are divided by the size.
+
+    The arguments are Horovod's, in its order. Raises ValueError for what can't be done, and for anything that is not
+    a Keras optimizer or already is distributed.
     """
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise ValueError(f"DistributedOptimizer wraps a keras.optimizers.Optimizer, not {optimizer!r}")
-    if is_distributed(optimizer) or is_distributed(getattr(optimizer, "inner_optimizer", None)):
-        raise ValueError(f"{optimizer.name} is a DistributedOptimizer already; wrap it once, outermost")
+    options = {k: v for k, v in locals().items() if k != "optimizer"}
+    _check_optimizer(optimizer)
+    _check_reduction(op, gradient_predivide_factor, backward_passes_per_step, device_dense, device_sparse)
+    if num_groups:
+        warnings.warn("num_groups is an old name; use groups", DeprecationWarning, stacklevel=2)
+    groups = (num_groups or None) if groups is None else groups
+    _check_groups(groups)
     loss_scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     if keras.config.dtype_policy().name == "mixed_float16" and not loss_scaled:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    optimizer._hvd_name = f"gradient.{next(_instances)}"
-    optimizer._hvd_compression = compression
-    optimizer.__class__ = _distributed_class(type(optimizer))
+    optimizer._hvd = Reduction(
+        prefix=name or "gradient",
+        compression=compression,
+        op=op,
+        predivide=gradient_predivide_factor,
+        sparse_as_dense=sparse_as_dense,
+        device_dense=device_dense,
+        device_sparse=device_sparse,
+        process_set=process_set,
+        groups=groups,
+        passes=backward_passes_per_step,
+        average_passes=average_aggregated_gradients,
+        scale_local=scale_local_gradients,
+        loss_scaled=isinstance(optimizer, keras.optimizers.LossScaleOptimizer),
+    )
+    if optimizer.built:
+        optimizer._hvd.build(optimizer._trainable_variables)
+    optimizer.__class__ = _distributed_class(type(optimizer), options)
     return optimizer
+
+
+def PartialDistributedOptimizer(
+    optimizer: keras.optimizers.Optimizer,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: type = Compression.none,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: int = Average,
+    groups: int | Sequence[Sequence] | None = None,
+    process_set: Any = global_process_set,
+    local_layers: keras.layers.Layer | Iterable[keras.layers.Layer] | None = None,
+    scale_local_gradients: bool = True,
+) -> keras.optimizers.Optimizer:
+    """A DistributedOptimizer that leaves the gradients of `local_layers`, which must be built, on their ranks.
+
+    The other arguments are those of DistributedOptimizer. Raises ValueError also for what is not a built layer."""
+    options = {k: v for k, v in locals().items() if k not in ("optimizer", "local_layers")}
+    layers = [local_layers] if isinstance(local_layers, keras.layers.Layer) else list(local_layers or [])
+    for layer in layers:
+        if not isinstance(layer, keras.layers.Layer):
+            raise ValueError(f"local_layers must be Keras layers, not {layer!r}")
+        if not layer.built:
+            raise ValueError(f"local_layers: {layer.name!r} has no variables yet; build the model first")
+    optimizer = DistributedOptimizer(optimizer, **options)
+    for layer in layers:
+        for variable in layer.trainable_weights:
+            optimizer.register_local_var(variable)
+    return optimizer
+
+
+def load_model(
+    filepath: Any,
+    custom_optimizers: Iterable[type] | None = None,
+    custom_objects: dict[str, Any] | None = None,
+    compression: type = Compression.none,
+    legacy_opts: bool = False,
+) -> keras.Model:
+    """Loads a model with `keras.models.load_model` and makes its optimizer, state included, distributed.
+
+    `custom_optimizers` are classes, `custom_objects` maps names to classes or functions. A model that was saved
+    without an optimizer comes back as it is. Raises ValueError for `legacy_opts`, which Keras 3 doesn't have."""
+    if legacy_opts:
+        raise ValueError("legacy_opts=True: Keras 3 has no legacy optimizers; save the model with one of its own")
+    objects = {cls.__name__: cls for cls in custom_optimizers or ()} | (custom_objects or {})
+    model = keras.models.load_model(filepath, custom_objects=objects)
+    if model.optimizer is not None and not is_distributed(model.optimizer):
+        model.optimizer = DistributedOptimizer(model.optimizer, compression=compression)
+    return model
 
 
 def is_distributed(optimizer: Any) -> bool:
@@ -54,12 +208,58 @@ def is_distributed(optimizer: Any) -> bool:
     return isinstance(optimizer, _Distributed)
 
 
-@functools.cache
-def _distributed_class(wrapped: type) -> type:
-    """A subclass that goes by the wrapped class's name, since Keras writes that name into saved models."""
+def reduction_of(optimizer: Any) -> Reduction | None:
+    """How a DistributedOptimizer reduces; None for any other."""
+    return optimizer._hvd if is_distributed(optimizer) else None
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ValueError(f"DistributedOptimizer wraps a keras.optimizers.Optimizer, not {optimizer!r}")
+    if is_distributed(optimizer) or is_distributed(getattr(optimizer, "inner_optimizer", None)):
+        raise ValueError(f"{optimizer.name} is a DistributedOptimizer already; wrap it once, outermost")
+
+
+def _check_reduction(op: int, predivide: float, passes: int, device_dense: str, device_sparse: str) -> None:
+    if op == Adasum:
+        raise ValueError("op=Adasum is not supported for Keras, by Horovod neither; use Average or Sum")
+    if op not in (Average, Sum):
+        raise ValueError(f"op={op!r} is not a reduction of gradients; use Average or Sum")
+    if predivide != 1.0 and op != Average:
+        raise ValueError(f"gradient_predivide_factor={predivide} splits an average; it needs op=Average")
+    if predivide != 1.0 and backend.horovod.rocm_built():
+        raise ValueError(f"gradient_predivide_factor={predivide} is not supported by Horovod built for ROCm; leave 1.0")
+    if predivide <= 0:
+        raise ValueError(f"gradient_predivide_factor={predivide} must be positive")
+    if not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"backward_passes_per_step={passes!r} must be an integer of at least 1")
+    for argument, device in (("device_dense", device_dense), ("device_sparse", device_sparse)):
+        if device and not backend.DEVICES:
+            raise ValueError(f"{argument}={device!r}: with PyTorch a gradient is reduced where it lies; leave it empty")
+
+
+def _check_groups(groups: Any) -> None:
+    if isinstance(groups, int) and not isinstance(groups, bool) and groups > 0:
+        return
+    if groups is not None and not (
+        isinstance(groups, (list, tuple)) and all(isinstance(g, list | tuple) for g in groups)
+    ):
+        raise ValueError(f"groups={groups!r} must be a positive number of groups or a list of lists of variables")
+
+
+def _distributed_class(wrapped: type, options: dict[str, Any]) -> type:
+    """A subclass that goes by the wrapped class's names, since Keras writes these into saved models."""
     names = {
         "__module__": wrapped.__module__,
         "__qualname__": wrapped.__qualname__,
         "__doc__": wrapped.__doc__,
+        "_hvd_wrapped": wrapped,
+        "_hvd_options": options,
     }
-    return type(wrapped.__name__, (_Distributed, wrapped), names)
+    distributed = type(wrapped.__name__, (_Distributed, wrapped), names)
+    registered = keras.saving.get_registered_name(wrapped)
+    if ">" in registered:  # the name must lead from both classes, but only to the wrapped one
+        register = keras.saving.register_keras_serializable(*registered.split(">", 1))
+        register(distributed)
+        register(wrapped)
+    return distributed

@@ -2,20 +2,29 @@
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import keras
 import numpy as np
 
 from recipe import collectives
 from recipe.errors import RunError
-from recipe.keras import backend
+from recipe.keras import backend, names
+from recipe.keras.distributed import reduction_of
+from recipe.keras.normalization import SyncBatchNormalization
+from recipe.keras.reduction import framework_variable
+
+_NO_SLOTS = ("_variables", "_trainable_variables")  # lists of variables that don't go with the trained ones
 
 
 def replicated(model: keras.Model) -> list:
     """The variables that must be equal on all ranks after every step: weights and optimizer state.
 
-    Not the moving statistics of batch normalisation: each worker has its own (paper, sec. 2.3)."""
-    return model.trainable_variables + model.optimizer.variables
+    Not the moving statistics of batch normalisation: each worker has its own (paper, sec. 2.3). Nor the variables
+    that a DistributedOptimizer was told to leave on their ranks."""
+    reduction = reduction_of(model.optimizer)
+    local = [v for v in model.trainable_variables if reduction and reduction.is_local(v)]
+    return without(model.trainable_variables + model.optimizer.variables, local, model.optimizer)
 
 
 def everything(model: keras.Model) -> list:
@@ -23,12 +32,35 @@ def everything(model: keras.Model) -> list:
     return model.variables + model.optimizer.variables
 
 
-def broadcast_state(model: keras.Model, root_rank: int = 0) -> None:
-    """Rank root_rank's state on every rank, optimizer slots included, which are built first. Collective."""
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    variables = everything(model)
+def without(variables: list, excluded: list, optimizer: keras.optimizers.Optimizer) -> list:
+    """The variables but the excluded ones, Keras's or the framework's, and their slots in the optimizer."""
+    out = {id(framework_variable(v)) for v in excluded}
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
+    for single in getattr(inner, "_inner_optimizers", [inner]):  # inside a MultiOptimizer
+        trained = single._trainable_variables
+        places = [i for i, v in enumerate(trained) if id(framework_variable(v)) in out]
+        for name, slots in vars(single).items():
+            if isinstance(slots, list) and len(slots) == len(trained) and name not in _NO_SLOTS:
+                out |= {id(framework_variable(slots[i])) for i in places}
+    return [v for v in variables if id(framework_variable(v)) not in out]
+
+
+def broadcast_state(model: keras.Model, root_rank: int = 0, local: Sequence = ()) -> None:
+    """Rank root_rank's state on every rank, optimizer slots included, which are built first. Collective.
+
+    The variables in `local`, and their slots, keep what they have."""
+    broadcast_model(model, model.optimizer, root_rank, local)
+
+
+def broadcast_model(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer, root_rank: int = 0, local: Sequence = ()
+) -> None:
+    """`broadcast_state` for a model and an optimizer that is perhaps not compiled into it. Collective."""
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    variables = without(model.variables + optimizer.variables, local, optimizer)
     _check_same_structure(variables)
+    _agree_on_names(model, optimizer, root_rank)
     floats = [v for v in variables if keras.backend.is_float_dtype(v.dtype)]
     others = [v for v in variables if not keras.backend.is_float_dtype(v.dtype)]
     backend.broadcast(floats, root_rank, "state")
@@ -82,6 +114,17 @@ def from_arrays(model: keras.Model, arrays: dict[str, np.ndarray]) -> None:
         raise RunError(f"{where} {name}; the checkpoint is of another model or library version")
     for name, v in variables.items():
         v.assign(arrays[name])
+
+
+def _agree_on_names(model: keras.Model, optimizer: keras.optimizers.Optimizer, root_rank: int) -> None:
+    """Optimizers and layers of a rank that is new to an elastic job go by the names they have on the others."""
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, SyncBatchNormalization)]
+    named = [*layers, *filter(None, [reduction_of(optimizer)])]
+    mine = [n.wire_name for n in named], names.given()
+    theirs, given = collectives.gather(mine, "state.names")[root_rank]
+    names.go_on_from(given)
+    for n, name in zip(named, theirs, strict=True):
+        n.wire_name = name or n.wire_name
 
 
 def _named(model: keras.Model) -> dict[str, keras.Variable]:

@@ -1,24 +1,26 @@
 """Keras callbacks of the recipe, made to be reused: initial broadcast, learning rate, metric sums, replica check."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
 
 from recipe import collectives
 from recipe.keras import backend, state
-from recipe.keras.distributed import is_distributed
+from recipe.keras.distributed import is_distributed, reduction_of
+from recipe.keras.sgd import SGD
 from recipe.schedule import Rate
 
 
 class BroadcastState(keras.callbacks.Callback):
     """Before the first step: rank root_rank's weights, moving statistics, optimizer slots, counters and seeds on all.
 
-    Horovod's callback does this after the first step, which then averages gradients of different networks."""
+    Horovod's callback does this after the first step, which then averages gradients of different networks.
+    `local_variables`, Keras's or the framework's, and their slots keep what each rank has."""
 
-    def __init__(self, root_rank: int = 0) -> None:
+    def __init__(self, root_rank: int = 0, local_variables: Sequence = ()) -> None:
         super().__init__()
-        self.root_rank = root_rank
+        self.root_rank, self.local_variables = root_rank, list(local_variables)
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
@@ -27,7 +29,7 @@ class BroadcastState(keras.callbacks.Callback):
             model.jit_compile = False  # Horovod's operations can't be part of an XLA cluster
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        state.broadcast_state(self.model, self.root_rank)
+        state.broadcast_state(self.model, self.root_rank, self.local_variables)
 
 
 class ScheduledRate(keras.callbacks.Callback):
@@ -41,6 +43,13 @@ class ScheduledRate(keras.callbacks.Callback):
         self.rate = rate
         self.momentum_correction = momentum_correction
         self._epoch = 0
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        if (n := self.model.steps_per_execution) > 1:
+            raise ValueError(
+                f"steps_per_execution={n}: a callback sees only one step in {n}; leave it 1, or give the optimizer a "
+                "recipe.keras.RateSchedule as its learning rate"
+            )
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch = epoch
@@ -66,6 +75,27 @@ class GradualWarmup(ScheduledRate):
         if not self._done:
             super().on_train_batch_begin(batch, logs)
             self._done = self._epoch + batch / self.params["steps"] >= self.rate.warmup_epochs
+
+
+class StepDecay(ScheduledRate):
+    """η = rate · factor^i from the i-th of `epochs` on (sec. 5.1: 1/10 at 30, 60, 80); leaves η alone before the
+    first. So it goes with a GradualWarmup to the same `rate`."""
+
+    def __init__(
+        self,
+        rate: float,
+        epochs: Sequence[float] = (30.0, 60.0, 80.0),
+        factor: float = 0.1,
+        *,
+        momentum_correction: bool = True,
+    ) -> None:
+        decay = Rate(start=rate, peak=rate, warmup="none", decay_epochs=tuple(epochs), decay_factor=factor)
+        super().__init__(decay, momentum_correction=momentum_correction)
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        steps = self.params.get("steps")
+        if not steps or self._epoch + batch / steps >= self.rate.decay_epochs[0]:
+            super().on_train_batch_begin(batch, logs)
 
 
 class MetricSums(keras.callbacks.Callback):
@@ -121,6 +151,11 @@ class ReplicaCheck(keras.callbacks.Callback):
         self.every = every
         self._steps = 0
 
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        reduction = reduction_of(self.model.optimizer)
+        if reduction and reduction.process_set.process_set_id:
+            raise ValueError(f"ReplicaCheck compares all ranks, which {reduction.process_set} does not keep equal")
+
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self._steps += 1
         if self._steps % self.every == 0:
@@ -131,17 +166,30 @@ class ReplicaCheck(keras.callbacks.Callback):
 
 
 def set_rate(optimizer: keras.optimizers.Optimizer, rate: float, momentum_correction: bool = True) -> None:
-    """Sets the optimizer's learning rate; with momentum correction rescales the velocity of SGD (remark 2)."""
-    sgd = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
-    old = float(keras.ops.convert_to_numpy(sgd.learning_rate))
+    """Sets the optimizer's learning rate; with momentum correction rescales the velocities that hold it (remark 2):
+    those of `keras.optimizers.SGD` and of RMSprop with momentum."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # inside a LossScaleOptimizer
+    old = rate_of(inner)
     new = float(np.float32(rate))  # as the variable will hold it
     if new == old:
         return
-    sgd.learning_rate = rate
-    folded = isinstance(sgd, keras.optimizers.SGD) and sgd.momentum
-    if momentum_correction and folded and sgd.built and old > 0:
-        for velocity in sgd.momentums:
+    inner.learning_rate = rate
+    if momentum_correction and inner.built and old > 0:
+        for velocity in _velocities_with_rate(inner):
             velocity.assign(velocity * (new / old))
+
+
+def rate_of(optimizer: keras.optimizers.Optimizer) -> float:
+    """η of the next step."""
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
+def _velocities_with_rate(optimizer: keras.optimizers.Optimizer) -> list:
+    if isinstance(optimizer, keras.optimizers.SGD) and not isinstance(optimizer, SGD):
+        return optimizer.momentums if optimizer.momentum else []
+    if isinstance(optimizer, keras.optimizers.RMSprop):
+        return optimizer._momentums if optimizer.momentum > 0 else []
+    return []
 
 
 def sum_metrics(model: keras.Model) -> dict[str, float]:

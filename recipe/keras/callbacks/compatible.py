@@ -1,0 +1,206 @@
+"""Thin callbacks by the names and arguments of `horovod.keras.callbacks`, doing what its documentation promises."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from recipe import collectives
+from recipe.keras import backend
+from recipe.keras.callbacks.own import BroadcastState, MetricSums, ScheduledRate, rate_of, set_rate
+
+_UNSET = "unset.keras"  # Keras insists on a file name when a ModelCheckpoint is made
+
+
+class BroadcastGlobalVariablesCallback(BroadcastState):
+    """Rank root_rank's state on all ranks before the first step; `local_variables` keep what each rank has.
+
+    `device` may be left empty only: the variables are broadcast where they lie."""
+
+    def __init__(self, root_rank: int, device: str = "", local_variables: Any = None) -> None:
+        _refuse_device(device)
+        if local_variables is not None and not isinstance(local_variables, (list, tuple, set, frozenset)):
+            local_variables = [local_variables]
+        for v in local_variables or ():
+            if not hasattr(v, "shape") or (not hasattr(v, "assign") and backend.FRAMEWORK == "tensorflow"):
+                raise ValueError(f"local_variables must be variables, not {v!r}")
+        super().__init__(root_rank, list(local_variables or ()))
+
+
+class MetricAverageCallback(MetricSums):
+    """Makes the epoch's logs speak of all ranks: sums over all examples, divided once.
+
+    With `unweighted`, Horovod's old numbers: the mean over ranks of what is in their logs, however many examples each
+    of them holds. Place it before the callbacks that read the logs."""
+
+    def __init__(self, device: str = "", unweighted: bool = False) -> None:
+        _refuse_device(device)
+        super().__init__()
+        self.unweighted = unweighted
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if not self.unweighted:
+            super().on_train_batch_end(batch, logs)
+
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        if not self.unweighted:
+            super().on_test_begin(logs)
+
+    def on_test_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if not self.unweighted:
+            super().on_test_batch_end(batch, logs)
+
+    def on_test_end(self, logs: dict | None = None) -> None:
+        if not self.unweighted:
+            super().on_test_end(logs)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if not self.unweighted:
+            super().on_epoch_end(epoch, logs)
+        elif logs:
+            names = sorted(logs)
+            mean = collectives.total(np.array([float(logs[n]) for n in names]), "logs") / collectives.size()
+            logs.update(zip(names, mean.tolist(), strict=True))
+
+
+class LearningRateScheduleCallback(ScheduledRate):
+    """η = initial_lr · multiplier in the epochs from `start_epoch` up to `end_epoch` (exclusive; None: no end).
+
+    `multiplier` is a number, or a function of the epoch: an integer at the beginning of each epoch with `staircase`,
+    else the float epoch + batch / steps at the beginning of each batch. With `compounding`, Horovod's old numbers: a
+    constant multiplier m means m^(epoch − start_epoch). `steps_per_epoch`: only where Keras doesn't know it. The
+    epoch's logs get "lr", the rate of its last step. Raises ValueError without initial_lr."""
+
+    def __init__(
+        self,
+        initial_lr: float,
+        multiplier: float | Callable[[float], float],
+        start_epoch: int = 0,
+        end_epoch: int | None = None,
+        staircase: bool = True,
+        momentum_correction: bool = True,
+        steps_per_epoch: int | None = None,
+        compounding: bool = False,
+    ) -> None:
+        if initial_lr is None:
+            raise ValueError("initial_lr=None: give the rate that the multiplier multiplies")
+        self.initial_lr, self.multiplier, self.compounding = initial_lr, multiplier, compounding
+        self.start_epoch, self.end_epoch = start_epoch, end_epoch
+        self.staircase, self.steps_per_epoch = staircase, steps_per_epoch
+        super().__init__(self._rate, momentum_correction=momentum_correction)
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        if not self.staircase:
+            super().on_train_begin(logs)
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        if self._epoch < self.start_epoch or (self.end_epoch is not None and self._epoch >= self.end_epoch):
+            return
+        if not self.staircase:
+            set_rate(self.model.optimizer, self.rate(self._epoch + batch / self._steps()), self.momentum_correction)
+        elif batch == 0:
+            set_rate(self.model.optimizer, self.rate(self._epoch), self.momentum_correction)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if logs is not None:
+            logs.setdefault("lr", rate_of(self.model.optimizer))  # before a warmup sets the next epoch's
+
+    def _rate(self, epoch: float) -> float:
+        if callable(self.multiplier):
+            return self.initial_lr * self.multiplier(epoch)
+        power = epoch - self.start_epoch if self.compounding else 1
+        return self.initial_lr * self.multiplier**power
+
+    def _steps(self) -> int:
+        steps = self.steps_per_epoch or self.params.get("steps")
+        if not steps:
+            raise ValueError("the number of steps of an epoch is unknown; pass steps_per_epoch to fit() or here")
+        return steps
+
+
+class LearningRateWarmupCallback(LearningRateScheduleCallback):
+    """η from initial_lr / size at the first step to initial_lr at the first step of epoch `warmup_epochs`, by a
+    constant amount per step (sec. 2.2); after that η is left alone.
+
+    `warmup_epochs` may be a fraction. With `one_step_early`, Horovod's old numbers: every step has the rate of its
+    successor, and initial_lr comes a step early. `verbose` prints a line on rank 0 when the warmup is done."""
+
+    def __init__(
+        self,
+        initial_lr: float,
+        warmup_epochs: float = 5,
+        momentum_correction: bool = True,
+        steps_per_epoch: int | None = None,
+        verbose: int = 0,
+        one_step_early: bool = False,
+    ) -> None:
+        super().__init__(
+            initial_lr,
+            self._ramp,
+            end_epoch=warmup_epochs,
+            staircase=False,
+            momentum_correction=momentum_correction,
+            steps_per_epoch=steps_per_epoch,
+        )
+        self.warmup_epochs, self.verbose, self.one_step_early = warmup_epochs, verbose, one_step_early
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        super().on_epoch_end(epoch, logs)
+        if epoch < self.warmup_epochs <= epoch + 1:
+            # Now and not at the next step: so it is in a checkpoint, and before what other callbacks set there.
+            set_rate(self.model.optimizer, self.initial_lr, self.momentum_correction)
+            if self.verbose and collectives.rank() == 0:
+                print(f"\nEpoch {epoch + 1}: the learning rate has warmed up to {self.initial_lr:g}.")
+
+    def _ramp(self, epoch: float) -> float:
+        if self.one_step_early:
+            epoch += 1 / self._steps()
+        size = collectives.size()
+        return (1 + (size - 1) * min(epoch / self.warmup_epochs, 1.0)) / size
+
+
+class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
+    """A ModelCheckpoint that keeps the best model only, written by rank 0.
+
+    `filepath` may also be set as an attribute before training; ValueError says so when it is missing. Place it after
+    MetricAverageCallback, so that "best" speaks of all ranks."""
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        save_weights_only: bool = False,
+        mode: str = "auto",
+        save_freq: str | int = "epoch",
+        filepath: str | None = None,
+    ) -> None:
+        unset = "unset.weights.h5" if save_weights_only else _UNSET
+        super().__init__(
+            filepath or unset,
+            monitor=monitor,
+            verbose=verbose,
+            save_best_only=True,
+            save_weights_only=save_weights_only,
+            mode=mode,
+            save_freq=save_freq,
+        )
+        self.filepath = filepath
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        if not self.filepath:
+            raise ValueError("BestModelCheckpoint has no filepath; pass filepath= or set it before training")
+        super().on_train_begin(logs)
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        if collectives.rank() == 0:
+            super().on_train_batch_end(batch, logs)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if collectives.rank() == 0:
+            super().on_epoch_end(epoch, logs)
+
+
+def _refuse_device(device: str) -> None:
+    if device:
+        raise ValueError(f"device={device!r}: values are exchanged where they lie; leave it empty")
