@@ -23,7 +23,7 @@ BUILD_NEEDS = ("setuptools", "wheel", "cmake", "cffi", "cloudpickle", "psutil", 
 class Target:
     """What to build on."""
 
-    path: str  # search path for programs, without our own .venv
+    path: str  # search path for programs, without Python environments
     mpi: mpi.Mpi
     cuda: str = ""  # root of the CUDA toolkit; "": no GPUs
 
@@ -36,7 +36,7 @@ class Target:
             "CUDA": self.cuda,
             "requirements": requirements(self),
             "constraints": [wheel.sha256(path) for path in constraints(self)],
-            "Horovod": {**wheel.sources(), **self.flags()},
+            "Horovod": {**wheel.sources(), **wheel.FLAGS},
         }
 
     def flags(self) -> dict[str, str]:
@@ -55,12 +55,17 @@ class Target:
 
 def choose(option: bool | None) -> tuple[Target, str]:
     """The target on this machine (with GPUs, without, or as it is now), and a remark about its MPI."""
-    parts = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    path = os.pathsep.join(part for part in parts if part != str(VENV / "bin"))
+    path = system_path(os.environ.get("PATH", os.defpath))
     found, remark = mpi.detect(path)
     if option is None:
         option = bool(stamp()["CUDA"]) if stamp() else checks.gpu_here(path)
     return Target(path, found, checks.cuda(path) if option else ""), remark
+
+
+def system_path(path: str) -> str:
+    """The search path without Python environments: an mpicc in one of them, ours included, is not the system's."""
+    parts = [part for part in path.split(os.pathsep) if part != str(VENV / "bin")]
+    return os.pathsep.join(part for part in parts if not (Path(part).parent / "pyvenv.cfg").is_file())
 
 
 def requirements(target: Target) -> list[str]:
