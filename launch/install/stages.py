@@ -95,7 +95,7 @@ def horovod(console: Console, target: Target, compiler: str) -> str:
     folder = wheel.cache() / wheel.key(inputs)
     cores = build.jobs()
     kept = wheel.finished(folder)
-    text = f"building Horovod {wheel.VERSION} (about {max(3, 10 // cores)} minutes on {cores} cores)"
+    text = f"building Horovod {wheel.VERSION} (about {max(2, 14 // cores)} minutes on {cores} cores)"
     with console.stage(f"installing Horovod {wheel.VERSION} from {folder}" if kept else text):
         made = wheel.keep(folder, inputs, partial(build.make, console, target, Path(found["site"])))
         pip(console, target, "--no-deps", "--force-reinstall", made)
