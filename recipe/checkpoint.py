@@ -60,7 +60,7 @@ def latest(folder: Path) -> Path:
     """The newest checkpoint. Raises RunError when there is none."""
     found = checkpoints(folder)
     if not found:
-        raise RunError(f"{folder} holds no checkpoint; start the run without --resume")
+        raise RunError(f"{folder} holds no checkpoint yet")
     return found[-1]
 
 

@@ -23,9 +23,9 @@ def main(argv: list[str]) -> None:
     run_dir = Path(collectives.broadcast(run_dir, "run_dir"))
     errors = fit.train(recipe, run_dir, VALUES.resume)
     if collectives.rank() == 0:
-        print(
-            f"top-1 error {metrics.final_error(errors):.2%} (median of the last {len(errors[-5:])} epochs)  {run_dir}"
-        )
+        last = len(errors[-5:])
+        print(f"top-1 error {metrics.final_error(errors):.2%} (median of the last {last} epochs) in {run_dir}")
+        print(f"curves: python -m recipe.report {run_dir}")
 
 
 if __name__ == "__main__":

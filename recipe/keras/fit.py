@@ -42,7 +42,9 @@ def train(recipe: Recipe, run_dir: Path, resume: bool) -> list[float]:
     model = compiled_model(recipe, source.num_classes)
     hosts = collectives.gather(socket.gethostname(), "hosts")
     collectives.on_root(lambda: runlog.open_run(run_dir, recipe, hosts, resume), "open_run")
-    epoch = collectives.on_root(lambda: _restore(model, run_dir) if resume else 0, "restore")
+    epoch, errors = collectives.on_root(lambda: _restore(model, run_dir) if resume else (0, []), "restore")
+    if epoch == recipe.epochs:
+        return errors
     recorder = Recorder(recipe, run_dir, steps, epoch) if collectives.rank() == 0 else None
     model.fit(
         train_batches(source, recipe, [collectives.rank()], first_step=epoch * steps),
@@ -56,10 +58,10 @@ def train(recipe: Recipe, run_dir: Path, resume: bool) -> list[float]:
             ScheduledRate(recipe_rate(recipe)),
             *([ReplicaCheck(recipe.run.replica_check_every)] if recipe.run.replica_check_every else []),
             StepFigures(recipe, recorder),
-            epoch_end := EpochEnd(recipe, run_dir, evaluation, recorder),
+            EpochEnd(recipe, run_dir, evaluation, recorder, errors),
         ],
     )
-    return epoch_end.errors
+    return errors
 
 
 def open_data(recipe: Recipe) -> tuple:
@@ -110,7 +112,7 @@ def evaluate_run(recipe: Recipe, run_dir: Path) -> Sums:
     """Evaluates the newest checkpoint of a run, on as many ranks as there are. Collective."""
     evaluation = open_data(recipe)[1]
     model = compiled_model(recipe, evaluation.num_classes)
-    collectives.on_root(lambda: _restore(model, run_dir), "restore")
+    collectives.on_root(lambda: _load(model, checkpoint.latest(run_dir / "checkpoints")), "restore")
     state.broadcast_state(model)
     return evaluate(model, recipe, evaluation)
 
@@ -161,12 +163,16 @@ class StepFigures(keras.callbacks.Callback):
 
 
 class EpochEnd(keras.callbacks.Callback):
-    """After each epoch: average the moving statistics, evaluate, write the figures and the checkpoint."""
+    """After each epoch: average the moving statistics, evaluate, write the figures and the checkpoint.
 
-    def __init__(self, recipe: Recipe, run_dir: Path, evaluation: object, recorder: Recorder | None) -> None:
+    Appends the top-1 error of each evaluation to `errors`."""
+
+    def __init__(
+        self, recipe: Recipe, run_dir: Path, evaluation: object, recorder: Recorder | None, errors: list[float]
+    ) -> None:
         super().__init__()
         self.recipe, self.run_dir, self.evaluation, self.recorder = recipe, run_dir, evaluation, recorder
-        self.errors: list[float] = []
+        self.errors = errors
         self._began = time.monotonic()
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
@@ -250,11 +256,19 @@ def _leaves(metrics: Iterable) -> Iterable:
         yield from _leaves(metric.metrics) if getattr(metric, "metrics", None) else (metric,)
 
 
-def _restore(model: keras.Model, run_dir: Path) -> int:
-    """Loads the newest checkpoint on this rank (BroadcastState brings it to the others); returns its epoch."""
-    arrays, meta = checkpoint.load(checkpoint.latest(run_dir / "checkpoints"))
+def _restore(model: keras.Model, run_dir: Path) -> tuple[int, list[float]]:
+    """(finished epochs, their errors) of a run, its newest checkpoint loaded on this rank; BroadcastState brings it to
+    the others. A run that ended before its first checkpoint begins anew."""
+    if not checkpoint.checkpoints(run_dir / "checkpoints"):
+        return 0, []
+    meta = _load(model, checkpoint.latest(run_dir / "checkpoints"))
+    return meta["epoch"], meta["errors"]
+
+
+def _load(model: keras.Model, path: Path) -> dict:
+    arrays, meta = checkpoint.load(path)
     state.from_arrays(model, arrays)
-    return meta["epoch"]
+    return meta
 
 
 def _check_size(recipe: Recipe) -> None:

@@ -106,7 +106,7 @@ def test_it_learns(finished):
 def test_only_rank_0_speaks_and_no_framework_does(finished):
     folder, printed = finished
     assert len([line for line in printed.splitlines() if "epoch 3 of 3" in line]) == 1
-    assert printed.splitlines()[-1].startswith("top-1 error ")
+    assert printed.splitlines()[-2].startswith("top-1 error ")
     assert str(folder) in printed
     for noise in ("oneDNN", "cpu_feature_guard", "WARNING", "absl::InitializeLog", "Traceback"):
         assert noise not in printed
@@ -197,6 +197,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(finished, tmp_path, data
     assert "signal 9" in printed or "exit code" in printed.lower() or "exit status" in printed.lower()
     done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
     assert done.returncode == 0, done.stdout[-4000:]
+    assert "median of the last 3 epochs" in done.stdout  # those before the kill count
     assert [line["epoch"] for line in lines(folder, "epoch")] == [1, 2, 3]
     assert [line["step"] for line in lines(folder, "step")] == [2, 4, 6, 8, 10, 12]
     resumed, whole = weights(folder), weights(finished[0])
@@ -263,6 +264,23 @@ def test_a_run_directory_is_not_overwritten(finished, data_dir):
     )
     refused(done, 2, "config.optimizer.momentum=0.8 (was 0.9)")
     assert len(lines(folder, "epoch")) == 3
+
+
+def test_a_finished_run_resumes_to_its_result(finished, data_dir):
+    folder, printed = finished
+    done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-2:] == printed.splitlines()[-2:]
+    assert len(lines(folder, "epoch")) == 3
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_resumes_from_the_start(finished, tmp_path, data_dir):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "checkpoints")
+    done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
+    assert done.returncode == 0, done.stdout
+    assert [line["epoch"] for line in lines(folder, "epoch")] == [1, 2, 3]
 
 
 def test_there_must_be_something_to_resume(tmp_path, data_dir):
