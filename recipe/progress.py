@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -58,6 +57,12 @@ def _terminal_width() -> int:
     Launchers give their ranks a pipe and copy it to their own stderr: mpirun is rank 0's parent, and asked instead."""
     with contextlib.suppress(OSError):
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    with contextlib.suppress(OSError), Path(f"/proc/{os.getppid()}/fd/2").open("wb", 0) as launchers:
-        return os.get_terminal_size(launchers.fileno()).columns or 80
+    launchers = f"/proc/{os.getppid()}/fd/2"
+    with contextlib.suppress(OSError):
+        if os.path.realpath(launchers).startswith("/dev/"):  # only look: anything else is the user's file
+            descriptor = os.open(launchers, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            try:
+                return os.get_terminal_size(descriptor).columns or 80
+            finally:
+                os.close(descriptor)
     return 0

@@ -58,3 +58,12 @@ def test_a_log_has_plain_lines(launcher):
     assert first.startswith("epoch   0.33 of 2  step 1 of 6  loss 1.500  error 25.0%  η 0.1  1,234 images/s")
     assert last == "finished"
     assert "\r" not in done.stderr
+
+
+def test_the_launchers_log_file_is_left_alone(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("what was there before\n")
+    with log.open("a") as file:
+        arguments = command(1, ["-c", PROGRAM], "mpirun")
+        subprocess.run(arguments, stdout=file, stderr=file, timeout=60, env=environment(), check=True)
+    assert log.read_text().startswith("what was there before\nepoch")
