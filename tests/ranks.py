@@ -36,7 +36,7 @@ def command(size: int, program: list[str], launcher: str = "mpirun") -> list[str
 
 
 def launch(
-    size: int, program: list[str], launcher: str = "mpirun", timeout: float = 180, cwd: Path = ROOT, **extra: str
+    size: int, program: list[str], launcher: str = "mpirun", timeout: float = 500, cwd: Path = ROOT, **extra: str
 ) -> subprocess.CompletedProcess:
     """Runs `program` on `size` ranks to its end; stdout and stderr come back together, in `stdout`."""
     return subprocess.run(
@@ -52,7 +52,7 @@ def launch(
 
 
 def results(
-    folder: Path, size: int, program: str, *arguments: str, launcher: str = "mpirun", timeout: float = 180, **extra: str
+    folder: Path, size: int, program: str, *arguments: str, launcher: str = "mpirun", timeout: float = 500, **extra: str
 ) -> list[dict[str, Any]]:
     """What each rank of a test program gave to `report`, in the order of the ranks."""
     shutil.rmtree(folder, ignore_errors=True)
