@@ -77,11 +77,16 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
         raise UsageError(f"{rest[0]!r} is not understood: flags begin with --, such as --config=quick")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(main: Callable[[list[str]], None], values: flags.FlagValues | None = None) -> None:
     """Runs a program and leaves with its exit status: 0, 1 for a failed run, 2 for a usage error.
+
+    --help prints the program's docstring and the flags in `values`.
 
     A rank that fails says so and leaves at once, without Horovod's orderly shutdown, which would wait for the other
     ranks; the launcher then ends them."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        _help(values or flags.FlagValues())
+        return
     try:
         main(sys.argv[1:])
         return
@@ -89,6 +94,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         _leave(2, str(error), error.everywhere)
     except RunError as error:
         _leave(1, str(error), error.everywhere)
+    except ImportError as error:
+        _leave(2 if "KERAS_BACKEND" in str(error) else 1, _unexpected(error), everywhere=True)
     except KeyboardInterrupt:
         _leave(130, "interrupted", True)
     except Exception as error:
@@ -98,6 +105,12 @@ def run(main: Callable[[list[str]], None]) -> None:
 def quiet() -> bool:
     """Whether this process is a rank other than 0, by the launcher's word, before Horovod knows."""
     return next((os.environ[v] for v in RANK_VARIABLES if v in os.environ), "0") != "0"
+
+
+def _help(values: flags.FlagValues) -> None:
+    print(sys.modules["__main__"].__doc__)
+    for name in values:
+        print(f"  --{name}: {values[name].help} (default: {values[name].default!r})")
 
 
 def _split(argv: list[str]) -> tuple[str, list[str], list[str]]:
@@ -127,6 +140,8 @@ def _refuse_unknown(overrides: list[str], recipe: Recipe) -> None:
 def _unexpected(error: Exception) -> str:
     """The sentence for an error that isn't ours by type; prints its traceback when it is nobody's we know."""
     text = str(error)
+    if "KERAS_BACKEND" in text:
+        return text
     if ours := re.search(r"RunError: (.*)", text):
         return ours[1]  # raised inside TensorFlow's input pipeline, which wraps it in an error of its own
     if "Horovod" in f"{type(error).__name__} {text}":

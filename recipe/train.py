@@ -1,4 +1,8 @@
-"""Trains a recipe: `mpirun -np 2 python -m recipe.train --config=quick`, or the same under horovodrun or srun."""
+"""Trains a recipe: `mpirun -np 2 python -m recipe.train --config=quick`, or the same under horovodrun or srun.
+
+--config names a preset of recipe/configs or a run's config.json; --config.SECTION.FIELD=VALUE changes one field:
+--config.k=4 --config.optimizer.base_rate=0.05 "--config.schedule.decay_epochs=(8,9)". recipe/config.py explains all.
+"""
 
 import time
 from pathlib import Path
@@ -29,4 +33,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, VALUES)

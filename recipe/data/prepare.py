@@ -45,4 +45,4 @@ def prepare_now(data: Data) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, VALUES)

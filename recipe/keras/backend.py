@@ -1,5 +1,13 @@
 """Chooses Horovod's side of the Keras backend in use."""
 
+import os
+
+if os.environ.get("KERAS_BACKEND", "tensorflow") not in ("tensorflow", "torch"):  # Keras would look for it first
+    raise ImportError(
+        f"Horovod has no binding for Keras's {os.environ['KERAS_BACKEND']!r} backend; "
+        "set KERAS_BACKEND=tensorflow or KERAS_BACKEND=torch"
+    )
+
 import keras
 
 if keras.backend.backend() == "tensorflow":

@@ -255,6 +255,19 @@ def test_usage_errors_are_said_once(tmp_path):
     refused(launch(1, ["-m", "recipe.evaluate", f"--run_dir={tmp_path}"]), 2, str(tmp_path), "config.json")
 
 
+@pytest.mark.parametrize("program", ["recipe.train", "recipe.evaluate", "recipe.report", "recipe.data.prepare"])
+def test_programs_explain_themselves(program):
+    done = launch(1, ["-m", program, "--help"])
+    assert done.returncode == 0
+    assert f"python -m {program}" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_a_backend_without_a_binding_is_refused_before_keras_looks_for_it(tmp_path):
+    done = launch(2, [*SMALL, f"--run_dir={tmp_path / 'run'}"], KERAS_BACKEND="jax")
+    refused(done, 2, "'jax'", "KERAS_BACKEND=torch")
+
+
 def test_a_run_directory_is_not_overwritten(finished, data_dir):
     folder = finished[0]
     done = launch(2, [*SMALL, f"--run_dir={folder}"], TFDS_DATA_DIR=data_dir)
