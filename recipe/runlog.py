@@ -56,7 +56,7 @@ def read_recipe(folder: Path) -> Recipe:
 def read_epochs(folder: Path) -> list[dict[str, Any]]:
     """The epoch lines of a run's metrics.jsonl, in order. Raises UsageError when there are none."""
     try:
-        lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+        lines = [json.loads(line) for line in _whole_lines(folder / METRICS)]
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder / METRICS} can't be read ({error}); name a run directory that recipe.train wrote")
     epochs = [line for line in lines if line["kind"] == "epoch"]
@@ -102,9 +102,13 @@ class RunLog:
 
     def _keep_until(self, step: int) -> None:
         if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
             self._path.write_text("".join(kept))
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """A killed run may have left half a line at the end."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
