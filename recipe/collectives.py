@@ -1,4 +1,4 @@
-"""The one seam to Horovod outside recipe/keras and recipe/torch: sums, broadcasts and agreements over all ranks.
+"""The one seam to Horovod outside recipe/keras: sums, broadcasts and agreements over all ranks.
 
 Every function here is collective: all ranks must call it, in the same order.
 """
@@ -89,7 +89,7 @@ def gather(value: T, name: str) -> list[T]:
 def agreed(action: Callable[[], T], name: str) -> T:
     """Runs `action` on every rank; when it fails on some, raises the first failing rank's error on all of them.
 
-    So a missing file on one host ends the run everywhere with that host's message (law 2)."""
+    So a missing file on one host ends the run everywhere with that host's message."""
     result, failure = None, None
     try:
         result = action()

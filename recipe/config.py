@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,6 +162,8 @@ def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
 
 def _build(cls: type, values: dict[str, Any], path: str) -> Any:
     types = typing.get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} must be a section with the fields {', '.join(types)}, not {values!r}")
     for name in values:
         if name not in types:
             raise UsageError(f"{path}.{name} is not a field of the recipe; did you mean {path}.{nearest(name, types)}?")
@@ -210,7 +213,7 @@ def _check_ranges(recipe: Recipe) -> None:
     values = flatten(recipe)
     for name, (low, high) in RANGES.items():
         value = values[name]
-        if not value >= low or (high is not None and value > high):
+        if not value >= low or value == math.inf or (high is not None and value > high):
             limit = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UsageError(f"config.{name} must be {limit}, not {value}")
     if recipe.optimizer.momentum == 1:

@@ -1,4 +1,4 @@
-"""Initial weights as a function of (seed, name), the same in every framework (law 1)."""
+"""Initial weights as a function of (seed, name), the same in every framework."""
 
 import zlib
 

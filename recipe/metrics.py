@@ -1,4 +1,4 @@
-"""Sums of losses and errors: added over batches and ranks as sums, divided once (FIELD: averages of averages lie)."""
+"""Sums of losses and errors: added over batches and ranks as sums, divided once: averages of averages lie."""
 
 import math
 from dataclasses import dataclass

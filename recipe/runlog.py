@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import Recipe, flatten
-from recipe.errors import UsageError
+from recipe.errors import RunError, UsageError
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -34,15 +34,18 @@ def open_run(folder: Path, recipe: Recipe, hosts: list[str], resume: bool) -> No
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--run_dir={folder} can't be made: {error.strerror}")
+        raise UsageError(f"--run_dir={folder} can't be made: {error.strerror}; name a new directory")
     if (folder / CONFIG).exists():
         if not resume:
             raise UsageError(f"--run_dir={folder} holds a run already; add --resume or choose another directory")
         _refuse_other_recipe(folder, recipe)
     elif resume:
         raise UsageError(f"--run_dir={folder} holds no run to resume; leave --resume out to start one")
-    _write_json(folder / CONFIG, asdict(recipe))
-    _write_json(folder / "environment.json", environment(hosts))
+    try:
+        _write_json(folder / CONFIG, asdict(recipe))
+        _write_json(folder / "environment.json", environment(hosts))
+    except OSError as error:
+        raise UsageError(f"--run_dir={folder} can't be written: {error.strerror}; free space or rights")
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -57,9 +60,9 @@ def read_epochs(folder: Path) -> list[dict[str, Any]]:
     """The epoch lines of a run's metrics.jsonl, in order. Raises UsageError when there are none."""
     try:
         lines = [json.loads(line) for line in _whole_lines(folder / METRICS)]
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder / METRICS} can't be read ({error}); name a run directory that recipe.train wrote")
-    epochs = [line for line in lines if line["kind"] == "epoch"]
+        epochs = [line for line in lines if line["kind"] == "epoch"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / METRICS} can't be read ({error}); mend it, or name another run directory")
     if not epochs:
         raise UsageError(f"{folder / METRICS} has no finished epoch yet")
     return epochs
@@ -92,7 +95,10 @@ class RunLog:
 
     def write(self, kind: str, step: int, values: dict[str, float | int]) -> None:
         """One line: kind ("step" or "epoch"), the number of finished steps, and the figures."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self._path}: {error.strerror}; free space or rights, then --resume")
         for name, value in values.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
 
@@ -102,7 +108,10 @@ class RunLog:
 
     def _keep_until(self, step: int) -> None:
         if self._path.exists():
-            kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
+            try:
+                kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunError(f"{self._path} has a damaged line ({error}); delete that line, then --resume")
             self._path.write_text("".join(kept))
 
 

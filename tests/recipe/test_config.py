@@ -103,6 +103,12 @@ def test_recipes_refused(values, parts):
     refused(lambda: Recipe(**{name: v() if callable(v) else v for name, v in values.items()}), *parts)
 
 
+def test_what_is_no_section_or_no_number_is_refused():
+    refused(lambda: Recipe.from_dict({"data": 3}), "config.data", "section", "3")
+    refused(lambda: Recipe.from_dict([1]), "config must be a section")
+    refused(lambda: parse("--config=quick", "--config.optimizer.base_rate=inf"), "config.optimizer.base_rate", "inf")
+
+
 def test_unknown_names_in_a_file_are_refused():
     refused(lambda: Recipe.from_dict({"model": {"widht": 3}}), "config.model.widht", "config.model.width")
 

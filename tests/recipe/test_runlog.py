@@ -5,7 +5,7 @@ import json
 import pytest
 
 from recipe import runlog
-from recipe.errors import UsageError
+from recipe.errors import RunError, UsageError
 
 
 @pytest.fixture
@@ -31,3 +31,5 @@ def test_a_damaged_log_is_named(torn):
         file.write("\n")
     with pytest.raises(UsageError, match=r"metrics\.jsonl can't be read"):
         runlog.read_epochs(torn)
+    with pytest.raises(RunError, match=r"metrics\.jsonl has a damaged line"):
+        runlog.RunLog(torn, step=2)
