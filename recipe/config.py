@@ -236,6 +236,8 @@ def _check_schedule(recipe: Recipe) -> None:
             f"config.schedule.decay_epochs={schedule.decay_epochs} must rise; "
             f"did you mean {tuple(sorted(set(schedule.decay_epochs)))}?"
         )
+    if schedule.decay_epochs and schedule.decay_epochs[0] <= 0:
+        raise UsageError(f"config.schedule.decay_epochs={schedule.decay_epochs} must be later than epoch 0")
     warmup_end = schedule.warmup_epochs if schedule.warmup != "none" else 0.0
     if schedule.decay_epochs and warmup_end > schedule.decay_epochs[0]:
         raise UsageError(

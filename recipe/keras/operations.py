@@ -118,7 +118,7 @@ def broadcast_variables(variables: Iterable[keras.Variable], root_rank: int) -> 
 
 def broadcast_global_variables(root_rank: int) -> None:
     """Refused: Keras 3 keeps no global collection of variables."""
-    raise NotImplementedError(
+    raise ValueError(
         f"broadcast_global_variables({root_rank}): Keras 3 keeps no global collection of variables; call "
         "broadcast_variables(model.variables, root_rank) or train with callbacks.BroadcastState(root_rank)"
     )

@@ -91,6 +91,10 @@ def test_command_lines_refused(arguments, parts):
         ({"optimizer": lambda: Optimizer(momentum=0.0)}, ["config.optimizer.nesterov", "momentum"]),
         ({"optimizer": lambda: Optimizer(compression="bf16")}, ["bf16", "'fp16'"]),
         ({"schedule": lambda: Schedule(decay_epochs=(60.0, 30.0))}, ["decay_epochs", "(30.0, 60.0)"]),
+        (
+            {"schedule": lambda: Schedule(decay_epochs=(-1.0, 30.0))},
+            ["decay_epochs=(-1.0, 30.0)", "later than epoch 0"],
+        ),
         ({"schedule": lambda: Schedule(warmup_epochs=40.0)}, ["warmup_epochs=40.0", "30"]),
         ({"epochs": 3}, ["warmup_epochs=5.0", "3 epochs"]),
         ({"model": lambda: Model(blocks=())}, ["config.model.blocks"]),
