@@ -1,9 +1,12 @@
-"""Checkpoints: one .npz file each, all arrays and a JSON description; written atomically, read without unpickling."""
+"""Checkpoints: one .npz file each, with a checksum over all its bytes; written atomically, read without unpickling."""
 
 import contextlib
+import hashlib
+import io
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,59 +15,111 @@ import numpy as np
 from recipe.errors import RunError
 
 _META = "checkpoint.json"  # name of the description among the arrays
+_DIGEST = 64  # hexadecimal digits of a SHA-256: the zip file's comment, its last bytes
 
 
-def save(folder: Path, epoch: int, arrays: dict[str, np.ndarray], meta: dict[str, Any], keep: int) -> Path:
-    """Writes FOLDER/epoch-EEEE.npz and then removes all but the newest `keep`.
+def save(
+    folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any], keep: int, keep_every: int = 0
+) -> Path:
+    """Writes FOLDER/step-SSSSSSSS.npz, the state after so many steps, and then removes all but the newest `keep` and
+    those of every `keep_every` steps (0: none of these).
 
     The file appears under its name only when it is complete and on the disk. Raises RunError when that fails; the
     older checkpoints are then untouched."""
-    path = folder / f"epoch-{epoch:04d}.npz"
+    path = folder / f"step-{step:08d}.npz"
     partial = folder / f".{path.name}.partial"
-    description = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, **arrays, **{_META: description})
-            file.flush()
-            os.fsync(file.fileno())
+        _clean(folder)
+        _write(partial, arrays | {_META: np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)})
         partial.replace(path)
-        _sync_folder(folder)
+        _sync(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise RunError(f"cannot write the checkpoint {path}: {error.strerror}; free space or rights, then --resume")
     for old in checkpoints(folder)[:-keep]:
-        old.unlink()
+        if not keep_every or step_of(old) % keep_every:
+            old.unlink()
     return path
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the description of a checkpoint. Raises RunError for a file that is not a whole checkpoint
-    (each array carries a CRC-32, which reading verifies)."""
+    """The arrays and the description of a checkpoint. Raises RunError for a file of which a single bit has changed."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path} can't be read: {error.strerror}")
+    if hashlib.sha256(content[:-_DIGEST]).hexdigest().encode() != content[-_DIGEST:]:
+        raise RunError(f"{path} is damaged: its {len(content)} bytes don't have the checksum they end with")
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        meta = json.loads(arrays.pop(_META).tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path} is not a whole checkpoint ({error}); delete it to resume from the one before")
-    return arrays, meta
+        return arrays, json.loads(arrays.pop(_META).tobytes())
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path} is not a checkpoint ({error})")
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """The newest checkpoint that is whole, None when there are none; `warn` is told of each newer, damaged one.
+
+    Raises RunError when there are some and all are damaged."""
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return load(path)
+        except RunError as error:
+            warn(f"{error}; falling back to the checkpoint before it")
+    if paths:
+        raise RunError(f"no checkpoint in {folder} is whole; restore one from a copy, or train in a new directory")
+    return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("epoch-*.npz"))
+    return sorted(folder.glob("step-*.npz"))
 
 
-def latest(folder: Path) -> Path:
-    """The newest checkpoint. Raises RunError when there is none."""
-    found = checkpoints(folder)
-    if not found:
-        raise RunError(f"{folder} holds no checkpoint yet")
-    return found[-1]
+def step_of(path: Path) -> int:
+    """The number of steps before a checkpoint."""
+    return int(path.stem.removeprefix("step-"))
 
 
-def _sync_folder(folder: Path) -> None:
+def digest(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of names, types, shapes and values, in hexadecimal."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """An .npz file that ends with the digest of what comes before."""
+    with path.open("w+b") as file:
+        np.savez(file, **arrays)
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.comment = b"0" * _DIGEST
+        file.seek(0)
+        content = hashlib.sha256()
+        left = os.fstat(file.fileno()).st_size - _DIGEST
+        while left:
+            block = file.read(min(left, 1 << 20))
+            content.update(block)
+            left -= len(block)
+        file.write(content.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _clean(folder: Path) -> None:
+    """What a kill in the middle of a save has left."""
+    for partial in folder.glob(".step-*.partial"):
+        partial.unlink()
+
+
+def _sync(folder: Path) -> None:
     """Makes the rename itself durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

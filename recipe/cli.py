@@ -16,9 +16,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from recipe import collectives, configs
+from recipe import collectives, configs, preemption
 from recipe.config import Recipe, flatten, nearest
-from recipe.errors import RunError, UsageError
+from recipe.errors import Preempted, RunError, UsageError
 
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
@@ -78,7 +78,8 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def run(main: Callable[[list[str]], None], values: flags.FlagValues | None = None) -> None:
-    """Runs a program and leaves with its exit status: 0, 1 for a failed run, 2 for a usage error.
+    """Runs a program and leaves with its exit status: 0, 1 for a failed run, 2 for a usage error, 75 for a run that was
+    told to leave and can be resumed.
 
     --help prints the program's docstring and the flags in `values`.
 
@@ -94,6 +95,8 @@ def run(main: Callable[[list[str]], None], values: flags.FlagValues | None = Non
         _leave(2, str(error), error.everywhere)
     except RunError as error:
         _leave(1, str(error), error.everywhere)
+    except Preempted as error:
+        _leave(preemption.STATUS, str(error), error.everywhere, kind="preempted")
     except ImportError as error:
         _leave(2 if "KERAS_BACKEND" in str(error) else 1, _unexpected(error), everywhere=True)
     except KeyboardInterrupt:
@@ -151,13 +154,13 @@ def _unexpected(error: Exception) -> str:
     return f"{type(error).__name__}: {text}".splitlines()[0]
 
 
-def _leave(status: int, message: str, everywhere: bool = False) -> None:
+def _leave(status: int, message: str, everywhere: bool = False, kind: str = "error") -> None:
     """Says why, and ends the process. What all ranks know rank 0 says; the others give it time to."""
     several = collectives.started() and collectives.size() > 1
     if quiet() and (everywhere or not several):
         time.sleep(10)  # the launcher ends this rank as soon as rank 0 has left
     else:
         who = f"rank {collectives.rank()} of {collectives.size()}: " if several and not everywhere else ""
-        print(f"error: {who}{message}", file=sys.stderr, flush=True)
+        print(f"{kind}: {who}{message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)

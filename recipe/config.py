@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import typing
 from dataclasses import dataclass, field
@@ -36,6 +38,8 @@ class Model:
     zero_gamma: bool = True  # γ = 0 in the last BN of each block, so that it starts as the identity (sec. 5.1)
     bn_momentum: float = 0.9  # share of the old moving statistics kept at each step
     bn_epsilon: float = 1e-5  # added to the variance
+    precise_bn: int = 0  # minibatches over which the statistics for evaluation are taken anew; 0: the moving ones
+    dropout: float = 0.0  # share of the pooled features that a training example drops; the paper has none
     data_format: str = "channels_last"  # memory layout: "channels_last" or "channels_first" (GPU only in TensorFlow)
     precision: str = "float32"  # Keras dtype policy: "float32", "mixed_bfloat16" or "mixed_float16" (loss scaling)
 
@@ -67,13 +71,17 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Run:
-    """How often the run is looked at. None of it changes what is computed."""
+    """How the run is done and looked at. None of it changes what is computed, beyond the rounding."""
 
     log_every: int = 50  # steps between lines of metrics.jsonl and of the log
     eval_every: int = 1  # epochs between evaluations; the last epochs are always evaluated
     checkpoint_every: int = 1  # epochs between checkpoints; the last epoch always has one
+    checkpoint_steps: int = 0  # steps between checkpoints within an epoch; 0: none
     keep_checkpoints: int = 3  # the newest so many are kept
+    keep_every: int = 0  # epochs; the checkpoints of every so many epochs are kept for good; 0: none
     replica_check_every: int = 500  # steps between comparisons of all ranks' weights; 0: never
+    deterministic: bool = False  # the same bits again on the same ranks; costs speed on GPUs
+    workers_at_once: int = 1  # of a rank's workers, so many share a forward pass: fills GPUs for which n is small
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,8 @@ RANGES = {
     "model.width": (1, None),
     "model.bn_momentum": (0.0, 1.0),
     "model.bn_epsilon": (0.0, None),
+    "model.precise_bn": (0, None),
+    "model.dropout": (0.0, 0.99),
     "optimizer.base_rate": (0.0, None),
     "optimizer.momentum": (0.0, 1.0),
     "optimizer.weight_decay": (0.0, None),
@@ -137,9 +147,28 @@ RANGES = {
     "run.log_every": (1, None),
     "run.eval_every": (1, None),
     "run.checkpoint_every": (1, None),
+    "run.checkpoint_steps": (0, None),
     "run.keep_checkpoints": (1, None),
+    "run.keep_every": (0, None),
     "run.replica_check_every": (0, None),
+    "run.workers_at_once": (1, None),
 }
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The fields that say what is computed, by their dotted names: all but those of `run`."""
+    return {name: value for name, value in flatten(recipe).items() if not name.startswith("run.")}
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """SHA-256 of `identity`, in hexadecimal: two recipes that compute the same have the same."""
+    return hashlib.sha256(json.dumps(identity(recipe), sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """ "config.momentum=0.8 (was 0.9), …" for two recipes' `identity`; "" when they are the same."""
+    names = [name for name in new | old if _plain(new.get(name)) != _plain(old.get(name))]
+    return ", ".join(f"config.{name}={new.get(name)} (was {old.get(name)})" for name in names)
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -158,6 +187,11 @@ def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + f.name] = value
     return leaves
+
+
+def _plain(value: Any) -> Any:
+    """A tuple is a list once it has been JSON."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _build(cls: type, values: dict[str, Any], path: str) -> Any:
@@ -221,6 +255,14 @@ def _check_ranges(recipe: Recipe) -> None:
     if recipe.optimizer.nesterov and not recipe.optimizer.momentum:
         raise UsageError(
             "config.optimizer.nesterov needs a momentum; set config.optimizer.nesterov=false or momentum=0.9"
+        )
+    if recipe.model.precise_bn and recipe.model.bn_momentum == 1:
+        raise UsageError("config.model.precise_bn needs config.model.bn_momentum below 1, such as the paper's 0.9")
+    if recipe.k % recipe.run.workers_at_once:
+        raise UsageError(f"config.run.workers_at_once={recipe.run.workers_at_once} must divide config.k={recipe.k}")
+    if recipe.run.workers_at_once > 1 and recipe.data.remainder == "short":
+        raise UsageError(
+            "config.run.workers_at_once needs batches of one size; set config.data.remainder='drop', or leave it 1"
         )
     if not recipe.model.blocks or min(recipe.model.blocks) < 1:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The two errors that end a program with one sentence instead of a traceback."""
+"""What ends a program with one sentence instead of a traceback."""
 
 
 class _Sentence(Exception):
@@ -16,3 +16,7 @@ class UsageError(_Sentence):
 
 class RunError(_Sentence):
     """A run failed for a reason that one sentence explains. Exit status 1."""
+
+
+class Preempted(_Sentence):
+    """The run was told to leave, has saved its state, and can be resumed. Exit status 75 (EX_TEMPFAIL)."""

@@ -18,10 +18,10 @@ def main(argv: list[str]) -> None:
     run_dir = Path(VALUES.run_dir)
     recipe = runlog.read_recipe(run_dir)
     with noise.filtered():
-        from recipe import collectives
+        from recipe import collectives, loop
         from recipe.keras import fit
-    fit.start()
-    sums = fit.evaluate_run(recipe, run_dir)
+    fit.start(recipe.run.deterministic)
+    sums = loop.evaluate_run(recipe, run_dir, fit.KerasReplica)
     if collectives.rank() == 0:
         print(f"top-1 error {sums.error:.2%}  loss {sums.mean_loss:.4f}  examples {sums.count:.0f}")
 

@@ -29,8 +29,8 @@ class Sums:
         """The sums of all ranks; collective."""
         return Sums(*collectives.total([self.loss, self.correct, self.count], name).tolist())
 
-    def __sub__(self, other: "Sums") -> "Sums":
-        return Sums(self.loss - other.loss, self.correct - other.correct, self.count - other.count)
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.loss + other.loss, self.correct + other.correct, self.count + other.count)
 
     @property
     def mean_loss(self) -> float:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recipe.config import Recipe, flatten
+from recipe.config import Recipe, differences, identity
 from recipe.errors import RunError, UsageError
 
 CONFIG = "config.json"
@@ -27,25 +27,36 @@ PACKAGES = (
 )
 
 
-def open_run(folder: Path, recipe: Recipe, hosts: list[str], resume: bool) -> None:
+def open_run(folder: Path, recipe: Recipe, hosts: list[str], resume: str) -> None:
     """Makes a new run directory, or checks that an old one belongs to this recipe. One rank only.
 
-    Raises UsageError when the directory holds a run already and `resume` is false, or holds another recipe's."""
+    `resume`: "no", "yes" or "force". Raises UsageError when the directory holds a run already and `resume` is "no", or
+    another recipe's and it isn't "force"."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--run_dir={folder} can't be made: {error.strerror}; name a new directory")
     if (folder / CONFIG).exists():
-        if not resume:
+        if resume == "no":
             raise UsageError(f"--run_dir={folder} holds a run already; add --resume or choose another directory")
-        _refuse_other_recipe(folder, recipe)
-    elif resume:
+        if resume != "force":
+            refuse_another(identity(read_recipe(folder)), recipe, folder)
+    elif resume != "no":
         raise UsageError(f"--run_dir={folder} holds no run to resume; leave --resume out to start one")
     try:
         _write_json(folder / CONFIG, asdict(recipe))
         _write_json(folder / "environment.json", environment(hosts))
     except OSError as error:
         raise UsageError(f"--run_dir={folder} can't be written: {error.strerror}; free space or rights")
+
+
+def refuse_another(old: dict[str, Any], recipe: Recipe, folder: Path) -> None:
+    """Raises UsageError, naming the fields, when `recipe` is not the one whose `identity` is given."""
+    if changed := differences(old, identity(recipe)):
+        raise UsageError(
+            f"--run_dir={folder} was started with another recipe: {changed}; resume with the old values, or with "
+            "--resume=force"
+        )
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -76,43 +87,56 @@ def environment(hosts: list[str]) -> dict[str, Any]:
         "hosts": hosts,  # one entry a rank
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": versions(),
         "git": _git_revision(),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that a run's figures may depend on."""
+    return {name: version for name in PACKAGES if (version := _version(name))}
 
 
 class RunLog:
     """Appends figures to metrics.jsonl and to TensorBoard's event files. One rank only."""
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
-        """`step`: where the run continues; lines of later steps, from before a crash, are dropped."""
+    def __init__(self, folder: Path, step: int = 0, epochs: int = 0) -> None:
+        """`step`, `epochs`: where the run continues; lines beyond, from before a crash, are dropped."""
         from tensorboardX import SummaryWriter
 
         self._path = folder / METRICS
-        self._keep_until(step)
+        self._keep_until(step, epochs)
         self._file = self._path.open("a", buffering=1)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
 
-    def write(self, kind: str, step: int, values: dict[str, float | int]) -> None:
-        """One line: kind ("step" or "epoch"), the number of finished steps, and the figures."""
+    def write(self, kind: str, step: int, values: dict[str, float | int | str]) -> None:
+        """One line: kind ("start", "step" or "epoch"), the number of finished steps, and the figures."""
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         except OSError as error:
             raise RunError(f"cannot write {self._path}: {error.strerror}; free space or rights, then --resume")
         for name, value in values.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+            if not isinstance(value, str):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         self._file.close()
         self._events.close()
 
-    def _keep_until(self, step: int) -> None:
-        if self._path.exists():
-            try:
-                kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{self._path} has a damaged line ({error}); delete that line, then --resume")
-            self._path.write_text("".join(kept))
+    def _keep_until(self, step: int, epochs: int) -> None:
+        if not self._path.exists():
+            return
+        try:
+            lines = [(json.loads(line), line) for line in _whole_lines(self._path)]
+            kept = [line for values, line in lines if step and _is_before(values, step, epochs)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self._path} has a damaged line ({error}); delete that line, then --resume")
+        _replace(self._path, "".join(kept))
+
+
+def _is_before(line: dict[str, Any], step: int, epochs: int) -> bool:
+    """A checkpoint at an epoch's last step may have been saved before the epoch's evaluation."""
+    return line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= step
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -120,19 +144,14 @@ def _whole_lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _refuse_other_recipe(folder: Path, recipe: Recipe) -> None:
-    old, new = flatten(read_recipe(folder)), flatten(recipe)
-    changed = [name for name in new if new[name] != old[name] and not name.startswith("run.")]
-    if changed:
-        differences = ", ".join(f"config.{name}={new[name]} (was {old[name]})" for name in changed)
-        raise UsageError(
-            f"--run_dir={folder} was started with another recipe: {differences}; resume with the old values"
-        )
-
-
 def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _replace(path, json.dumps(value, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file that is whole at any time."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.write_text(text)
     partial.replace(path)
 
 

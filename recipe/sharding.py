@@ -31,6 +31,16 @@ def steps_per_epoch(examples: int, k: int, n: int, remainder: str) -> int:
     return steps
 
 
+def own_workers(k: int, rank: int, size: int) -> range:
+    """The workers that a rank plays, one after another: k/size in a row. `size` must divide k."""
+    return range(rank * k // size, (rank + 1) * k // size)
+
+
+def minibatch(examples: int, step: int, k: int, n: int) -> int:
+    """M, the examples in step t of an epoch: kn, but for a last, short minibatch."""
+    return min(k * n, examples - step * k * n)
+
+
 def worker_indices(order: np.ndarray, step: int, worker: int, k: int, n: int) -> np.ndarray:
     """int64[n_j]: the examples of worker j < k in step t of an epoch with this order (paper, remark 4).
 
@@ -44,7 +54,7 @@ def worker_weight(examples: int, step: int, worker: int, k: int, n: int) -> floa
     """k·n_j/M: the factor of worker j's mean loss with which the mean over k workers is the mean over the minibatch's
     M examples (paper, remark 3). Exactly 1.0 for a full minibatch."""
     _, count = _slice(examples, step, worker, k, n)
-    return k * count / min(k * n, examples - step * k * n)
+    return k * count / minibatch(examples, step, k, n)
 
 
 def eval_indices(examples: int, rank: int, size: int) -> np.ndarray:
@@ -55,8 +65,8 @@ def eval_indices(examples: int, rank: int, size: int) -> np.ndarray:
 
 def _slice(examples: int, step: int, worker: int, k: int, n: int) -> tuple[int, int]:
     """(where worker j's examples begin in the order, how many they are)."""
-    minibatch = min(k * n, examples - step * k * n)
-    if not (0 <= worker < k and step >= 0 and minibatch >= k):
+    size = minibatch(examples, step, k, n)
+    if not (0 <= worker < k and step >= 0 and size >= k):
         raise IndexError(f"worker {worker} of {k} has no examples in step {step} of an epoch of {examples}")
-    share, larger = divmod(minibatch, k)
+    share, larger = divmod(size, k)
     return step * k * n + worker * share + min(worker, larger), share + (worker < larger)

@@ -13,19 +13,25 @@ from recipe import cli, noise
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string("run_dir", "", "where the run is recorded; runs/PRESET-DATE when empty", flag_values=VALUES)
-flags.DEFINE_bool("resume", False, "continue the run in --run_dir after its last checkpoint", flag_values=VALUES)
+flags.DEFINE_enum(
+    "resume",
+    "no",
+    ["no", "yes", "force"],
+    "continue the run in --run_dir after its last checkpoint; --resume=force: though the recipe has changed",
+    flag_values=VALUES,
+)
 
 
 def main(argv: list[str]) -> None:
     recipe, name, others = cli.parse_recipe(argv)
-    cli.parse_flags(VALUES, others)
+    cli.parse_flags(VALUES, ["--resume=yes" if other == "--resume" else other for other in others])
     with noise.filtered():
-        from recipe import collectives, metrics
+        from recipe import collectives, loop, metrics
         from recipe.keras import fit
-    fit.start()
+    fit.start(recipe.run.deterministic)
     run_dir = VALUES.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(collectives.broadcast(run_dir, "run_dir"))
-    errors = fit.train(recipe, run_dir, VALUES.resume)
+    errors = loop.train(recipe, run_dir, VALUES.resume, fit.KerasReplica)
     if collectives.rank() == 0:
         last = len(errors[-5:])
         print(f"top-1 error {metrics.final_error(errors):.2%} (median of the last {last} epochs) in {run_dir}")

@@ -10,5 +10,5 @@ RECIPE = Recipe(
     model=Model(blocks=(1, 1, 1), width=12, stem="small"),
     optimizer=Optimizer(base_rate=0.2),
     schedule=Schedule(warmup_epochs=2.5, decay_epochs=(10.0, 13.0)),
-    run=Run(log_every=5, replica_check_every=50),
+    run=Run(log_every=5, replica_check_every=50, deterministic=True),
 )

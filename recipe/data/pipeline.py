@@ -3,6 +3,7 @@ of (recipe, seed) whatever runs in parallel."""
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -23,8 +24,9 @@ PARALLEL = tf.data.AUTOTUNE  # batches in the making; without effect on the resu
 def train_batches(
     source: TFDSSource | SyntheticSource, recipe: Recipe, workers: Sequence[int], first_step: int = 0
 ) -> tf.data.Dataset:
-    """(images uint8[n_j, s, s, 3], labels int32[n_j], weights float32[n_j]), one element for each worker in `workers`
-    in each global step first_step, first_step + 1, … up to the recipe's last epoch.
+    """(images uint8[n_j, s, s, 3], labels int32[n_j], weights float32[n_j]), one element for each worker in `workers`,
+    or for each run.workers_at_once of them, in each global step first_step, first_step + 1, … up to the recipe's last
+    epoch.
 
     The weights are worker_weight(), equal within a batch. Raises UsageError when an epoch has no step; while it is
     read, a tf.errors.OpError whose text names the example that can't be read or decoded.
@@ -36,16 +38,20 @@ def train_batches(
     steps = sharding.steps_per_epoch(len(source), k, n, remainder)
     order = functools.lru_cache(maxsize=2)(functools.partial(sharding.permutation, len(source), recipe.seed))
 
+    together = recipe.run.workers_at_once
+    elements = len(workers) // together
+
     def share(position: int) -> tuple[int, np.ndarray, np.ndarray]:
         """(epoch, example indices, weights) of an element."""
-        step, place = divmod(position, len(workers))
+        step, place = divmod(position, elements)
         epoch, step = divmod(step, steps)
-        indices = sharding.worker_indices(order(epoch), step, workers[place], k, n)
-        weight = sharding.worker_weight(len(source), step, workers[place], k, n)
+        chosen = workers[place * together : (place + 1) * together]
+        indices = np.concatenate([sharding.worker_indices(order(epoch), step, w, k, n) for w in chosen])
+        weight = sharding.worker_weight(len(source), step, chosen[0], k, n)  # 1, where there are several
         return epoch, indices, np.full(len(indices), weight, dtype=np.float32)
 
-    positions = tf.data.Dataset.range(first_step * len(workers), recipe.epochs * steps * len(workers))
-    count = n if remainder == "drop" else None
+    positions = tf.data.Dataset.range(first_step * elements, recipe.epochs * steps * elements)
+    count = n * together if remainder == "drop" else None
     if isinstance(source, SyntheticSource):
         return _finished(_synthetic(positions, source, recipe, share, count))
     return _finished(_augmented(positions, source, recipe, share, count))
@@ -115,10 +121,16 @@ def _loaded(
     """load(position) for each position, in NumPy. `signature`: each result's type and shape after the count."""
 
     def call(position: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        results = tf.numpy_function(lambda p: load(int(p)), [position], [kind for kind, *_ in signature])
+        results = _pure(lambda p: load(int(p)), [position], [kind for kind, *_ in signature])
         return tuple(tf.ensure_shape(r, (count, *shape)) for r, (_, *shape) in zip(results, signature, strict=True))
 
     return _mapped(positions, call)
+
+
+def _pure(function: Callable, arguments: list, kinds: Any) -> Any:
+    """A NumPy function that depends on its arguments only, so that tf.data may call it in parallel also when
+    TensorFlow is told to be deterministic."""
+    return tf.numpy_function(function, arguments, kinds, stateful=False)
 
 
 def _mapped(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
@@ -171,7 +183,7 @@ def _decoded(decode: Callable, source: TFDSSource, indices: tf.Tensor, *argument
 
     def failed() -> tf.Tensor:
         explain = functools.partial(_explain, decode, source)
-        return tf.numpy_function(explain, [indices, *arguments], tf.uint8)
+        return _pure(explain, [indices, *arguments], tf.uint8)
 
     pixels = tf.cond(tf.shape(batch)[0] == count + 1, lambda: batch[:-1], failed)
     return tf.ensure_shape(pixels, (indices.shape[0], *good.element_spec.shape))

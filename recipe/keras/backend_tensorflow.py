@@ -1,6 +1,7 @@
 """What Horovod does to gradients and variables under Keras's TensorFlow backend."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -92,8 +93,27 @@ def broadcast(variables: list, root_rank: int, name: str) -> None:
     assign_all()
 
 
-def use_local_device(local_rank: int, threads: int) -> None:
+def compiled(function: Callable, signature: list[tuple]) -> Callable:
+    """The function, traced once, for arguments of these (types, shapes)."""
+    return tf.function(function, input_signature=[tf.TensorSpec(shape, dtype) for dtype, shape in signature])
+
+
+def gradients(forward: Callable[[], tuple], variables: list) -> tuple[list, tuple]:
+    """forward() gives (loss, anything else): (the loss's gradients, what else there was)."""
+    with tf.GradientTape() as tape:
+        loss, *found = forward()
+    return tape.gradient(loss, [v.value for v in variables]), found
+
+
+def on_device(element: tuple) -> tuple:
+    """The tensors of an element of the input pipeline, for `compiled` functions."""
+    return element
+
+
+def use_local_device(local_rank: int, threads: int, deterministic: bool = False) -> None:
     """Gives this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         tf.config.set_visible_devices(gpus[local_rank], "GPU")

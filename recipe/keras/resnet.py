@@ -9,6 +9,7 @@ from keras import layers
 from recipe import initial
 from recipe.config import Model, Recipe
 from recipe.data.pipeline import MEAN, STD
+from recipe.keras.normalization import WorkerBatchNormalization
 
 
 class Normal(keras.initializers.Initializer):
@@ -102,8 +103,9 @@ class _Layers:
         return layers.ZeroPadding2D(pixels, data_format=self.data_format, dtype=self.dtype, name=name)(x)
 
     def norm(self, x: keras.KerasTensor, name: str, last: bool = False) -> keras.KerasTensor:
-        """Batch normalisation over this worker's n examples; no weight decay on γ and β."""
-        return layers.BatchNormalization(
+        """Batch normalisation over each worker's n examples; no weight decay on γ and β."""
+        return WorkerBatchNormalization(
+            workers=self.recipe.run.workers_at_once,
             axis=self.channel_axis,
             momentum=self.model.bn_momentum,
             epsilon=self.model.bn_epsilon,

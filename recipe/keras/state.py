@@ -82,11 +82,11 @@ def average_moving_statistics(model: keras.Model) -> None:
         v.assign(value.reshape(v.shape))
 
 
-def check_replicas(model: keras.Model) -> None:
-    """Compares the bytes of all replicated variables over all ranks. Collective.
+def check_replicas(model: keras.Model, also: Sequence = ()) -> None:
+    """Compares the bytes of all replicated variables, and of those in `also`, over all ranks. Collective.
 
     Raises RunError on every rank, naming the first variable that differs."""
-    variables = replicated(model)
+    variables = [*replicated(model), *also]
     digests = np.array([_digest(v) for v in variables], dtype=np.int64)
     least, largest = collectives.extremes(digests, "replica_check")
     for v, same in zip(variables, least == largest, strict=True):

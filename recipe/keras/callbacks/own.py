@@ -143,12 +143,12 @@ class MetricSums(keras.callbacks.Callback):
 
 
 class ReplicaCheck(keras.callbacks.Callback):
-    """Every `every` steps compares all ranks' weights and optimizer state, bit for bit, and raises RunError on all
-    ranks when one differs, naming the first variable."""
+    """Every `every` steps compares all ranks' weights and optimizer state, and the variables in `also`, bit for bit,
+    and raises RunError on all ranks when one differs, naming the first variable."""
 
-    def __init__(self, every: int = 500) -> None:
+    def __init__(self, every: int = 500, also: Sequence = ()) -> None:
         super().__init__()
-        self.every = every
+        self.every, self.also = every, also
         self._steps = 0
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -159,10 +159,10 @@ class ReplicaCheck(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self._steps += 1
         if self._steps % self.every == 0:
-            state.check_replicas(self.model)
+            state.check_replicas(self.model, self.also)
 
     def on_train_end(self, logs: dict | None = None) -> None:
-        state.check_replicas(self.model)
+        state.check_replicas(self.model, self.also)
 
 
 def set_rate(optimizer: keras.optimizers.Optimizer, rate: float, momentum_correction: bool = True) -> None:

@@ -1,0 +1,277 @@
+"""The training loop of all frameworks: steps, figures, evaluation, checkpoints, preemption."""
+
+import functools
+import math
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipe import checkpoint, collectives, runlog, sharding, standing
+from recipe.config import Recipe
+from recipe.data.pipeline import train_batches
+from recipe.data.sources import open_source, prepare
+from recipe.errors import Preempted, RunError, UsageError
+from recipe.evaluation import Sources, evaluate
+from recipe.metrics import Sums
+from recipe.preemption import noticed
+from recipe.progress import Progress
+from recipe.replica import Replica
+from recipe.standing import Standing
+
+MakeReplica = Callable[[Recipe, int], Replica]  # of a recipe and the number of classes
+
+
+def train(recipe: Recipe, run_dir: Path, resume: str, make_replica: MakeReplica) -> list[float]:
+    """Runs the recipe on all ranks; collective. Returns the top-1 error of each evaluated epoch, oldest first.
+
+    `resume`: "no", "yes", or "force", which takes up another recipe's state. Raises UsageError, RunError or, when a
+    rank was told to leave, Preempted, on every rank."""
+    check_size(recipe)
+    sources = open_data(recipe)
+    steps = sharding.steps_per_epoch(len(sources[0]), recipe.k, recipe.n, recipe.data.remainder)
+    replica = make_replica(recipe, sources[0].num_classes)
+    hosts = collectives.gather(socket.gethostname(), "hosts")
+    collectives.on_root(lambda: runlog.open_run(run_dir, recipe, hosts, resume), "open_run")
+
+    def restored() -> Standing:
+        if resume == "no":
+            return Standing()
+        return standing.restore(replica, run_dir, recipe, len(sources[0]), steps, resume == "force")
+
+    stands = collectives.on_root(restored, "restore")
+    return stands.errors if stands.epochs == recipe.epochs else Loop(recipe, run_dir, replica, sources, stands).run()
+
+
+def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Sums:
+    """Evaluates the newest whole checkpoint of a run, on any number of ranks that divides k. Collective."""
+    check_size(recipe)
+    sources = open_data(recipe)
+    replica = make_replica(recipe, sources[0].num_classes)
+
+    def restored() -> int:
+        found = checkpoint.newest(run_dir / "checkpoints", standing.warn)
+        if found is None:
+            raise RunError(f"{run_dir / 'checkpoints'} holds no checkpoint yet")
+        replica.restore(found[0])
+        return found[1]["epochs"]
+
+    epochs = collectives.on_root(restored, "restore")
+    replica.begin(steps=1)
+    return evaluate(recipe, replica, sources, epochs)
+
+
+def open_data(recipe: Recipe) -> Sources:
+    """The training and the evaluation examples; rank 0 prepares them first where they are not. Collective."""
+    collectives.on_root(lambda: prepare(recipe.data), "prepare")
+    return collectives.agreed(
+        lambda: (open_source(recipe.data, "train", recipe.seed), open_source(recipe.data, "eval", recipe.seed)),
+        "open_data",
+    )
+
+
+def check_size(recipe: Recipe) -> None:
+    """Raises UsageError when the ranks can't share the k workers evenly."""
+    size, together = collectives.size(), recipe.run.workers_at_once
+    if recipe.k % size:
+        possible = [ranks for ranks in range(1, recipe.k + 1) if recipe.k % ranks == 0]
+        raise UsageError(
+            f"config.k={recipe.k} workers can't be shared evenly by {size} ranks: start as many ranks as divide k "
+            f"({', '.join(map(str, possible))}), or change config.k, and with it the minibatch and kη",
+            everywhere=True,
+        )
+    if recipe.k // size % together:
+        raise UsageError(
+            f"config.run.workers_at_once={together} doesn't divide the {recipe.k // size} workers of each of {size} "
+            "ranks; set it to a number that does",
+            everywhere=True,
+        )
+
+
+class Loop:
+    """One run. Its methods are collective: all ranks call them, in the same order."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path, replica: Replica, sources: Sources, stands: Standing) -> None:
+        self.recipe, self.run_dir, self.replica, self.sources, self.stands = recipe, run_dir, replica, sources, stands
+        self.examples = len(sources[0])
+        self.steps = sharding.steps_per_epoch(self.examples, recipe.k, recipe.n, recipe.data.remainder)
+        self.workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
+        self._order = functools.lru_cache(maxsize=2)(
+            functools.partial(sharding.permutation, self.examples, recipe.seed)
+        )
+        self._pending: Callable[[], tuple] | None = None  # gives the last step's figures
+        self._first_images: list[int] = []  # checksums of what this rank's workers see in the run's first step
+        self._since_epoch, self._since_line = Speed(), Speed()
+        root = collectives.rank() == 0
+        self.log = runlog.RunLog(run_dir, stands.step, stands.epochs) if root else None
+        self.progress = Progress(recipe.epochs * self.steps, self.steps, stands.step) if root else None
+
+    def run(self) -> list[float]:
+        """To the recipe's end: the top-1 error of each evaluated epoch."""
+        elements = self._seen(iter(train_batches(self.sources[0], self.recipe, self.workers, self.stands.step)))
+        self.replica.begin(self.steps)
+        if self.stands.step == 0:
+            self._initial_weights = checkpoint.digest(self.replica.weights())
+        with noticed() as notice:
+            while self.stands.epochs < self.recipe.epochs:
+                if self.stands.step == (self.stands.epochs + 1) * self.steps:
+                    self._end_epoch()
+                elif self._step(elements, notice.received):
+                    self._leave()
+        self.replica.end()
+        if self.log:
+            self.log.close()
+            self.progress.close()
+        return self.stands.errors
+
+    def _step(self, elements: Iterator[tuple], stop: bool) -> bool:
+        """One step; true when the ranks have agreed to leave after it.
+
+        Its figures are read when the next step is under way, so that a GPU is never idle; before anything depends on
+        them, at once."""
+        figures = self.replica.step(*divmod(self.stands.step, self.steps), elements, stop)
+        stop = self._settle()
+        self._pending = figures
+        self.stands.step += 1
+        run = self.recipe.run
+        line_due, save_due, epoch_ends = (
+            every > 0 and self.stands.step % every == 0 for every in (run.log_every, run.checkpoint_steps, self.steps)
+        )
+        if stop or line_due or save_due or epoch_ends:
+            stop = self._settle() or stop
+        if self.stands.step == 1:
+            self._write_start()
+        if line_due:
+            self._write_line()
+        if save_due and not epoch_ends and not stop:
+            self._on_root(self._save)
+        return stop
+
+    def _settle(self) -> bool:
+        """Waits for the figures of the last step, if they weren't read yet; true when a rank wants to leave."""
+        if self._pending is None:
+            return False
+        losses, hits, stop = self._pending()
+        self._pending = None
+        step = self.stands.step - 1
+        self._check_finite(losses, step)
+        count = sharding.minibatch(self.examples, step % self.steps, self.recipe.k, self.recipe.n)
+        sums = Sums(float(losses.sum(dtype=np.float64)), float(hits.sum(dtype=np.float64)), count)
+        self.stands.epoch += sums
+        self.stands.line += sums
+        self._since_epoch.examples += count
+        self._since_line.examples += count
+        if self.progress:
+            self.progress.step(step + 1)
+        return stop
+
+    def _check_finite(self, losses: np.ndarray, step: int) -> None:
+        """All ranks have the same losses, and stop here together."""
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if len(bad) == 0:
+            return
+        worker, epoch = int(bad[0]), step // self.steps
+        examples = sharding.worker_indices(
+            self._order(epoch), step % self.steps, worker, self.recipe.k, self.recipe.n
+        ).tolist()
+        raise RunError(
+            f"the loss is {losses[worker]} at step {step + 1}, in epoch {epoch}, on worker {worker}"
+            + (f" and {len(bad) - 1} others" if len(bad) > 1 else "")
+            + ": training has diverged (lower config.optimizer.base_rate or lengthen config.schedule.warmup_epochs) or "
+            f"the worker's batch is bad: the training examples {', '.join(map(str, examples))}",
+            everywhere=True,
+        )
+
+    def _seen(self, elements: Iterator[tuple]) -> Iterator[tuple]:
+        """The elements; remembers the run's first images, for the reproduction report."""
+        for element in elements:
+            if self.stands.step == 0:
+                workers = np.split(np.asarray(element[0]), self.recipe.run.workers_at_once)
+                self._first_images += [zlib.crc32(np.ascontiguousarray(images)) for images in workers]
+            yield element
+
+    def _write_start(self) -> None:
+        images = np.concatenate(collectives.gather(self._first_images, "first_images")).astype(np.int64)
+        if self.log:
+            digests = {"first_images": f"{zlib.crc32(images):08x}", "initial_weights": self._initial_weights}
+            self.log.write("start", 0, digests)
+
+    def _write_line(self) -> None:
+        figures = {"epoch": self.stands.step / self.steps, **self._figures(self.stands.line, self._since_line)}
+        self.stands.line, self._since_line = Sums(), Speed()
+        self._on_root(lambda: self.log.write("step", self.stands.step, figures))
+        if self.progress:
+            self.progress.line(self.stands.step, figures)
+
+    def _figures(self, sums: Sums, speed: "Speed") -> dict[str, float]:
+        return {
+            "loss": sums.mean_loss,
+            "error": sums.error,
+            "rate": self.replica.rate(),
+            "images_per_second": speed.per_second(),
+        }
+
+    def _end_epoch(self) -> None:
+        """Evaluates, writes the figures and the checkpoint, and begins the next epoch."""
+        self.stands.epochs += 1
+        figures = {"epoch": self.stands.epochs, **self._figures(self.stands.epoch, self._since_epoch)}
+        if self._evaluation_due():
+            sums = evaluate(self.recipe, self.replica, self.sources, self.stands.epochs)
+            self.stands.errors.append(sums.error)
+            figures |= {"eval_loss": sums.mean_loss, "eval_error": sums.error, "eval_examples": int(sums.count)}
+        self.stands.epoch = Sums()
+        self._on_root(lambda: self._record(figures))
+        self._since_epoch, self._since_line = Speed(), Speed()
+
+    def _evaluation_due(self) -> bool:
+        """The result is the median of the last five epochs, so that these always count."""
+        finished = self.stands.epochs
+        return finished % self.recipe.run.eval_every == 0 or finished > self.recipe.epochs - 5
+
+    def _record(self, figures: dict[str, Any]) -> None:
+        """Rank 0's part of an epoch's end."""
+        finished, weights = self.stands.epochs, self.replica.weights()
+        digests = {"order": f"{zlib.crc32(self._order(finished - 1)):08x}", "weights": checkpoint.digest(weights)}
+        self.log.write("epoch", self.stands.step, figures | digests | {"norm": norm(weights)})
+        evaluated = f"  evaluation error {figures['eval_error']:.2%}" if "eval_error" in figures else ""
+        self.progress.say(
+            f"epoch {finished} of {self.recipe.epochs}: training error {figures['error']:.2%}{evaluated}  "
+            f"{figures['images_per_second']:,.0f} images/s"
+        )
+        if finished == self.recipe.epochs or finished % self.recipe.run.checkpoint_every == 0:
+            self._save()
+
+    def _save(self) -> str:
+        return str(standing.save(self.stands, self.replica, self.run_dir, self.recipe, self.examples, self.steps))
+
+    def _leave(self) -> None:
+        """Saves, and ends the run on all ranks."""
+        path = self._on_root(self._save)
+        raise Preempted(
+            f"told to leave after step {self.stands.step}: the state is in {path}; the same command with --resume "
+            "goes on from there",
+            everywhere=True,
+        )
+
+    def _on_root(self, action: Callable[[], Any]) -> Any:
+        """Rank 0 writes something; if it can't, its disk full, all ranks hear of it and stop."""
+        return collectives.on_root(action, "loop")
+
+
+class Speed:
+    """Examples per second since it was made."""
+
+    def __init__(self) -> None:
+        self.examples, self._began = 0, time.monotonic()
+
+    def per_second(self) -> float:
+        return self.examples / (time.monotonic() - self._began)
+
+
+def norm(weights: dict[str, np.ndarray]) -> float:
+    """The Euclidean norm of all weights: it tells a difference of rounding from a real one, as no digest can."""
+    return math.sqrt(sum(float(np.square(w, dtype=np.float64).sum()) for w in weights.values()))

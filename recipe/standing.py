@@ -1,0 +1,89 @@
+"""Where a run stands: kept in its checkpoints and taken up from them, on any number of ranks."""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipe import checkpoint, config, runlog
+from recipe.config import Recipe
+from recipe.errors import UsageError
+from recipe.metrics import Sums
+from recipe.replica import Replica
+
+
+@dataclass
+class Standing:
+    """All that a run's future depends on, beside the replica's arrays and the recipe."""
+
+    step: int = 0  # updates done
+    epochs: int = 0  # epochs evaluated and recorded
+    epoch: Sums = field(default_factory=Sums)  # over the examples since the epoch began
+    line: Sums = field(default_factory=Sums)  # over those since the last line of figures
+    errors: list[float] = field(default_factory=list)  # top-1 error of each evaluated epoch
+
+
+def save(standing: Standing, replica: Replica, run_dir: Path, recipe: Recipe, examples: int, steps: int) -> Path:
+    """Writes the checkpoint of a run with so many training examples and steps per epoch. One rank.
+
+    Raises RunError when the disk is full, say; the older checkpoints are then untouched."""
+    run = recipe.run
+    meta = asdict(standing) | {
+        "seed": recipe.seed,
+        "recipe": config.identity(recipe),
+        "fingerprint": config.fingerprint(recipe),
+        "examples": examples,
+        "steps_per_epoch": steps,
+        "versions": runlog.versions(),
+    }
+    folder = run_dir / "checkpoints"
+    return checkpoint.save(folder, standing.step, replica.arrays(), meta, run.keep_checkpoints, run.keep_every * steps)
+
+
+def restore(replica: Replica, run_dir: Path, recipe: Recipe, examples: int, steps: int, force: bool) -> Standing:
+    """Takes up the newest whole checkpoint, on this rank; a run that has none begins anew.
+
+    Raises UsageError when it is another recipe's or of other data, unless `force`; RunError when all are damaged."""
+    found = checkpoint.newest(run_dir / "checkpoints", warn)
+    if found is None:
+        return Standing()
+    arrays, meta = found
+    if not force:
+        runlog.refuse_another(meta["recipe"], recipe, run_dir)
+        if meta["examples"] != examples:
+            raise UsageError(
+                f"--run_dir={run_dir} was trained on {meta['examples']} examples, and config.data.name="
+                f"{recipe.data.name!r} has {examples} now; bring back the old data, or --resume=force"
+            )
+    _compare_versions(meta["versions"])
+    replica.restore(arrays)
+    return Standing(
+        step=_step(meta, steps),
+        epochs=meta["epochs"],
+        epoch=Sums(**meta["epoch"]),
+        line=Sums(**meta["line"]),
+        errors=meta["errors"],
+    )
+
+
+def warn(text: str) -> None:
+    """What the user should know, on rank 0."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _compare_versions(old: dict[str, str]) -> None:
+    new = runlog.versions()
+    changed = [f"{name} {new.get(name)} (was {old.get(name)})" for name in new | old if new.get(name) != old.get(name)]
+    if changed:
+        warn(f"resuming with other versions, which may round differently: {', '.join(changed)}")
+
+
+def _step(meta: dict[str, Any], steps: int) -> int:
+    """The step to go on from. After --resume=force an epoch may have another number of steps than it had."""
+    inside = meta["step"] - meta["epochs"] * meta["steps_per_epoch"]
+    if inside and steps != meta["steps_per_epoch"]:
+        raise UsageError(
+            f"the newest checkpoint is {inside} steps into an epoch of {meta['steps_per_epoch']} steps, which the "
+            f"changed recipe divides into {steps}: resume from a checkpoint at an epoch's end (delete the newer ones)"
+        )
+    return meta["epochs"] * steps + inside
