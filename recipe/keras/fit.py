@@ -75,8 +75,10 @@ class KerasReplica:
     def statistics_of(self, elements: Iterator[tuple]) -> Iterator[None]:
         moving = moving_statistics(self.model)
         kept = [keras.ops.convert_to_numpy(v) for v in moving]
-        found = [keras.ops.convert_to_numpy(self._statistics(*backend.on_device(e))) for e in elements]
-        total = collectives.total([*np.sum(found, axis=0, dtype=np.float64), len(found)], "precise_bn")
+        mine = np.zeros(sum(math.prod(v.shape) for v in moving) + 1)
+        for element in elements:
+            mine += [*keras.ops.convert_to_numpy(self._statistics(*backend.on_device(element))), 1]
+        total = collectives.total(mine, "precise_bn")
         for v, mean in zip(moving, split(total[:-1] / total[-1], moving), strict=True):
             v.assign(mean)
         try:
