@@ -86,7 +86,7 @@ def test_moving_statistics_are_those_of_the_workers(train, size):
 
 
 def test_other_groups_of_examples_would_be_noticed(train):
-    """The same minibatches, in 6 workers of 16 instead of 12 of 8: only batch norm and the short step's split differ."""
+    """The same minibatches, in 6 workers of 16 instead of 12 of 8: only batch norm and the short step differ."""
     other = train(2, "--config.k=6", "--config.n=16")
     assert abs(losses(other)[0] / losses(train(2))[0] - 1) > 20 * BOUND
 
