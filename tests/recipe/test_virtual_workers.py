@@ -29,9 +29,9 @@ RECIPE = [
     "--config.run.log_every=1",
     "--config.run.replica_check_every=2",
 ]
-# Sums of float32 in another order: 6e-8 a step, which the steps amplify. Measured over these 9 steps: up to 2e-6 on
-# TensorFlow and PyTorch; other batch-norm groups, which are the smallest mistake there is, make 3e-3 in step 1.
-BOUND = 2e-5
+# Sums of float32 in another order: 6e-8 of a loss, which the steps amplify. Measured over these 9 steps: up to 4e-8; other
+# batch-norm groups, which are the smallest mistake there is, make 3e-3.
+BOUND = 1e-6
 
 
 @pytest.fixture(scope="module", params=["tensorflow", "torch"])
@@ -88,7 +88,7 @@ def test_moving_statistics_are_those_of_the_workers(train, size):
 def test_other_groups_of_examples_would_be_noticed(train):
     """The same minibatches, in 6 workers of 16 instead of 12 of 8: only batch norm and the short step differ."""
     other = train(2, "--config.k=6", "--config.n=16")
-    assert abs(losses(other)[0] / losses(train(2))[0] - 1) > 20 * BOUND
+    assert np.abs(losses(other) / losses(train(2)) - 1).max() > 1000 * BOUND
 
 
 def test_several_workers_in_one_forward_pass_are_the_same_workers(train):
