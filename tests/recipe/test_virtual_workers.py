@@ -29,8 +29,8 @@ RECIPE = [
     "--config.run.log_every=1",
     "--config.run.replica_check_every=2",
 ]
-# Sums of float32 in another order: 6e-8 of a loss, which the steps amplify. Measured over these 9 steps: up to 4e-8; other
-# batch-norm groups, which are the smallest mistake there is, make 3e-3.
+# Sums of float32 in another order: 6e-8 of a loss, which the steps amplify. Measured over these 9 steps: up to 4e-8;
+# other batch-norm groups, which are the smallest mistake there is, make 3e-3.
 BOUND = 1e-6
 
 
