@@ -1,0 +1,75 @@
+"""recipe.train with one fault: interruption_program.py FAULT PLACE STEP, then recipe.train's own arguments.
+
+FAULT at step STEP, counted from 1: "nan": the loss of worker PLACE is NaN; "error": rank PLACE raises an ordinary
+exception; "unreadable": rank PLACE can't read an example of its first worker."""
+
+import os
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from recipe import cli, sharding, train
+from recipe.data.sources import TFDSSource
+from recipe.keras.step import Step
+
+
+def make_nan(worker: int, step: int) -> None:
+    placed = Step._placed
+
+    def place(self: Step, first: Any, values: Any) -> Any:
+        """In the traced step the condition is a tensor."""
+        now = ops.equal(ops.cast(self.model.optimizer.iterations, "int32"), step - 1)
+        here = ops.equal(ops.convert_to_tensor(first, "int32"), worker)
+        return placed(self, first, ops.where(ops.logical_and(now, here), np.float32("nan"), values))
+
+    Step._placed = place
+
+
+def fail(step: int) -> None:
+    call, calls = Step.__call__, []
+
+    def step_or_fail(self: Step, *arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == step:
+            raise ValueError("made to fail")
+        return call(self, *arguments)
+
+    Step.__call__ = step_or_fail
+
+
+def make_unreadable(example: int) -> None:
+    """The file of this example is no longer open when it is read."""
+    whole = TFDSSource._example
+
+    def read(self: TFDSSource, i: int) -> tuple:
+        if i == example:
+            self._fds = [-1] * len(self._fds)
+        return whole(self, i)
+
+    TFDSSource._example = read
+
+
+def first_example(argv: list[str], rank: int, size: int, step: int) -> int:
+    """That a rank reads for a step of the first epoch."""
+    recipe = cli.parse_recipe(argv)[0]
+    order = sharding.permutation(recipe.data.train_examples, recipe.seed, 0)
+    worker = sharding.own_workers(recipe.k, rank, size)[0]
+    return int(sharding.worker_indices(order, step - 1, worker, recipe.k, recipe.n)[0])
+
+
+def main(argv: list[str]) -> None:
+    fault, place, step = argv[0], int(argv[1]), int(argv[2])
+    rank = next(int(os.environ[name]) for name in cli.RANK_VARIABLES if name in os.environ)
+    size = next(int(os.environ[name]) for name in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE") if name in os.environ)
+    if fault == "nan":
+        make_nan(place, step)
+    elif fault == "error" and rank == place:
+        fail(step)
+    elif fault == "unreadable" and rank == place:
+        make_unreadable(first_example(argv[3:], rank, size, step))
+    train.main(argv[3:])
+
+
+if __name__ == "__main__":
+    cli.run(main, train.VALUES)
