@@ -80,6 +80,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.npz"))
 
 
+def set_aside(paths: list[Path]) -> None:
+    """Takes checkpoints out of the way of the run, but leaves them to the user, as aside-step-SSSSSSSS.npz."""
+    for path in paths:
+        path.replace(path.with_name(f"aside-{path.name}"))
+
+
 def step_of(path: Path) -> int:
     """The number of steps before a checkpoint."""
     return int(path.stem.removeprefix("step-"))

@@ -19,7 +19,7 @@ from recipe.data.sources import open_source, prepare
 from recipe.errors import Preempted, RunError, UsageError
 from recipe.evaluation import Sources, evaluate
 from recipe.metrics import Sums
-from recipe.preemption import noticed
+from recipe.preemption import Notice
 from recipe.progress import Progress
 from recipe.replica import Replica
 from recipe.standing import Standing
@@ -27,25 +27,29 @@ from recipe.standing import Standing
 MakeReplica = Callable[[Recipe, int], Replica]  # of a recipe and the number of classes
 
 
-def train(recipe: Recipe, run_dir: Path, resume: str, make_replica: MakeReplica) -> list[float]:
+def train(recipe: Recipe, run_dir: Path, resume: str, make_replica: MakeReplica, notice: Notice) -> list[float]:
     """Runs the recipe on all ranks; collective. Returns the top-1 error of each evaluated epoch, oldest first.
 
     `resume`: "no", "yes", or "force", which takes up another recipe's state. Raises UsageError, RunError or, when a
-    rank was told to leave, Preempted, on every rank."""
+    rank's `notice` tells it to leave, Preempted, on every rank."""
     check_size(recipe)
     sources = open_data(recipe)
     steps = sharding.steps_per_epoch(len(sources[0]), recipe.k, recipe.n, recipe.data.remainder)
     replica = make_replica(recipe, sources[0].num_classes)
     hosts = collectives.gather(socket.gethostname(), "hosts")
-    collectives.on_root(lambda: runlog.open_run(run_dir, recipe, hosts, resume), "open_run")
 
-    def restored() -> Standing:
-        if resume == "no":
-            return Standing()
-        return standing.restore(replica, run_dir, recipe, len(sources[0]), steps, resume == "force")
+    def begun() -> Standing:
+        runlog.check_run(run_dir, recipe, resume)
+        stands = Standing()
+        if resume != "no":
+            stands = standing.restore(replica, run_dir, recipe, len(sources[0]), steps, resume == "force")
+        runlog.begin_run(run_dir, recipe, hosts)
+        return stands
 
-    stands = collectives.on_root(restored, "restore")
-    return stands.errors if stands.epochs == recipe.epochs else Loop(recipe, run_dir, replica, sources, stands).run()
+    stands = collectives.on_root(begun, "begun")
+    if stands.epochs == recipe.epochs:
+        return stands.errors
+    return Loop(recipe, run_dir, replica, sources, stands).run(notice)
 
 
 def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Sums:
@@ -111,18 +115,17 @@ class Loop:
         self.log = runlog.RunLog(run_dir, stands.step, stands.epochs) if root else None
         self.progress = Progress(recipe.epochs * self.steps, self.steps, stands.step) if root else None
 
-    def run(self) -> list[float]:
+    def run(self, notice: Notice) -> list[float]:
         """To the recipe's end: the top-1 error of each evaluated epoch."""
         elements = self._seen(iter(train_batches(self.sources[0], self.recipe, self.workers, self.stands.step)))
         self.replica.begin(self.steps)
         if self.stands.step == 0:
             self._initial_weights = checkpoint.digest(self.replica.weights())
-        with noticed() as notice:
-            while self.stands.epochs < self.recipe.epochs:
-                if self.stands.step == (self.stands.epochs + 1) * self.steps:
-                    self._end_epoch()
-                elif self._step(elements, notice.received):
-                    self._leave()
+        while self.stands.epochs < self.recipe.epochs:
+            if self.stands.step == (self.stands.epochs + 1) * self.steps:
+                self._end_epoch()
+            elif self._step(elements, notice.received):
+                self._leave()
         self.replica.end()
         if self.log:
             self.log.close()

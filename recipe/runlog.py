@@ -27,15 +27,11 @@ PACKAGES = (
 )
 
 
-def open_run(folder: Path, recipe: Recipe, hosts: list[str], resume: str) -> None:
-    """Makes a new run directory, or checks that an old one belongs to this recipe. One rank only.
+def check_run(folder: Path, recipe: Recipe, resume: str) -> None:
+    """Makes sure that a run may be written into the directory. One rank only.
 
-    `resume`: "no", "yes" or "force". Raises UsageError when the directory holds a run already and `resume` is "no", or
-    another recipe's and it isn't "force"."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--run_dir={folder} can't be made: {error.strerror}; name a new directory")
+    `resume`: "no", "yes" or "force". Raises UsageError when the directory holds a run already and `resume` is "no",
+    another recipe's and it isn't "force", or none to resume."""
     if (folder / CONFIG).exists():
         if resume == "no":
             raise UsageError(f"--run_dir={folder} holds a run already; add --resume or choose another directory")
@@ -43,7 +39,12 @@ def open_run(folder: Path, recipe: Recipe, hosts: list[str], resume: str) -> Non
             refuse_another(identity(read_recipe(folder)), recipe, folder)
     elif resume != "no":
         raise UsageError(f"--run_dir={folder} holds no run to resume; leave --resume out to start one")
+
+
+def begin_run(folder: Path, recipe: Recipe, hosts: list[str]) -> None:
+    """Writes what runs, and where. One rank only. Raises UsageError when the directory can't be made or written."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / CONFIG, asdict(recipe))
         _write_json(folder / "environment.json", environment(hosts))
     except OSError as error:
@@ -133,9 +134,11 @@ class RunLog:
         try:
             lines = [(json.loads(line), line) for line in _whole_lines(self._path)]
             kept = [line for values, line in lines if step and _is_before(values, step, epochs)]
+            _replace(self._path, "".join(kept))
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{self._path} has a damaged line ({error}); delete that line, then --resume")
-        _replace(self._path, "".join(kept))
+        except OSError as error:
+            raise RunError(f"cannot write {self._path}: {error.strerror}; free space or rights, then --resume")
 
 
 def _is_before(line: dict[str, Any], step: int, epochs: int) -> bool:
@@ -153,10 +156,14 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes a file that is whole at any time."""
+    """Writes a file that is whole at any time; raises OSError when it can't, and leaves nothing behind."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _version(package: str) -> str | None:

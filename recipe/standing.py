@@ -43,8 +43,11 @@ def save(standing: Standing, replica: Replica, run_dir: Path, recipe: Recipe, ex
 def restore(replica: Replica, run_dir: Path, recipe: Recipe, examples: int, steps: int, force: bool) -> Standing:
     """Takes up the newest whole checkpoint, on this rank; a run that has none begins anew.
 
-    Raises UsageError when it is another recipe's or of other data, unless `force`; RunError when all are damaged."""
-    found = checkpoint.newest(run_dir / "checkpoints", warn)
+    Newer ones, damaged, are set aside; with `force` all that are another recipe's, once the state is saved as this
+    one's. Raises UsageError when the state is another recipe's or of other data, unless `force`; RunError when all
+    checkpoints are damaged."""
+    folder = run_dir / "checkpoints"
+    found = checkpoint.newest(folder, warn)
     if found is None:
         return Standing()
     arrays, meta = found
@@ -56,14 +59,19 @@ def restore(replica: Replica, run_dir: Path, recipe: Recipe, examples: int, step
                 f"{recipe.data.name!r} has {examples} now; bring back the old data, or --resume=force"
             )
     _compare_versions(meta["versions"])
-    replica.restore(arrays)
-    return Standing(
+    stands = Standing(
         step=_step(meta, steps),
         epochs=meta["epochs"],
         epoch=Sums(**meta["epoch"]),
         line=Sums(**meta["line"]),
         errors=meta["errors"],
     )
+    replica.restore(arrays)
+    checkpoint.set_aside([path for path in checkpoint.checkpoints(folder) if checkpoint.step_of(path) > meta["step"]])
+    if (meta["fingerprint"], meta["examples"]) != (config.fingerprint(recipe), examples):
+        mine = save(stands, replica, run_dir, recipe, examples, steps)
+        checkpoint.set_aside([path for path in checkpoint.checkpoints(folder) if path != mine])
+    return stands
 
 
 def warn(text: str) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from absl import flags
 
-from recipe import cli, noise
+from recipe import cli, noise, preemption
+from recipe.config import Recipe
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string("run_dir", "", "where the run is recorded; runs/PRESET-DATE when empty", flag_values=VALUES)
@@ -25,13 +26,17 @@ flags.DEFINE_enum(
 def main(argv: list[str]) -> None:
     recipe, name, others = cli.parse_recipe(argv)
     cli.parse_flags(VALUES, ["--resume=yes" if other == "--resume" else other for other in others])
+    with preemption.noticed() as notice:
+        train(recipe, VALUES.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}", notice)
+
+
+def train(recipe: Recipe, run_dir: str, notice: preemption.Notice) -> None:
     with noise.filtered():
         from recipe import collectives, loop, metrics
         from recipe.keras import fit
     fit.start(recipe.run.deterministic)
-    run_dir = VALUES.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(collectives.broadcast(run_dir, "run_dir"))
-    errors = loop.train(recipe, run_dir, VALUES.resume, fit.KerasReplica)
+    errors = loop.train(recipe, run_dir, VALUES.resume, fit.KerasReplica, notice)
     if collectives.rank() == 0:
         last = len(errors[-5:])
         print(f"top-1 error {metrics.final_error(errors):.2%} (median of the last {last} epochs) in {run_dir}")

@@ -19,6 +19,7 @@ def environment(**extra: str) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        "OMPI_MCA_mpi_yield_when_idle": "1",  # waiting ranks leave the few cores to the others
     }
     if os.getuid() == 0:
         values |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

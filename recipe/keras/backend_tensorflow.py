@@ -95,7 +95,8 @@ def broadcast(variables: list, root_rank: int, name: str) -> None:
 
 def compiled(function: Callable, signature: list[tuple]) -> Callable:
     """The function, traced once, for arguments of these (types, shapes)."""
-    return tf.function(function, input_signature=[tf.TensorSpec(shape, dtype) for dtype, shape in signature])
+    specs = [tf.TensorSpec(shape, dtype) for dtype, shape in signature]
+    return tf.function(function, input_signature=specs, autograph=False)  # there is no Python control flow to convert
 
 
 def gradients(forward: Callable[[], tuple], variables: list) -> tuple[list, tuple]:
