@@ -26,12 +26,13 @@ def main(argv: list[str]) -> None:
     recipe, name, others = cli.parse_recipe(argv)
     cli.parse_flags(VALUES, ["--resume=yes" if other == "--resume" else other for other in others])
     with noise.filtered():
-        from recipe import collectives, loop, metrics
-        from recipe.keras import fit
+        from recipe import collectives, loop, metrics, replica
+
+        fit = replica.of(recipe.framework)
     fit.start(recipe.run.deterministic)
     run_dir = VALUES.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(collectives.broadcast(run_dir, "run_dir"))
-    errors = loop.train(recipe, run_dir, VALUES.resume, fit.KerasReplica)
+    errors = loop.train(recipe, run_dir, VALUES.resume, fit.make_replica)
     if collectives.rank() == 0:
         last = len(errors[-5:])
         print(f"top-1 error {metrics.final_error(errors):.2%} (median of the last {last} epochs) in {run_dir}")

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 
 import keras
@@ -17,19 +16,10 @@ from recipe.keras.distributed import DistributedOptimizer
 from recipe.keras.step import Step, batch_statistics, moving_statistics, split
 from recipe.schedule import recipe_rate
 
-GROUP = 2**24  # bytes of gradients that are reduced together when the order of their sum must not vary
-
 
 def start(deterministic: bool = False) -> None:
     """Horovod, and this rank's share of the machine: one GPU, or its part of the CPU's cores."""
-    if deterministic:
-        # Which tensors Horovod fuses depends on timing, and the order of a sum over three ranks or more on where in
-        # the fused buffer a gradient lies: only given groups are fused then.
-        os.environ["HOROVOD_DISABLE_GROUP_FUSION"] = "1"
-    binding = collectives.init(backend.FRAMEWORK)
-    cores = (os.cpu_count() or 1) // binding.local_size()
-    threads = max(1, min(cores, len(os.sched_getaffinity(0))))
-    backend.use_local_device(binding.local_rank(), threads, deterministic)
+    backend.use_local_device(*collectives.start(backend.FRAMEWORK, deterministic), deterministic)
 
 
 class KerasReplica:
@@ -75,8 +65,7 @@ class KerasReplica:
         moving = moving_statistics(self.model)
         kept = [keras.ops.convert_to_numpy(v) for v in moving]
         found = [keras.ops.convert_to_numpy(self._statistics(backend.on_device(e)[0])) for e in elements]
-        total = collectives.total([*np.sum(found, axis=0, dtype=np.float64), len(found)], "precise_bn")
-        for v, mean in zip(moving, split(total[:-1] / total[-1], moving), strict=True):
+        for v, mean in zip(moving, split(collectives.mean(found, "precise_bn"), moving), strict=True):
             v.assign(mean)
         try:
             yield
@@ -106,9 +95,10 @@ def _optimizer(recipe: Recipe, model: keras.Model) -> keras.optimizers.Optimizer
     optimizer = keras.optimizers.SGD(settings.base_rate, settings.momentum, settings.nesterov)
     if recipe.model.precision == "mixed_float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    groups = None
-    if recipe.run.deterministic:
-        groups = max(1, sum(4 * math.prod(v.shape) for v in model.trainable_variables) // GROUP)
+    groups = collectives.groups(recipe, sum(math.prod(v.shape) for v in model.trainable_variables))
     return DistributedOptimizer(
         optimizer, compression=getattr(backend.Compression, settings.compression), groups=groups
     )
+
+
+make_replica = KerasReplica

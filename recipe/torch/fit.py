@@ -1,0 +1,149 @@
+"""The recipe's replica in native PyTorch: the network, Horovod's optimizer and the state of both."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+
+from recipe import collectives, sharding
+from recipe.config import Recipe
+from recipe.replica import Figures, check_equal, check_names
+from recipe.schedule import recipe_rate
+from recipe.torch import device, names, resnet
+from recipe.torch.normalization import batch_statistics
+from recipe.torch.step import Step
+from recipe.torch.wire import PackedCompression, packed
+
+
+def start(deterministic: bool = False) -> None:
+    """Horovod, and this rank's share of the machine: one GPU, or its part of the CPU's cores."""
+    device.use_local_device(*collectives.start("torch", deterministic), deterministic)
+
+
+class TorchReplica:
+    """`recipe.replica.Replica` in native PyTorch."""
+
+    def __init__(self, recipe: Recipe, num_classes: int) -> None:
+        self.recipe = recipe
+        self.network = resnet.build(recipe, num_classes).to(device.local_device())
+        workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
+        passes = len(workers) // recipe.run.workers_at_once
+        self.optimizer = _optimizer(recipe, self.network, passes)
+        self._step = Step(self.network, self.optimizer, recipe, workers)
+        self._rate = recipe_rate(recipe)
+
+    def begin(self, steps: int) -> None:
+        self._steps = steps
+        hvd.broadcast_parameters([(name, packed(v)) for name, v in self._state().items()], root_rank=0)
+        scaler = self._step.scaler
+        scaler.load_state_dict(collectives.broadcast(scaler.state_dict(), "scaler"))
+
+    def step(self, epoch: int, step: int, elements: Iterator[tuple], stop: bool) -> Callable[[], Figures]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate(epoch + step / self._steps)
+        figures = self._step(elements, stop)
+        done, every = epoch * self._steps + step + 1, self.recipe.run.replica_check_every
+        if every and done % every == 0:
+            self._check(done)
+        self._done = done
+        return figures
+
+    def end(self) -> None:
+        if self.recipe.run.replica_check_every:
+            self._check(self._done)
+
+    def rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    @torch.no_grad()
+    def predict(self, images: Any) -> np.ndarray:
+        self.network.eval()
+        with self._step.autocast():
+            return self.network(*device.on_device((images,))).numpy(force=True)
+
+    @contextlib.contextmanager
+    def statistics_of(self, elements: Iterator[tuple]) -> Iterator[None]:
+        moving = self._step.moving
+        kept = moving.clone()
+        mean = collectives.mean([self._statistics(*device.on_device(e)) for e in elements], "precise_bn")
+        moving.copy_(torch.from_numpy(mean))
+        try:
+            yield
+        finally:
+            moving.copy_(kept)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As in a Keras checkpoint, "model/PATH" in Keras's layout; "optimizer/velocity/PATH" has η in none."""
+        scaler = self._step.scaler.state_dict()
+        loss_scale = {f"optimizer/{name}": np.array(scaler[name]) for name in ("scale", "_growth_tracker") if scaler}
+        return {name: _to_keras(v) for name, v in self._named().items()} | loss_scale
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return {names.keras_path(name): _to_keras(p.detach()) for name, p in self.network.named_parameters()}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        check_names(self.arrays(), arrays)
+        for name, tensor in self._named().items():
+            tensor.copy_(torch.from_numpy(names.from_keras(arrays[name]).copy()))
+        scaler = self._step.scaler
+        scaler.load_state_dict({n: arrays[f"optimizer/{n}"].item() if f"optimizer/{n}" in arrays else v
+                                for n, v in scaler.state_dict().items()})  # fmt: skip
+
+    @torch.no_grad()
+    def _statistics(self, images: torch.Tensor, labels: torch.Tensor, *rest: torch.Tensor) -> np.ndarray:
+        """What batch normalisation sees in one element."""
+        self.network.train()
+        with self._step.autocast():
+            self.network(images, *rest[1:])
+        return batch_statistics(self.network).numpy(force=True)
+
+    def _check(self, step: int) -> None:
+        check_equal(((name, v.numpy(force=True)) for name, v in self._state().items()), step)
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """All that training changes, but for the loss scale: the state dict and the velocities."""
+        kept = {name: v for name, v in self.network.state_dict().items() if names.keras_path(name)}
+        return kept | {f"{name}.velocity": v for name, v in self._velocities().items()}
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        """The same by the checkpoint's names."""
+        kept = {f"model/{path}": v for name, v in self.network.state_dict().items() if (path := names.keras_path(name))}
+        slots = {f"optimizer/velocity/{names.keras_path(name)}": v for name, v in self._velocities().items()}
+        return kept | slots
+
+    def _velocities(self) -> dict[str, torch.Tensor]:
+        slots = self.optimizer.state
+        return {name: slots[p]["momentum_buffer"] for name, p in self.network.named_parameters() if p in slots}
+
+
+make_replica = TorchReplica
+
+
+def _optimizer(recipe: Recipe, network: resnet.ResNet, passes: int) -> torch.optim.Optimizer:
+    """SGD with weight decay λw, part of the gradient, on the kernels only (remark 1); Horovod's around it.
+
+    Its velocity u ← mu + g is free of η (paper, eq. 9), so that no change of η needs a correction (remark 2)."""
+    settings = recipe.optimizer
+    kernels, others = [], []
+    for p in network.parameters():
+        (kernels if p.ndim > 1 else others).append(p)
+    decay = {"params": kernels, "weight_decay": settings.weight_decay}
+    options = {"lr": settings.base_rate, "momentum": settings.momentum, "nesterov": settings.nesterov}
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([decay, {"params": others}], **options),
+        named_parameters=network.named_parameters(),
+        compression=PackedCompression(getattr(hvd.Compression, settings.compression)),
+        backward_passes_per_step=passes,
+        groups=collectives.groups(recipe, sum(p.numel() for p in network.parameters())),
+    )
+    if settings.momentum:
+        for p in network.parameters():  # before the first step, so that it can be broadcast and restored
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def _to_keras(tensor: torch.Tensor) -> np.ndarray:
+    return names.to_keras(tensor.numpy(force=True)).copy()
