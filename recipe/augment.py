@@ -4,16 +4,22 @@ import numpy as np
 
 ASPECT = (3 / 4, 4 / 3)  # width to height
 ATTEMPTS = 10  # draws before the fallback
+DROPOUT = 2**32  # the first counter of the numbers that decide what an example drops; cropping begins at 1
 EVAL_RESIZE = 256 / 224  # shorter side to crop in evaluation (paper, sec. 5.1)
 
 
-def uniforms(indices: np.ndarray, seed: int, epoch: int, count: int) -> np.ndarray:
+def keys(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """uint64[b]: for each example index the key of its random numbers in this epoch."""
+    return _mix(_mix(_mix(np.uint64([seed])) ^ np.uint64(epoch)) ^ np.asarray(indices).astype(np.uint64))
+
+
+def uniforms(indices: np.ndarray, seed: int, epoch: int, count: int, first: int = 1) -> np.ndarray:
     """float64[b, count] in [0, 1): `count` numbers for each example index, functions of (seed, epoch, index) alone.
 
-    A counter-based generator: SplitMix64's finaliser, chained over seed, epoch, index and counter."""
-    state = _mix(_mix(_mix(np.uint64([seed])) ^ np.uint64(epoch)) ^ np.asarray(indices).astype(np.uint64))
-    words = _mix(state[:, None] ^ np.arange(1, count + 1, dtype=np.uint64))
-    return (words >> np.uint64(11)) * 2.0**-53
+    A counter-based generator: SplitMix64's finaliser, chained over seed, epoch, index and the counters from `first`
+    on, of which each purpose has its own."""
+    counters = np.arange(first, first + count, dtype=np.uint64)
+    return (_mix(keys(indices, seed, epoch)[:, None] ^ counters) >> np.uint64(11)) * 2.0**-53
 
 
 def crop_boxes(

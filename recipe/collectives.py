@@ -6,7 +6,7 @@ Every function here is collective: all ranks must call it, in the same order.
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -89,9 +89,12 @@ def total(values: Any, name: str) -> np.ndarray:
     return _allreduce(array, horovod().Sum, name)
 
 
-def mean(vectors: list[np.ndarray], name: str) -> np.ndarray:
-    """The mean of all ranks' vectors, of which each rank may have another number."""
-    sums = total([*np.sum(vectors, axis=0, dtype=np.float64), len(vectors)], name)
+def mean(vectors: Iterable[np.ndarray], length: int, name: str) -> np.ndarray:
+    """The mean of all ranks' vectors of this length, of which each rank may have another number, or none."""
+    mine = np.zeros(length + 1)
+    for vector in vectors:
+        mine += [*vector, 1]
+    sums = total(mine, name)
     return sums[:-1] / sums[-1]
 
 

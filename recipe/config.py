@@ -127,6 +127,8 @@ CHOICES = {
     "schedule.warmup": ("gradual", "constant", "none"),
 }
 
+FOLDERS = ("data.data_dir", "data.manual_dir")  # where things lie, not what they are
+
 # field: (lowest, highest) allowed value, both included
 RANGES = {
     "k": (1, None),
@@ -159,8 +161,9 @@ RANGES = {
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """The fields that say what is computed, by their dotted names: all but those of `run`."""
-    return {name: value for name, value in flatten(recipe).items() if not name.startswith("run.")}
+    """The fields that say what is computed, by their dotted names: all but those of `run` and the data's folders."""
+    fields = flatten(recipe).items()
+    return {name: value for name, value in fields if not name.startswith("run.") and name not in FOLDERS}
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -69,14 +69,18 @@ def read_recipe(folder: Path) -> Recipe:
 
 def read_epochs(folder: Path) -> list[dict[str, Any]]:
     """The epoch lines of a run's metrics.jsonl, in order. Raises UsageError when there are none."""
-    try:
-        lines = [json.loads(line) for line in _whole_lines(folder / METRICS)]
-        epochs = [line for line in lines if line["kind"] == "epoch"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder / METRICS} can't be read ({error}); mend it, or name another run directory")
-    if not epochs:
+    if not (epochs := read_lines(folder, "epoch")):
         raise UsageError(f"{folder / METRICS} has no finished epoch yet")
     return epochs
+
+
+def read_lines(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind in a run's metrics.jsonl, in order. Raises UsageError when the file can't be read."""
+    try:
+        lines = [json.loads(line) for line in _whole_lines(folder / METRICS)]
+        return [line for line in lines if line["kind"] == kind]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / METRICS} can't be read ({error}); mend it, or name another run directory")
 
 
 def environment(hosts: list[str]) -> dict[str, Any]:

@@ -28,7 +28,8 @@ def train_batches(
     or for each run.workers_at_once of them, in each global step first_step, first_step + 1, … up to the recipe's last
     epoch.
 
-    The weights are worker_weight(), equal within a batch. Raises UsageError when an epoch has no step; while it is
+    The weights are worker_weight(), equal within a batch. With model.dropout a fourth part follows, the examples' keys
+    (recipe.augment.keys) as int64[n_j]. Raises UsageError when an epoch has no step; while it is
     read, a tf.errors.OpError whose text names the example that can't be read or decoded.
 
     The images are those of sec. 5.1: crop_boxes() decoded, resized bilinearly, mirrored. Deviations: the reference
@@ -41,14 +42,15 @@ def train_batches(
     together = recipe.run.workers_at_once
     elements = len(workers) // together
 
-    def share(position: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """(epoch, example indices, weights) of an element."""
+    def share(position: int) -> tuple[int, np.ndarray, list[np.ndarray]]:
+        """(epoch, example indices, weights and perhaps keys) of an element."""
         step, place = divmod(position, elements)
         epoch, step = divmod(step, steps)
         chosen = workers[place * together : (place + 1) * together]
         indices = np.concatenate([sharding.worker_indices(order(epoch), step, w, k, n) for w in chosen])
         weight = sharding.worker_weight(len(source), step, chosen[0], k, n)  # 1, where there are several
-        return epoch, indices, np.full(len(indices), weight, dtype=np.float32)
+        extra = [augment.keys(indices, recipe.seed, epoch).view(np.int64)] if recipe.model.dropout else []
+        return epoch, indices, [np.full(len(indices), weight, dtype=np.float32), *extra]
 
     positions = tf.data.Dataset.range(first_step * elements, recipe.epochs * steps * elements)
     count = n * together if remainder == "drop" else None
@@ -92,27 +94,32 @@ def _synthetic(
     size = recipe.data.image_size
 
     def load(position: int) -> tuple:
-        _, indices, weights = share(position)
-        return source.images(indices, size), source.labels(indices), weights
+        _, indices, extra = share(position)
+        return source.images(indices, size), source.labels(indices), *extra
 
-    return _loaded(positions, load, count, (tf.uint8, size, size, 3), (tf.int32,), (tf.float32,))
+    return _loaded(positions, load, count, (tf.uint8, size, size, 3), (tf.int32,), *_extra(recipe))
 
 
 def _augmented(
     positions: tf.data.Dataset, source: TFDSSource, recipe: Recipe, share: Callable, count: int | None
 ) -> tf.data.Dataset:
     def load(position: int) -> tuple:
-        epoch, indices, weights = share(position)
+        epoch, indices, extra = share(position)
         images, labels, shapes = _read(source, indices)
         boxes, flips = augment.crop_boxes(shapes, indices, recipe.seed, epoch, recipe.data.min_area)
-        return images, boxes, flips, indices, labels, weights
+        return images, boxes, flips, indices, labels, *extra
 
     def decoded(images: tf.Tensor, boxes: tf.Tensor, flips: tf.Tensor, indices: tf.Tensor, *rest: tf.Tensor) -> tuple:
         decode = functools.partial(_train_image, recipe.data.image_size, source.png)
         return _decoded(decode, source, indices, images, boxes, flips), *rest
 
-    signature = (tf.string,), (tf.int32, 4), (tf.bool,), (tf.int64,), (tf.int32,), (tf.float32,)
+    signature = (tf.string,), (tf.int32, 4), (tf.bool,), (tf.int64,), (tf.int32,), *_extra(recipe)
     return _mapped(_loaded(positions, load, count, *signature), decoded)
+
+
+def _extra(recipe: Recipe) -> list[tuple]:
+    """Types of the weights and, where the network asks for them, the keys."""
+    return [(tf.float32,), *([(tf.int64,)] if recipe.model.dropout else [])]
 
 
 def _loaded(

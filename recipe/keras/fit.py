@@ -32,7 +32,7 @@ class KerasReplica:
         self.model.optimizer.build(self.model.trainable_variables)
         workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
         self._step = Step(self.model, recipe.k, workers, recipe.run.workers_at_once, signature(recipe))
-        self._statistics = batch_statistics(self.model, recipe.model.bn_momentum, signature(recipe)[0])
+        self._statistics = batch_statistics(self.model, recipe.model.bn_momentum, signature(recipe))
         every = recipe.run.replica_check_every
         self._callbacks = [
             BroadcastState(),
@@ -58,15 +58,17 @@ class KerasReplica:
         return rate_of(self.model.optimizer)
 
     def predict(self, images: object) -> np.ndarray:
-        return self.model.predict_on_batch(images)
+        keys = [np.zeros(len(images), np.int64)] if self.recipe.model.dropout else []
+        return self.model.predict_on_batch([images, *keys])
 
     @contextlib.contextmanager
     def statistics_of(self, elements: Iterator[tuple]) -> Iterator[None]:
         moving = moving_statistics(self.model)
         kept = [keras.ops.convert_to_numpy(v) for v in moving]
-        found = [keras.ops.convert_to_numpy(self._statistics(backend.on_device(e)[0])) for e in elements]
-        for v, mean in zip(moving, split(collectives.mean(found, "precise_bn"), moving), strict=True):
-            v.assign(mean)
+        found = (keras.ops.convert_to_numpy(self._statistics(*backend.on_device(e))) for e in elements)
+        mean = collectives.mean(found, sum(math.prod(v.shape) for v in moving), "precise_bn")
+        for v, value in zip(moving, split(mean, moving), strict=True):
+            v.assign(value)
         try:
             yield
         finally:
@@ -84,10 +86,11 @@ class KerasReplica:
 
 
 def signature(recipe: Recipe) -> list[tuple[str, tuple]]:
-    """Type and shape of images, labels and weights in an element of the recipe's training input."""
+    """Type and shape of images, labels, weights and perhaps keys in an element of the recipe's training input."""
     size = recipe.data.image_size
     batch = None if recipe.data.remainder == "short" else recipe.n * recipe.run.workers_at_once
-    return [("uint8", (batch, size, size, 3)), ("int32", (batch,)), ("float32", (batch,))]
+    keys = [("int64", (batch,))] if recipe.model.dropout else []
+    return [("uint8", (batch, size, size, 3)), ("int32", (batch,)), ("float32", (batch,)), *keys]
 
 
 def _optimizer(recipe: Recipe, model: keras.Model) -> keras.optimizers.Optimizer:

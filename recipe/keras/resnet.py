@@ -7,6 +7,7 @@ from keras import layers
 from recipe import initial
 from recipe.config import Model, Recipe
 from recipe.data.pipeline import MEAN, STD
+from recipe.keras.dropout import ExampleDropout
 from recipe.keras.normalization import WorkerBatchNormalization
 
 
@@ -24,7 +25,8 @@ class Normal(keras.initializers.Initializer):
 
 
 def build(recipe: Recipe, num_classes: int) -> keras.Model:
-    """The recipe's network: uint8 images [b, s, s, 3] in, float32 logits [b, num_classes] out.
+    """The recipe's network: uint8 images [b, s, s, 3] in, with dropout also keys int64[b]; float32 logits
+    [b, num_classes] out.
 
     ResNet-50 has 25,557,032 parameters at 1000 classes. Weight decay λ is the L2 term λ/2·‖w‖² of convolution and FC
     kernels, so that its gradient λw takes part in momentum (remark 1)."""
@@ -36,7 +38,11 @@ def build(recipe: Recipe, num_classes: int) -> keras.Model:
             stride = 2 if stage > 0 and block == 0 else 1
             x = _bottleneck(net, x, recipe.model.width * 2**stage, stride, f"stage{stage + 1}_block{block + 1}")
     x = layers.GlobalAveragePooling2D(data_format=net.data_format, name="pool", dtype=net.dtype)(x)
-    return keras.Model(images, net.dense(x, num_classes, "fc"), name="resnet")
+    inputs = [images]
+    if recipe.model.dropout:
+        inputs.append(keras.Input((), dtype="int64", name="keys"))
+        x = ExampleDropout(recipe.model.dropout, dtype=net.dtype, name="dropout")(x, inputs[1])
+    return keras.Model(inputs, net.dense(x, num_classes, "fc"), name="resnet")
 
 
 def _normalised(images: keras.KerasTensor, model: Model) -> keras.KerasTensor:

@@ -1,6 +1,5 @@
-"""All variables of a model and its optimizer: broadcast, compared and averaged over ranks."""
+"""All variables of a model and its optimizer: broadcast and compared over ranks."""
 
-import math
 from collections.abc import Sequence
 
 import keras
@@ -67,18 +66,6 @@ def broadcast_model(
     values = [keras.ops.convert_to_numpy(v) for v in others]
     for v, value in zip(others, collectives.gather(values, "state.others")[root_rank], strict=True):
         v.assign(value)
-
-
-def average_moving_statistics(model: keras.Model) -> None:
-    """Averages what each rank's batch normalisation has seen, over all ranks (before evaluation). Collective.
-
-    Moving averages are linear in the batches they saw: averaging them early or late gives the same."""
-    variables = [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
-    mine = np.concatenate([np.ravel(keras.ops.convert_to_numpy(v)) for v in variables] or [np.zeros(0)])
-    mean = collectives.total(mine, "moving_statistics") / collectives.size()
-    ends = np.cumsum([math.prod(v.shape) for v in variables])
-    for v, value in zip(variables, np.split(mean, ends[:-1]), strict=True):
-        v.assign(value.reshape(v.shape))
 
 
 def check_replicas(model: keras.Model, also: Sequence = ()) -> None:

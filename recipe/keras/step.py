@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -46,13 +47,13 @@ class Step:
         found = self._finish(first, np.int32(stop), *element)
         return lambda: figures(ops.convert_to_numpy(found), self.k)
 
-    def _accumulated(self, first: object, *element: object) -> None:
+    def _accumulated(self, first: Any, *element: Any) -> None:
         gradients, vector = self._backward(first, *element)
         for total, gradient in zip(self._gradients, gradients, strict=True):
             total.assign(total + gradient)
         self._vector.assign(self._vector + vector)
 
-    def _finished(self, first: object, stop: object, *element: object) -> object:
+    def _finished(self, first: Any, stop: Any, *element: Any) -> Any:
         gradients, vector = self._backward(first, *element)
         if self.calls > 1:
             gradients = [(t + g) / self.calls for t, g in zip(self._gradients, gradients, strict=True)]
@@ -67,12 +68,12 @@ class Step:
             total.assign(ops.zeros_like(total))
         return vector[-(2 * self.k + 1) :]
 
-    def _backward(self, first: object, images: object, labels: object, weights: object) -> tuple[list, object]:
+    def _backward(self, first: Any, images: Any, labels: Any, weights: Any, *keys: Any) -> tuple[list, Any]:
         """(the gradients of the mean loss of `together` workers, their part of the vector)."""
 
         def forward() -> tuple:
             with keras.StatelessScope() as scope:
-                logits = self.model(images, training=True)
+                logits = self.model([images, *keys], training=True)
             penalties = sum(self.model.losses)
             moved = [ops.ravel(ops.convert_to_tensor(scope.get_current_value(v))) for v in self.moving]
             losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
@@ -86,7 +87,7 @@ class Step:
         gradients, (vector,) = backend.gradients(forward, self.model.trainable_variables)
         return gradients, vector
 
-    def _placed(self, first: object, values: object) -> object:
+    def _placed(self, first: Any, values: Any) -> Any:
         """float32[k]: the sums of each of `together` workers' values, at their places."""
         sums = ops.sum(ops.reshape(values, (self.together, -1)), axis=1)
         places = ops.reshape(first + ops.arange(self.together, dtype="int32"), (-1, 1))
@@ -98,20 +99,20 @@ def moving_statistics(model: keras.Model) -> list[keras.Variable]:
     return [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
 
 
-def batch_statistics(model: keras.Model, momentum: float, images: tuple[str, tuple]) -> Callable[[object], object]:
-    """A function of images that gives the statistics of this one batch, in the order of `moving_statistics`, as one
+def batch_statistics(model: keras.Model, momentum: float, signature: list) -> Callable:
+    """A function of an element that gives the statistics of this one batch, in the order of `moving_statistics`, as one
     vector: what the moving ones become from zero, divided by 1 − momentum."""
     moving = moving_statistics(model)
 
-    def statistics(images: object) -> object:
+    def statistics(images: Any, labels: Any, weights: Any, *keys: Any) -> Any:
         with keras.StatelessScope([(v, ops.zeros(v.shape)) for v in moving]) as scope:
-            model(images, training=True)
+            model([images, *keys], training=True)
         return ops.concatenate([ops.ravel(scope.get_current_value(v)) for v in moving]) / (1 - momentum)
 
-    return backend.compiled(statistics, [images])
+    return backend.compiled(statistics, signature)
 
 
-def split(vector: object, variables: list) -> list:
+def split(vector: Any, variables: list) -> list:
     """A vector's pieces in the shapes of the variables that it begins with."""
     ends = np.cumsum([math.prod(v.shape) for v in variables]).tolist()
     starts = [0, *ends]

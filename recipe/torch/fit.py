@@ -30,7 +30,7 @@ class TorchReplica:
         self.recipe = recipe
         self.network = resnet.build(recipe, num_classes).to(device.local_device())
         workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
-        passes = len(workers) // recipe.run.workers_at_once
+        passes = max(1, len(workers) // recipe.run.workers_at_once)  # an evaluation may have ranks without workers
         self.optimizer = _optimizer(recipe, self.network, passes)
         self._step = Step(self.network, self.optimizer, recipe, workers)
         self._rate = recipe_rate(recipe)
@@ -68,8 +68,8 @@ class TorchReplica:
     def statistics_of(self, elements: Iterator[tuple]) -> Iterator[None]:
         moving = self._step.moving
         kept = moving.clone()
-        mean = collectives.mean([self._statistics(*device.on_device(e)) for e in elements], "precise_bn")
-        moving.copy_(torch.from_numpy(mean))
+        found = (self._statistics(*device.on_device(e)) for e in elements)
+        moving.copy_(torch.from_numpy(collectives.mean(found, len(moving), "precise_bn")))
         try:
             yield
         finally:
@@ -93,11 +93,13 @@ class TorchReplica:
                                 for n, v in scaler.state_dict().items()})  # fmt: skip
 
     @torch.no_grad()
-    def _statistics(self, images: torch.Tensor, labels: torch.Tensor, *rest: torch.Tensor) -> np.ndarray:
+    def _statistics(
+        self, images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, *keys: torch.Tensor
+    ) -> np.ndarray:
         """What batch normalisation sees in one element."""
         self.network.train()
         with self._step.autocast():
-            self.network(images, *rest[1:])
+            self.network(images, *keys)
         return batch_statistics(self.network).numpy(force=True)
 
     def _check(self, step: int) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from recipe import initial
+from recipe import dropout, initial
 from recipe.config import Recipe
 from recipe.data.pipeline import MEAN, STD
 from recipe.torch import names
@@ -21,8 +21,10 @@ def build(recipe: Recipe, num_classes: int) -> "ResNet":
 
 
 class ResNet(nn.Module):
-    """uint8 images [b, s, s, 3] in, float32 logits [b, num_classes] out. ResNet-50 has 25,557,032 parameters at 1000
-    classes. Under autocast the FC layer stays in float32, as the logits and the softmax after them need the range."""
+    """uint8 images [b, s, s, 3] in, to train with dropout also keys int64[b]; float32 logits [b, num_classes] out.
+
+    ResNet-50 has 25,557,032 parameters at 1000 classes. Under autocast the FC layer stays in float32, as the logits and
+    the softmax after them need the range."""
 
     def __init__(self, recipe: Recipe, num_classes: int) -> None:
         super().__init__()
@@ -42,18 +44,22 @@ class ResNet(nn.Module):
         self.layout = torch.channels_last if model.data_format == "channels_last" else torch.contiguous_format
         self.fc = nn.Linear(inputs, num_classes)
         mean, std = (torch.tensor(v, dtype=torch.float32).reshape(3, 1, 1) for v in (MEAN, STD))
+        self.dropout = model.dropout
+        self.register_buffer("counters", torch.from_numpy(dropout.counters(inputs)), persistent=False)
         self.register_buffer("scale", 1 / std, persistent=False)
         self.register_buffer("offset", -mean / std, persistent=False)
 
     def norm(self, channels: int) -> WorkerBatchNorm2d:
         return WorkerBatchNorm2d(channels, self._workers, self._eps)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, *keys: torch.Tensor) -> torch.Tensor:
         x = images.permute(0, 3, 1, 2).float() * self.scale + self.offset  # on the device (sec. 5.1)
         x = self.maxpool(torch.relu(self.bn1(self.conv1(x.contiguous(memory_format=self.layout)))))
         for stage in range(self.stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
         pooled = x.mean((2, 3), dtype=torch.float32)
+        if self.training and self.dropout:
+            pooled = pooled / (1 - self.dropout) * dropout.kept(*keys, self.counters, self.dropout, torch)
         with torch.autocast(x.device.type, enabled=False):
             return self.fc(pooled)
 

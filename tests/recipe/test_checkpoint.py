@@ -1,48 +1,95 @@
 """Checkpoints are whole or not there at all, and never unpickled."""
 
+import hashlib
 import os
+import re
+import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recipe import checkpoint
 from recipe.errors import RunError
 
+ARRAYS = {"model/a/b": np.arange(1000, dtype=np.float32), "optimizer/step": np.int64(3)}
 
-def save(folder, epoch, keep=3):
-    arrays = {"model/a/b": np.arange(1000, dtype=np.float32) + epoch, "optimizer/step": np.int64(epoch)}
-    return checkpoint.save(folder, epoch, arrays, {"epoch": epoch}, keep)
+
+def save(folder, step, keep=3, keep_every=0):
+    return checkpoint.save(folder, step, ARRAYS, {"step": step}, keep, keep_every)
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
     arrays, meta = checkpoint.load(save(tmp_path, 7))
-    assert meta == {"epoch": 7}
-    np.testing.assert_array_equal(arrays["model/a/b"], np.arange(1000, dtype=np.float32) + 7)
-    assert arrays["optimizer/step"] == 7
+    assert meta == {"step": 7}
+    assert arrays.keys() == ARRAYS.keys()
+    for name, value in ARRAYS.items():
+        np.testing.assert_array_equal(arrays[name], value)
+        assert arrays[name].dtype == value.dtype
 
 
-def test_only_the_newest_are_kept(tmp_path):
-    for epoch in range(1, 12):
-        save(tmp_path, epoch, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-0010.npz", "epoch-0011.npz"]
-    assert checkpoint.latest(tmp_path).name == "epoch-0011.npz"
+def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path):
+    for step in range(1, 12):
+        save(tmp_path, step, keep=2, keep_every=4)
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [4, 8, 10, 11]
+    save(tmp_path, 12, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000012.npz"]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
-def test_a_damaged_file_is_named(tmp_path, damage):
-    path = save(tmp_path, 1)
-    whole = bytearray(path.read_bytes())
-    whole[len(whole) // 2] ^= 1
-    path.write_bytes({"truncate": whole[:-100], "flip": whole, "empty": b"", "text": b"hello"}[damage])
-    with pytest.raises(RunError, match=r"epoch-0001\.npz is not a whole checkpoint"):
-        checkpoint.load(path)
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(max_examples=300, deadline=None)
+def test_any_bit_that_flips_is_noticed(where, bit, whole):
+    content = bytearray(whole.read_bytes())
+    content[int(where * len(content))] ^= 1 << bit
+    damaged = whole.with_name("damaged.npz")
+    damaged.write_bytes(content)
+    with pytest.raises(RunError, match=r"damaged\.npz is damaged"):
+        checkpoint.load(damaged)
+
+
+@given(length=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=100, deadline=None)
+def test_any_truncation_is_noticed(length, whole):
+    content = whole.read_bytes()
+    damaged = whole.with_name("damaged.npz")
+    damaged.write_bytes(content[: int(length * len(content))])
+    with pytest.raises(RunError, match=r"damaged\.npz is damaged"):
+        checkpoint.load(damaged)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("whole"), 1)
+
+
+def test_the_newest_whole_one_is_taken_and_the_damaged_are_told(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    for step in (2, 3):
+        (tmp_path / f"step-0000000{step}.npz").write_bytes(b"hello")
+    warnings = []
+    assert checkpoint.newest(tmp_path, warnings.append)[1] == {"step": 1}
+    assert [re.search(r"step-0+(\d)", warning)[1] for warning in warnings] == ["3", "2"]
+
+
+def test_all_damaged_is_an_error_and_none_at_all_is_not(tmp_path):
+    assert checkpoint.newest(tmp_path, warn=print) is None
+    save(tmp_path, 1).write_bytes(b"")
+    with pytest.raises(RunError, match=r"no checkpoint in .* is whole"):
+        checkpoint.newest(tmp_path, warn=print)
+    assert len(checkpoint.checkpoints(tmp_path)) == 1
 
 
 def test_a_pickle_is_not_loaded(tmp_path):
     """An array of objects would run code when it is unpickled."""
-    path = tmp_path / "epoch-0001.npz"
+    path = tmp_path / "step-00000001.npz"
     np.savez(path, evil=np.array([print], dtype=object))
-    with pytest.raises(RunError, match="not a whole checkpoint"):
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"0" * 64
+    content = path.read_bytes()[:-64]
+    path.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
+    with pytest.raises(RunError, match="not a checkpoint"):
         checkpoint.load(path)
 
 
@@ -53,11 +100,20 @@ def test_a_failed_write_leaves_the_older_checkpoint_and_nothing_else(tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"epoch-0002\.npz: No space left on device"):
+    with pytest.raises(RunError, match=r"step-00000002\.npz: No space left on device"):
         save(tmp_path, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["epoch-0001.npz"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.npz"]
 
 
-def test_resuming_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(RunError, match="holds no checkpoint"):
-        checkpoint.latest(tmp_path)
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path):
+    (tmp_path / ".step-00000001.npz.partial").write_bytes(b"half")
+    save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002.npz"]
+
+
+def test_a_digest_is_of_names_types_shapes_and_values():
+    one = checkpoint.digest({"a": np.zeros(4, np.float32), "b": np.ones(2)})
+    assert one == checkpoint.digest({"b": np.ones(2), "a": np.zeros(4, np.float32)})
+    others = [{"a": np.zeros(4), "b": np.ones(2)}, {"a": np.zeros((2, 2), np.float32), "b": np.ones(2)}]
+    others += [{"a": np.zeros(4, np.float32), "c": np.ones(2)}, {"a": np.float32([0, 0, 0, 1e-45]), "b": np.ones(2)}]
+    assert len({one, *map(checkpoint.digest, others)}) == 5

@@ -56,7 +56,7 @@ def lines(folder: Path, kind: str) -> list[dict]:
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
-    return checkpoint.load(checkpoint.latest(folder / "checkpoints"))[0]
+    return checkpoint.load(checkpoint.checkpoints(folder / "checkpoints")[-1])[0]
 
 
 def refused(done: subprocess.CompletedProcess, status: int, *parts: str) -> None:
@@ -79,7 +79,7 @@ def test_the_run_directory_says_what_ran(finished):
         "config.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"
     }  # fmt: skip
     assert [path.name for path in checkpoint.checkpoints(folder / "checkpoints")] == [
-        f"epoch-000{e}.npz" for e in (1, 2, 3)
+        f"step-0000{step:04d}.npz" for step in (4, 8, 12)
     ]
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -117,7 +117,7 @@ def test_other_launchers_train_the_same(finished, tmp_path, data_dir, launcher):
     done = launch(2, [*SMALL, f"--run_dir={tmp_path / 'run'}"], launcher, TFDS_DATA_DIR=data_dir)
     assert done.returncode == 0, done.stdout[-4000:]
     for one, other in zip(lines(tmp_path / "run", "epoch"), lines(finished[0], "epoch"), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)  # float32 threads of TensorFlow, 12 steps
+        assert one["loss"] == other["loss"]  # a sum of two is the same in any order
 
 
 def test_the_torch_backend_runs_the_recipe_too(tmp_path, data_dir):
@@ -175,7 +175,7 @@ def killed_after_epoch(folder: Path, epoch: int, data_dir: str, launcher: str) -
     )
     try:
         deadline = time.monotonic() + 120
-        while not (folder / f"checkpoints/epoch-000{epoch}.npz").exists():
+        while not (folder / f"checkpoints/step-{4 * epoch:08d}.npz").exists():
             assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
             time.sleep(0.01)
         ranks = [p for p in psutil.Process(job.pid).children(recursive=True) if "recipe.train" in p.cmdline()[1:3]]
@@ -200,9 +200,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(finished, tmp_path, data
     assert "median of the last 3 epochs" in done.stdout  # those before the kill count
     assert [line["epoch"] for line in lines(folder, "epoch")] == [1, 2, 3]
     assert [line["step"] for line in lines(folder, "step")] == [2, 4, 6, 8, 10, 12]
-    resumed, whole = weights(folder), weights(finished[0])
-    for name, value in whole.items():
-        np.testing.assert_allclose(resumed[name], value, rtol=1e-3, atol=1e-4, err_msg=name)  # TensorFlow's threads
+    assert checkpoint.digest(weights(folder)) == checkpoint.digest(weights(finished[0]))
 
 
 def test_one_rank_without_data_ends_the_run_with_its_message(tmp_path, data_dir):
@@ -242,9 +240,9 @@ def test_a_damaged_image_is_named(tmp_path, data_dir, finished):
     assert "Traceback" not in done.stdout
 
 
-def test_ranks_must_be_the_recipes_workers(tmp_path, data_dir):
+def test_ranks_must_divide_the_recipes_workers(tmp_path, data_dir):
     done = launch(3, [*SMALL, f"--run_dir={tmp_path / 'run'}"], TFDS_DATA_DIR=data_dir)
-    refused(done, 2, "config.k=2", "this run has 3", "-np 2", "--config.k=3")
+    refused(done, 2, "config.k=2", "by 3 ranks", "(1, 2)")
     assert not (tmp_path / "run").exists()
 
 
@@ -303,7 +301,7 @@ def test_there_must_be_something_to_resume(tmp_path, data_dir):
 
 def test_divergence_stops_all_ranks(tmp_path, data_dir):
     arguments = [*SMALL, f"--run_dir={tmp_path / 'run'}", "--config.optimizer.base_rate=1e30"]
-    refused(launch(2, arguments, TFDS_DATA_DIR=data_dir), 1, "the loss is", "at step 2", "base_rate")
+    refused(launch(2, arguments, TFDS_DATA_DIR=data_dir), 1, "the loss is", "at step 2", "worker", "base_rate")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounts a small file system, which needs root")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from keras import layers
 
+from recipe import augment, dropout
 from recipe.cli import load_recipe
 from recipe.config import Data, Model, Recipe, Run
 from recipe.keras import resnet as keras_resnet
@@ -112,3 +113,24 @@ def test_one_value_per_channel_has_no_variance():
     layer = resnet.ResNet(recipe(), 10).norm(4)
     assert layer(torch.ones(1, 4, 1, 1)).abs().max() == 0
     assert layer.batch_variance.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.5])
+def test_dropout_decides_as_keras_and_the_generator_do(rate):
+    indices, units = np.arange(7, 12), 50
+    keys = augment.keys(indices, 3, 2).view(np.int64)
+    kept = augment.uniforms(indices, 3, 2, units, augment.DROPOUT) >= rate
+    for ops in (torch, keras.ops):
+        tensors = (torch.from_numpy, keras.ops.convert_to_tensor)[ops is keras.ops]
+        found = dropout.kept(tensors(keys), tensors(dropout.counters(units)), rate, ops)
+        np.testing.assert_array_equal(np.asarray(found), kept)
+
+
+def test_dropout_in_the_network_is_that_of_keras():
+    settings = recipe(dropout=0.4)
+    model, network = pair(settings)
+    keys = augment.keys(np.arange(len(IMAGES)), 0, 1).view(np.int64)
+    with torch.no_grad():
+        ours = network.train()(torch.from_numpy(IMAGES), torch.from_numpy(keys)).numpy()
+    theirs = keras.ops.convert_to_numpy(model([IMAGES, keys], training=True))
+    assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
