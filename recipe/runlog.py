@@ -44,7 +44,7 @@ def open_run(folder: Path, recipe: Recipe, hosts: list[str], resume: str) -> Non
     elif resume != "no":
         raise UsageError(f"--run_dir={folder} holds no run to resume; leave --resume out to start one")
     try:
-        _write_json(folder / CONFIG, asdict(recipe))
+        write_recipe(folder, recipe)
         _write_json(folder / "environment.json", environment(hosts))
     except OSError as error:
         raise UsageError(f"--run_dir={folder} can't be written: {error.strerror}; free space or rights")
@@ -65,6 +65,11 @@ def read_recipe(folder: Path) -> Recipe:
         return Recipe.from_dict(json.loads((folder / CONFIG).read_text()))
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} is not a run directory: {CONFIG} can't be read ({error})")
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """The inverse of `read_recipe`."""
+    _write_json(folder / CONFIG, asdict(recipe))
 
 
 def read_epochs(folder: Path) -> list[dict[str, Any]]:

@@ -27,9 +27,7 @@ class KerasReplica:
 
     def __init__(self, recipe: Recipe, num_classes: int) -> None:
         self.recipe = recipe
-        self.model = resnet.build(recipe, num_classes)
-        self.model.compile(optimizer=_optimizer(recipe, self.model), jit_compile=False, auto_scale_loss=False)
-        self.model.optimizer.build(self.model.trainable_variables)
+        self.model = compiled(recipe, num_classes)
         workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
         self._step = Step(self.model, recipe.k, workers, recipe.run.workers_at_once, signature(recipe))
         self._statistics = batch_statistics(self.model, recipe.model.bn_momentum, signature(recipe))
@@ -83,6 +81,14 @@ class KerasReplica:
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         state.from_arrays(self.model, arrays)
+
+
+def compiled(recipe: Recipe, num_classes: int) -> keras.Model:
+    """The network with its distributed optimizer."""
+    model = resnet.build(recipe, num_classes)
+    model.compile(optimizer=_optimizer(recipe, model), jit_compile=False, auto_scale_loss=False)
+    model.optimizer.build(model.trainable_variables)
+    return model
 
 
 def signature(recipe: Recipe) -> list[tuple[str, tuple]]:

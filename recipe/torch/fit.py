@@ -17,6 +17,9 @@ from recipe.torch.normalization import batch_statistics
 from recipe.torch.step import Step
 from recipe.torch.wire import PackedCompression, packed
 
+# Names in a checkpoint, of entries in the scaler's state dict.
+LOSS_SCALE = {"optimizer/loss_scale": "scale", "optimizer/finite_steps": "_growth_tracker"}
+
 
 def start(deterministic: bool = False) -> None:
     """Horovod, and this rank's share of the machine: one GPU, or its part of the CPU's cores."""
@@ -76,9 +79,9 @@ class TorchReplica:
             moving.copy_(kept)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As in a Keras checkpoint, "model/PATH" in Keras's layout; "optimizer/velocity/PATH" has η in none."""
+        """ "model/PATH" in Keras's layout, as in a Keras checkpoint; velocities without η in them; the loss scale."""
         scaler = self._step.scaler.state_dict()
-        loss_scale = {f"optimizer/{name}": np.array(scaler[name]) for name in ("scale", "_growth_tracker") if scaler}
+        loss_scale = {name: np.array(scaler[key]) for name, key in LOSS_SCALE.items() if scaler}
         return {name: _to_keras(v) for name, v in self._named().items()} | loss_scale
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -89,8 +92,8 @@ class TorchReplica:
         for name, tensor in self._named().items():
             tensor.copy_(torch.from_numpy(names.from_keras(arrays[name]).copy()))
         scaler = self._step.scaler
-        scaler.load_state_dict({n: arrays[f"optimizer/{n}"].item() if f"optimizer/{n}" in arrays else v
-                                for n, v in scaler.state_dict().items()})  # fmt: skip
+        found = {key: arrays[name].item() for name, key in LOSS_SCALE.items() if name in arrays}
+        scaler.load_state_dict(scaler.state_dict() | found)
 
     @torch.no_grad()
     def _statistics(

@@ -84,7 +84,7 @@ def test_logits_are_those_of_keras(stem, layout):
     network = pair(recipe(stem=stem, data_format=layout))[1].eval()
     with torch.no_grad():
         ours = network(torch.from_numpy(IMAGES)).numpy()
-    theirs = keras.ops.convert_to_numpy(model(IMAGES, training=False))
+    theirs = keras.ops.convert_to_numpy(model([IMAGES], training=False))
     assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
 
 
