@@ -92,8 +92,8 @@ def to_keras(arrays: Arrays, model: Any, step: int, rate: float) -> Arrays:
     from recipe.keras import state
 
     found = {}
-    for name, array in state.to_arrays(model).items():
-        last = name.rpartition("/")[2]
+    for name, template in state.to_arrays(model).items():
+        array, last = template, name.rpartition("/")[2]
         if name.startswith("model/"):
             array = arrays[name]
         elif path := _slot(last):
@@ -104,7 +104,7 @@ def to_keras(arrays: Arrays, model: Any, step: int, rate: float) -> Arrays:
             array = np.float32(rate)
         elif last == "iteration":
             array = np.int64(step)
-        found[name] = np.asarray(array)
+        found[name] = np.asarray(array, dtype=template.dtype)
     return found
 
 
