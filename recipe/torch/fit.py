@@ -127,24 +127,28 @@ class TorchReplica:
 make_replica = TorchReplica
 
 
-def _optimizer(recipe: Recipe, network: resnet.ResNet, passes: int) -> torch.optim.Optimizer:
-    """SGD with weight decay λw, part of the gradient, on the kernels only (remark 1); Horovod's around it.
+def sgd(recipe: Recipe, network: torch.nn.Module) -> torch.optim.SGD:
+    """SGD with weight decay λw, part of the gradient, on the kernels only (remark 1).
 
     Its velocity u ← mu + g is free of η (paper, eq. 9), so that no change of η needs a correction (remark 2)."""
     settings = recipe.optimizer
     kernels, others = [], []
     for p in network.parameters():
         (kernels if p.ndim > 1 else others).append(p)
-    decay = {"params": kernels, "weight_decay": settings.weight_decay}
-    options = {"lr": settings.base_rate, "momentum": settings.momentum, "nesterov": settings.nesterov}
+    groups = [{"params": kernels, "weight_decay": settings.weight_decay}, {"params": others}]
+    return torch.optim.SGD(groups, lr=settings.base_rate, momentum=settings.momentum, nesterov=settings.nesterov)
+
+
+def _optimizer(recipe: Recipe, network: resnet.ResNet, passes: int) -> torch.optim.Optimizer:
+    """Horovod's optimizer around `sgd`, for so many backward passes per step; its velocities are there already."""
     optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD([decay, {"params": others}], **options),
+        sgd(recipe, network),
         named_parameters=network.named_parameters(),
-        compression=PackedCompression(getattr(hvd.Compression, settings.compression)),
+        compression=PackedCompression(getattr(hvd.Compression, recipe.optimizer.compression)),
         backward_passes_per_step=passes,
         groups=collectives.groups(recipe, sum(p.numel() for p in network.parameters())),
     )
-    if settings.momentum:
+    if recipe.optimizer.momentum:
         for p in network.parameters():  # before the first step, so that it can be broadcast and restored
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
