@@ -1,8 +1,9 @@
-"""What DistributedOptimizer costs per step, and when gradients are reduced: `python -m recipe.keras.benchmark`.
+"""What DistributedOptimizer costs per step, when gradients are reduced, and what comparing the replicas costs:
+`python -m recipe.keras.benchmark`.
 
 Prints, on one rank, the times of a training step with the wrapped optimizer, with one that makes Horovod's bare calls
-and with the plain one, taken in turns; and, from the Horovod timeline of a run on two ranks, which part of the
-allreduces began before the last gradient was ready.
+and with the plain one, taken in turns; and, on two ranks, from Horovod's timeline, which part of the allreduces began
+before the last gradient was ready; and the time of a replica check as a fraction of a step of the `quick` recipe.
 """
 
 import json
@@ -13,13 +14,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import keras
 import numpy as np
 
 import recipe.keras as hvd
-from recipe.keras import backend
+from recipe.configs import quick
+from recipe.data.pipeline import train_batches
+from recipe.data.sources import open_source
+from recipe.keras import backend, fit, state
+from recipe.keras.step import moving_statistics
 
 BATCH, WIDTH, LAYERS = 32, 256, 12
 STEPS, TURNS = 20, 9
@@ -28,7 +34,9 @@ PAUSE = 200  # ms between the steps of the timeline, by which they are told apar
 
 def main() -> None:
     if len(sys.argv) > 1:
+        hvd.init()
         record_timeline(sys.argv[1])
+        compare_replicas()
         return
     hvd.init()
     print(f"{keras.backend.backend()}, {LAYERS} dense layers of {WIDTH}, batch {BATCH}, one rank; ms per step")
@@ -89,7 +97,6 @@ def stepper(optimizer: keras.optimizers.Optimizer) -> Callable[[], object]:
 
 def record_timeline(path: str) -> None:
     """Run on each of two ranks: a few steps on a larger batch, rank 0 writing Horovod's timeline."""
-    hvd.init()
     global BATCH
     BATCH = 2048  # so that backprop takes long enough to see
     step = stepper(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9)))
@@ -101,8 +108,34 @@ def record_timeline(path: str) -> None:
     hvd.stop_timeline()
 
 
+def compare_replicas() -> None:
+    """Run on each of two ranks: steps of the `quick` recipe and replica checks, in turns."""
+    recipe = replace(quick.RECIPE, data=replace(quick.RECIPE.data, name="synthetic"))
+    source = open_source(recipe.data, "train")
+    replica = fit.KerasReplica(recipe, source.num_classes)
+    replica.begin(steps=1)
+    elements = iter(train_batches(source, recipe, [hvd.rank()]))
+    replica.step(0, 0, elements, stop=False)()  # traced
+    steps, checks = [], []
+    for _ in range(TURNS):
+        began = time.perf_counter()
+        replica.step(0, 0, elements, stop=False)()
+        steps.append(time.perf_counter() - began)
+        state.check_replicas(replica.model, moving_statistics(replica.model))
+        checks.append(time.perf_counter() - began - steps[-1])
+    if hvd.rank() == 0:
+        shares = [check / step for check, step in zip(checks, steps, strict=True)]
+        size = sum(array.nbytes for array in replica.arrays().values()) / 1e6
+        every = recipe.run.replica_check_every
+        print(
+            f"two ranks, {TURNS} turns: a replica check of {size:.1f} MB takes {statistics.median(checks) * 1000:.1f} "
+            f"ms, {statistics.median(shares):.3f} of a step (from {min(shares):.3f} to {max(shares):.3f}); every "
+            f"{every} steps, as in quick, that is {statistics.median(shares) / every:.3%} of the time"
+        )
+
+
 def overlap() -> str:
-    """One sentence about two ranks, from their timeline."""
+    """Two sentences about two ranks: from their timeline, and what they print."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/timeline.json"
         program = [sys.executable, "-m", "recipe.keras.benchmark", path]
@@ -119,7 +152,7 @@ def overlap() -> str:
         )
         if done.returncode:
             return f"no timeline: two ranks ended with status {done.returncode}: {done.stdout[-2000:]}"
-        return described(steps_of(read_events(path)))
+        return f"{described(steps_of(read_events(path)))}\n{done.stdout.strip()}"
 
 
 def read_events(path: str) -> list[dict]:

@@ -88,6 +88,12 @@ def from_arrays(model: keras.Model, arrays: dict[str, np.ndarray]) -> None:
     variables = _named(model)
     replica.check_names(variables, arrays)
     for name, v in variables.items():
+        if arrays[name].shape != tuple(v.shape):
+            raise RunError(
+                f"the checkpoint's {name} has the shape {arrays[name].shape}, the model's {tuple(v.shape)}; "
+                "the checkpoint is of another model"
+            )
+    for name, v in variables.items():
         v.assign(arrays[name])
 
 

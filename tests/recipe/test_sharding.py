@@ -112,6 +112,13 @@ def test_outside_of_the_epoch_there_is_nothing() -> None:
             sharding.worker_indices(order, step, worker, 2, 2)
 
 
+@given(st.integers(1, 16), st.integers(1, 300))
+def test_ranks_share_the_workers_in_order(size: int, each: int) -> None:
+    shares = [sharding.own_workers(size * each, rank, size) for rank in range(size)]
+    assert [worker for share in shares for worker in share] == list(range(size * each))
+    assert {len(share) for share in shares} == {each}
+
+
 @given(examples, st.integers(1, 50))
 def test_evaluation_counts_every_example_once(count: int, size: int) -> None:
     """Trap 7: no remainder is dropped or counted twice, whatever divides what."""

@@ -81,6 +81,22 @@ def test_the_division_among_ranks_changes_nothing(source: sources.TFDSSource, da
     assert_equal(joined, [batch[:2] for batch in single])
 
 
+def test_several_workers_at_once_are_the_same_workers(source: sources.TFDSSource, data: Data) -> None:
+    recipe = recipe_of(dataclasses.replace(data, remainder="drop"), k=6, n=16)
+    apart = collected(pipeline.train_batches(source, recipe, range(6)))
+    together = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, workers_at_once=3))
+    joined = [tuple(map(np.concatenate, zip(*apart[i : i + 3], strict=True))) for i in range(0, len(apart), 3)]
+    assert_equal(collected(pipeline.train_batches(source, together, range(6))), joined)
+
+
+def test_networks_with_dropout_get_the_examples_keys(source: sources.TFDSSource, data: Data) -> None:
+    recipe = recipe_of(data, k=1, n=250)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dropout=0.5))
+    for epoch, (*_, keys) in enumerate(collected(pipeline.train_batches(source, recipe, [0]))):
+        expected = augment.keys(sharding.permutation(250, 5, epoch), 5, epoch)
+        assert np.array_equal(keys.view(np.uint64), expected)
+
+
 @pytest.mark.parametrize("first_step", [1, 3, 4])
 def test_resume_continues_the_stream(source: sources.TFDSSource, data: Data, first_step: int) -> None:
     """Trap 10: after a resume, in an epoch or between two, comes what would have come, not epoch 0 again."""
