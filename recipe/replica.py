@@ -76,11 +76,17 @@ def check_equal(named: Iterable[tuple[str, np.ndarray]], step: int) -> None:
             )
 
 
-def check_names(ours: Iterable[str], arrays: dict[str, np.ndarray]) -> None:
-    """Raises RunError when a checkpoint doesn't hold exactly the arrays of this replica."""
-    for name in arrays.keys() ^ set(ours):
+def check_structure(ours: dict[str, tuple], arrays: dict[str, np.ndarray]) -> None:
+    """Raises RunError when a checkpoint doesn't hold exactly the arrays of a replica, whose shapes are `ours`."""
+    for name in arrays.keys() ^ ours.keys():
         where = "the model lacks" if name in arrays else "the checkpoint lacks"
         raise RunError(
             f"{where} {name}; the checkpoint is of another model or library version, or of another framework and wants "
             "`python -m recipe.convert`"
         )
+    for name, shape in ours.items():
+        if arrays[name].shape != shape:
+            raise RunError(
+                f"the checkpoint's {name} has the shape {arrays[name].shape}, the model's {shape}; the checkpoint is "
+                "of another model"
+            )

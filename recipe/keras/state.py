@@ -86,13 +86,7 @@ def from_arrays(model: keras.Model, arrays: dict[str, np.ndarray]) -> None:
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     variables = _named(model)
-    replica.check_names(variables, arrays)
-    for name, v in variables.items():
-        if arrays[name].shape != tuple(v.shape):
-            raise RunError(
-                f"the checkpoint's {name} has the shape {arrays[name].shape}, the model's {tuple(v.shape)}; "
-                "the checkpoint is of another model"
-            )
+    replica.check_structure({name: tuple(v.shape) for name, v in variables.items()}, arrays)
     for name, v in variables.items():
         v.assign(arrays[name])
 

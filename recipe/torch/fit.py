@@ -10,7 +10,7 @@ import torch
 
 from recipe import collectives, sharding
 from recipe.config import Recipe
-from recipe.replica import Figures, check_equal, check_names
+from recipe.replica import Figures, check_equal, check_structure
 from recipe.schedule import recipe_rate
 from recipe.torch import device, names, resnet
 from recipe.torch.normalization import batch_statistics
@@ -88,7 +88,7 @@ class TorchReplica:
         return {names.keras_path(name): _to_keras(p.detach()) for name, p in self.network.named_parameters()}
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        check_names(self.arrays(), arrays)
+        check_structure({name: array.shape for name, array in self.arrays().items()}, arrays)
         for name, tensor in self._named().items():
             tensor.copy_(torch.from_numpy(names.from_keras(arrays[name]).copy()))
         scaler = self._step.scaler

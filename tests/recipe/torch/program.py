@@ -93,6 +93,21 @@ def poisoned() -> dict:
     return {"error": ""}
 
 
+def restored() -> dict:
+    """A replica takes up what another has written, and refuses what it hasn't: the sentences."""
+    made = replica(recipe(precision="mixed_float16"))
+    written = {name: array + 1 for name, array in made.arrays().items()}
+    made.restore(written)
+    name, sentences = "model/fc/bias", []
+    lacking = {n: a for n, a in written.items() if n != name}
+    for wrong in (lacking, written | {"another": written[name]}, written | {name: np.zeros(1)}):
+        try:
+            made.restore(wrong)
+        except RunError as error:
+            sentences.append(str(error))
+    return {"written": written, "arrays": made.arrays(), "sentences": sentences}
+
+
 def stopping() -> dict:
     """One rank wants to leave: all hear of it with the step's figures."""
     settings = recipe()
@@ -112,6 +127,7 @@ def main() -> None:
         "broadcast": broadcast(),
         "stopping": stopping(),
         "poisoned": poisoned(),
+        "restored": restored(),
     }
     report(collectives.rank(), found)
 

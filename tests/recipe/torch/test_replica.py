@@ -85,3 +85,12 @@ def test_a_replica_that_differs_in_one_bit_stops_all_ranks(found, size):
 @pytest.mark.parametrize("size", SIZES)
 def test_all_ranks_hear_that_one_wants_to_leave(found, size):
     assert all(rank["stopping"]["stop"] for rank in found[size])
+
+
+def test_a_replica_takes_up_its_own_state_and_no_other(found):
+    restored = found[1][0]["restored"]
+    close(restored["written"], restored["arrays"], 0)
+    lacking, another, shape = restored["sentences"]
+    assert "the checkpoint lacks model/fc/bias" in lacking and "recipe.convert" in lacking
+    assert "the model lacks another" in another
+    assert "model/fc/bias has the shape (1,), the model's (10,)" in shape
