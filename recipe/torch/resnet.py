@@ -54,7 +54,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: torch.Tensor, *keys: torch.Tensor) -> torch.Tensor:
         x = images.permute(0, 3, 1, 2).float() * self.scale + self.offset  # on the device (sec. 5.1)
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(x.contiguous(memory_format=self.layout)))))
+        x = self.maxpool(self.bn1(self.conv1(x.contiguous(memory_format=self.layout))).relu_())
         for stage in range(self.stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
         pooled = x.mean((2, 3), dtype=torch.float32)
@@ -77,10 +77,11 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(_conv(inputs, 4 * width, 1, stride), norm(4 * width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        y = torch.relu(self.bn2(self.conv2(y)))
+        y = self.bn1(self.conv1(x)).relu_()  # in place: backprop needs what goes into batch norm, not what comes out
+        y = self.bn2(self.conv2(y)).relu_()
         y = self.bn3(self.conv3(y))
-        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y += x if self.downsample is None else self.downsample(x)
+        return y.relu_()
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int) -> nn.Conv2d:

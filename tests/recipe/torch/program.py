@@ -108,6 +108,17 @@ def restored() -> dict:
     return {"written": written, "arrays": made.arrays(), "sentences": sentences}
 
 
+def started() -> dict:
+    """How many allreduces are under way when each of this rank's backward passes returns."""
+    made, counts = replica(recipe()), []
+    made.network.train()
+    for first, element in zip(own_workers(K, collectives.rank(), collectives.size()), elements(recipe()), strict=True):
+        made._step._backward(first, *element)
+        counts.append(sum(handle is not None for handle, _ in made.optimizer._handles.values()))
+    made.optimizer.synchronize()
+    return {"counts": counts, "parameters": len(list(made.network.parameters()))}
+
+
 def stopping() -> dict:
     """One rank wants to leave: all hear of it with the step's figures."""
     settings = recipe()
@@ -127,6 +138,7 @@ def main() -> None:
         "broadcast": broadcast(),
         "stopping": stopping(),
         "poisoned": poisoned(),
+        "started": started(),
         "restored": restored(),
     }
     report(collectives.rank(), found)

@@ -94,3 +94,12 @@ def test_a_replica_takes_up_its_own_state_and_no_other(found):
     assert "the checkpoint lacks model/fc/bias" in lacking and "recipe.convert" in lacking
     assert "the model lacks another" in another
     assert "model/fc/bias has the shape (1,), the model's (10,)" in shape
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_round_of_allreduces_begins_inside_the_last_backward_pass(found, size):
+    """Not one more for each virtual worker, and not after the pass: all are under way when it returns."""
+    for rank in found[size]:
+        *before, last = rank["started"]["counts"]
+        assert before == [0] * (4 // size - 1)
+        assert last == rank["started"]["parameters"]
