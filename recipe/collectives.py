@@ -1,4 +1,4 @@
-"""The one seam to Horovod outside recipe/keras: sums, broadcasts and agreements over all ranks.
+"""The one seam to Horovod outside recipe/keras and recipe/torch: sums, broadcasts and agreements over all ranks.
 
 Every function here is collective: all ranks must call it, in the same order.
 """

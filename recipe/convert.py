@@ -19,7 +19,6 @@ from absl import flags
 from recipe import checkpoint, cli, config, noise, runlog, standing
 from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
-from recipe.schedule import recipe_rate
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string("run_dir", "", "a run directory of recipe.train", flag_values=VALUES)
@@ -29,6 +28,7 @@ Arrays = dict[str, np.ndarray]
 
 # The last part of a Keras variable's path, the name in a checkpoint of native PyTorch.
 _LOSS_SCALE = {"dynamic_scale": "optimizer/loss_scale", "step_counter": "optimizer/finite_steps"}
+_RATE = "optimizer/rate"
 
 
 def main(argv: list[str]) -> None:
@@ -65,15 +65,14 @@ def converted(arrays: Arrays, meta: dict[str, Any], recipe: Recipe) -> tuple[Arr
     else:
         with noise.filtered():
             from recipe.keras import fit
-        rate = recipe_rate(recipe)((meta["step"] - 1) / meta["steps_per_epoch"])
-        arrays = to_keras(arrays, fit.compiled(recipe, len(arrays["model/fc/bias"])), meta["step"], rate)
+        arrays = to_keras(arrays, fit.compiled(recipe, len(arrays["model/fc/bias"])), meta["step"])
     return arrays, meta | {"recipe": config.identity(recipe), "fingerprint": config.fingerprint(recipe)}
 
 
 def to_torch(arrays: Arrays) -> Arrays:
     """What native PyTorch would have written for a Keras checkpoint's state."""
     (rate,) = (array for name, array in arrays.items() if name.endswith("/sgd/learning_rate"))
-    found = {}
+    found = {_RATE: rate}
     for name, array in arrays.items():
         last = name.rpartition("/")[2]
         if name.startswith("model/"):
@@ -86,22 +85,22 @@ def to_torch(arrays: Arrays) -> Arrays:
     return found
 
 
-def to_keras(arrays: Arrays, model: Any, step: int, rate: float) -> Arrays:
-    """What Keras would have written for a native PyTorch checkpoint's state after `step` steps, the last one with
-    η = `rate`. `model`: the Keras network with its optimizer, for names and order."""
+def to_keras(arrays: Arrays, model: Any, step: int) -> Arrays:
+    """What Keras would have written for a native PyTorch checkpoint's state after `step` steps. `model`: the Keras
+    network with its optimizer, for names and order."""
     from recipe.keras import state
 
-    found = {}
+    rate, found = np.float32(arrays[_RATE]), {}
     for name, template in state.to_arrays(model).items():
         array, last = template, name.rpartition("/")[2]
         if name.startswith("model/"):
             array = arrays[name]
         elif path := _slot(last):
-            array = -np.float32(rate) * arrays[f"optimizer/velocity/{path}"]
+            array = -rate * arrays[f"optimizer/velocity/{path}"]
         elif last in _LOSS_SCALE:
             array = arrays[_LOSS_SCALE[last]]
         elif name.endswith("/sgd/learning_rate"):
-            array = np.float32(rate)
+            array = rate
         elif last == "iteration":
             array = np.int64(step)
         found[name] = np.asarray(array, dtype=template.dtype)

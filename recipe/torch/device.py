@@ -17,6 +17,7 @@ def use_local_device(local_rank: int, threads: int, deterministic: bool = False)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with this
         torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic  # batches of one shape: the fastest kernels are worth finding
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     torch.set_num_threads(threads)

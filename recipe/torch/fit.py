@@ -17,7 +17,8 @@ from recipe.torch.normalization import batch_statistics
 from recipe.torch.step import Step
 from recipe.torch.wire import PackedCompression, packed
 
-# Names in a checkpoint, of entries in the scaler's state dict.
+# Names in a checkpoint: of η, and of entries in the scaler's state dict.
+RATE = "optimizer/rate"
 LOSS_SCALE = {"optimizer/loss_scale": "scale", "optimizer/finite_steps": "_growth_tracker"}
 
 
@@ -36,27 +37,27 @@ class TorchReplica:
         passes = max(1, len(workers) // recipe.run.workers_at_once)  # an evaluation may have ranks without workers
         self.optimizer = _optimizer(recipe, self.network, passes)
         self._step = Step(self.network, self.optimizer, recipe, workers)
-        self._rate = recipe_rate(recipe)
+        self._schedule = recipe_rate(recipe)
+        self._done = 0  # steps, for messages
 
     def begin(self, steps: int) -> None:
         self._steps = steps
         hvd.broadcast_parameters([(name, packed(v)) for name, v in self._state().items()], root_rank=0)
-        scaler = self._step.scaler
-        scaler.load_state_dict(collectives.broadcast(scaler.state_dict(), "scaler"))
+        scale, rate = collectives.broadcast((self._step.scaler.state_dict(), self.rate()), "scalars")
+        self._step.scaler.load_state_dict(scale)
+        self._set_rate(rate)
 
     def step(self, epoch: int, step: int, elements: Iterator[tuple], stop: bool) -> Callable[[], Figures]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(epoch + step / self._steps)
+        self._set_rate(self._schedule(epoch + step / self._steps))
         figures = self._step(elements, stop)
-        done, every = epoch * self._steps + step + 1, self.recipe.run.replica_check_every
-        if every and done % every == 0:
-            self._check(done)
-        self._done = done
+        self._done, every = epoch * self._steps + step + 1, self.recipe.run.replica_check_every
+        if every and self._done % every == 0:
+            self._check()
         return figures
 
     def end(self) -> None:
         if self.recipe.run.replica_check_every:
-            self._check(self._done)
+            self._check()
 
     def rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
@@ -79,10 +80,10 @@ class TorchReplica:
             moving.copy_(kept)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """ "model/PATH" in Keras's layout, as in a Keras checkpoint; velocities without η in them; the loss scale."""
+        """ "model/PATH" in Keras's layout, as in a Keras checkpoint; velocities free of η; η; the loss scale."""
         scaler = self._step.scaler.state_dict()
-        loss_scale = {name: np.array(scaler[key]) for name, key in LOSS_SCALE.items() if scaler}
-        return {name: _to_keras(v) for name, v in self._named().items()} | loss_scale
+        scalars = {name: np.array(scaler[key]) for name, key in LOSS_SCALE.items() if scaler}
+        return {name: _to_keras(v) for name, v in self._named().items()} | scalars | {RATE: np.array(self.rate())}
 
     def weights(self) -> dict[str, np.ndarray]:
         return {names.keras_path(name): _to_keras(p.detach()) for name, p in self.network.named_parameters()}
@@ -94,6 +95,7 @@ class TorchReplica:
         scaler = self._step.scaler
         found = {key: arrays[name].item() for name, key in LOSS_SCALE.items() if name in arrays}
         scaler.load_state_dict(scaler.state_dict() | found)
+        self._set_rate(arrays[RATE].item())
 
     @torch.no_grad()
     def _statistics(
@@ -105,8 +107,12 @@ class TorchReplica:
             self.network(images, *keys)
         return batch_statistics(self.network).numpy(force=True)
 
-    def _check(self, step: int) -> None:
-        check_equal(((name, v.numpy(force=True)) for name, v in self._state().items()), step)
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _check(self) -> None:
+        check_equal(((name, v.numpy(force=True)) for name, v in self._state().items()), self._done)
 
     def _state(self) -> dict[str, torch.Tensor]:
         """All that training changes, but for the loss scale: the state dict and the velocities."""

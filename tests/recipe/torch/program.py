@@ -85,9 +85,9 @@ def poisoned() -> dict:
     """Rank 1's weight is changed by one bit: what the replica check says."""
     made = replica(recipe(run={"replica_check_every": 1}))
     if collectives.rank() == 1:
-        packed(made.network.layer1[0].conv2.weight).view(torch.int32)[5] ^= 1
+        packed(made.network.layer1[0].conv2.weight).view(torch.int32)[5] ^= 1 << 10
     try:
-        made._check(7)
+        made.step(0, 6, iter(elements(recipe())), False)
     except RunError as error:
         return {"error": str(error)}
     return {"error": ""}
