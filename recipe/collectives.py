@@ -1,4 +1,4 @@
-"""The one seam to Horovod outside recipe/keras: sums, broadcasts and agreements over all ranks.
+"""The one seam to Horovod outside recipe/keras and recipe/torch: sums, broadcasts and agreements over all ranks.
 
 Every function here is collective: all ranks must call it, in the same order.
 """
@@ -6,16 +6,19 @@ Every function here is collective: all ranks must call it, in the same order.
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
 
+from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
 
 T = TypeVar("T")
+
+GROUP = 2**24  # bytes of gradients that are reduced together when the order of their sum must not vary
 
 _binding: ModuleType | None = None
 
@@ -43,6 +46,22 @@ def init(framework: str, **options: Any) -> ModuleType:
     return binding
 
 
+def start(framework: str, deterministic: bool) -> tuple[int, int]:
+    """Starts Horovod for a run: (this rank's number on its host, its share of the host's cores)."""
+    if deterministic:
+        # Which tensors Horovod fuses depends on timing, and the order of a sum over three ranks or more on where in
+        # the fused buffer a gradient lies: only given groups are fused then.
+        os.environ["HOROVOD_DISABLE_GROUP_FUSION"] = "1"
+    binding = init(framework)
+    cores = (os.cpu_count() or 1) // binding.local_size()
+    return binding.local_rank(), max(1, min(cores, len(os.sched_getaffinity(0))))
+
+
+def groups(recipe: Recipe, parameters: int) -> int | None:
+    """Into how many groups, fixed ones, a deterministic run fuses the gradients of so many parameters."""
+    return max(1, 4 * parameters // GROUP) if recipe.run.deterministic else None
+
+
 def started() -> bool:
     """Whether `init` was called in this process."""
     return _binding is not None and _binding.is_initialized()
@@ -68,6 +87,15 @@ def total(values: Any, name: str) -> np.ndarray:
     array = np.asarray(values)
     array = array.astype(np.int64 if array.dtype.kind in "iub" else np.float64)
     return _allreduce(array, horovod().Sum, name)
+
+
+def mean(vectors: Iterable[np.ndarray], length: int, name: str) -> np.ndarray:
+    """The mean of all ranks' vectors of this length, of which each rank may have another number, or none."""
+    mine = np.zeros(length + 1)
+    for vector in vectors:
+        mine += [*vector, 1]
+    sums = total(mine, name)
+    return sums[:-1] / sums[-1]
 
 
 def extremes(values: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:

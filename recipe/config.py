@@ -81,6 +81,7 @@ class Run:
     keep_every: int = 0  # epochs; the checkpoints of every so many epochs are kept for good; 0: none
     replica_check_every: int = 500  # steps between comparisons of all ranks' weights; 0: never
     deterministic: bool = False  # the same bits again on the same ranks; costs speed on GPUs
+    compile: bool = False  # native PyTorch only: torch.compile; gradients are then reduced after the backward pass
     workers_at_once: int = 1  # of a rank's workers, so many share a forward pass: fills GPUs for which n is small
 
 
@@ -92,6 +93,7 @@ class Recipe:
     n: int = 32  # examples per worker and step; the minibatch is kn
     epochs: int = 90  # passes over the training set (sec. 5.1)
     seed: int = 0  # with the recipe, the whole source of randomness
+    framework: str = "keras"  # "keras" (on the backend in $KERAS_BACKEND) or "torch" (native PyTorch)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -116,6 +118,7 @@ class Recipe:
 
 
 CHOICES = {
+    "framework": ("keras", "torch"),
     "data.remainder": ("drop", "short"),
     "model.stem": ("imagenet", "small"),
     "model.data_format": ("channels_last", "channels_first"),
@@ -261,6 +264,8 @@ def _check_ranges(recipe: Recipe) -> None:
         )
     if recipe.model.precise_bn and recipe.model.bn_momentum == 1:
         raise UsageError("config.model.precise_bn needs config.model.bn_momentum below 1, such as the paper's 0.9")
+    if recipe.run.compile and recipe.framework != "torch":
+        raise UsageError("config.run.compile=true is torch.compile; set config.framework='torch', or leave it false")
     if recipe.k % recipe.run.workers_at_once:
         raise UsageError(f"config.run.workers_at_once={recipe.run.workers_at_once} must divide config.k={recipe.k}")
     if recipe.run.workers_at_once > 1 and recipe.data.remainder == "short":

@@ -18,10 +18,11 @@ def main(argv: list[str]) -> None:
     run_dir = Path(VALUES.run_dir)
     recipe = runlog.read_recipe(run_dir)
     with noise.filtered():
-        from recipe import collectives, loop
-        from recipe.keras import fit
+        from recipe import collectives, loop, replica
+
+        fit = replica.of(recipe.framework)
     fit.start(recipe.run.deterministic)
-    sums = loop.evaluate_run(recipe, run_dir, fit.KerasReplica)
+    sums = loop.evaluate_run(recipe, run_dir, fit.make_replica)
     if collectives.rank() == 0:
         print(f"top-1 error {sums.error:.2%}  loss {sums.mean_loss:.4f}  examples {sums.count:.0f}")
 

@@ -45,7 +45,7 @@ def begin_run(folder: Path, recipe: Recipe, hosts: list[str]) -> None:
     """Writes what runs, and where. One rank only. Raises UsageError when the directory can't be made or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / CONFIG, asdict(recipe))
+        write_recipe(folder, recipe)
         _write_json(folder / "environment.json", environment(hosts))
     except OSError as error:
         raise UsageError(f"--run_dir={folder} can't be written: {error.strerror}; free space or rights")
@@ -66,6 +66,11 @@ def read_recipe(folder: Path) -> Recipe:
         return Recipe.from_dict(json.loads((folder / CONFIG).read_text()))
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} is not a run directory: {CONFIG} can't be read ({error})")
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """The inverse of `read_recipe`."""
+    _write_json(folder / CONFIG, asdict(recipe))
 
 
 def read_epochs(folder: Path) -> list[dict[str, Any]]:

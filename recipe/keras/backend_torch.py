@@ -1,16 +1,18 @@
 """What Horovod does to gradients and variables under Keras's PyTorch backend."""
 
 import itertools
-import os
 from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
-import keras
 import torch
+
+from recipe.torch import device
 
 Compression = hvd.Compression
 DEVICES = False  # a tensor is reduced where it lies
+on_device = device.on_device
+use_local_device = device.use_local_device
 
 
 def reduce(gradients: list, variables: list, groups: list[list[int]], how: Any) -> list:
@@ -101,18 +103,3 @@ def gradients(forward: Callable[[], tuple], variables: list) -> tuple[list, tupl
     loss, *found = forward()
     taken = torch.autograd.grad(loss, [v.value for v in variables], allow_unused=True)
     return list(taken), [f.detach() for f in found]
-
-
-def on_device(element: tuple) -> tuple:
-    """The tensors of an element of the input pipeline, TensorFlow's, as PyTorch's on this rank's device."""
-    return tuple(keras.ops.convert_to_tensor(part.numpy()) for part in element)
-
-
-def use_local_device(local_rank: int, threads: int, deterministic: bool = False) -> None:
-    """Gives this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with this
-        torch.use_deterministic_algorithms(True)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    torch.set_num_threads(threads)

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 
 import keras
@@ -17,19 +16,10 @@ from recipe.keras.distributed import DistributedOptimizer
 from recipe.keras.step import Step, batch_statistics, moving_statistics, split
 from recipe.schedule import recipe_rate
 
-GROUP = 2**24  # bytes of gradients that are reduced together when the order of their sum must not vary
-
 
 def start(deterministic: bool = False) -> None:
     """Horovod, and this rank's share of the machine: one GPU, or its part of the CPU's cores."""
-    if deterministic:
-        # Which tensors Horovod fuses depends on timing, and the order of a sum over three ranks or more on where in
-        # the fused buffer a gradient lies: only given groups are fused then.
-        os.environ["HOROVOD_DISABLE_GROUP_FUSION"] = "1"
-    binding = collectives.init(backend.FRAMEWORK)
-    cores = (os.cpu_count() or 1) // binding.local_size()
-    threads = max(1, min(cores, len(os.sched_getaffinity(0))))
-    backend.use_local_device(binding.local_rank(), threads, deterministic)
+    backend.use_local_device(*collectives.start(backend.FRAMEWORK, deterministic), deterministic)
 
 
 class KerasReplica:
@@ -37,9 +27,7 @@ class KerasReplica:
 
     def __init__(self, recipe: Recipe, num_classes: int) -> None:
         self.recipe = recipe
-        self.model = resnet.build(recipe, num_classes)
-        self.model.compile(optimizer=_optimizer(recipe, self.model), jit_compile=False, auto_scale_loss=False)
-        self.model.optimizer.build(self.model.trainable_variables)
+        self.model = compiled(recipe, num_classes)
         workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
         self._step = Step(self.model, recipe.k, workers, recipe.run.workers_at_once, signature(recipe))
         self._statistics = batch_statistics(self.model, recipe.model.bn_momentum, signature(recipe))
@@ -75,12 +63,10 @@ class KerasReplica:
     def statistics_of(self, elements: Iterator[tuple]) -> Iterator[None]:
         moving = moving_statistics(self.model)
         kept = [keras.ops.convert_to_numpy(v) for v in moving]
-        mine = np.zeros(sum(math.prod(v.shape) for v in moving) + 1)
-        for element in elements:
-            mine += [*keras.ops.convert_to_numpy(self._statistics(*backend.on_device(element))), 1]
-        total = collectives.total(mine, "precise_bn")
-        for v, mean in zip(moving, split(total[:-1] / total[-1], moving), strict=True):
-            v.assign(mean)
+        found = (keras.ops.convert_to_numpy(self._statistics(*backend.on_device(e))) for e in elements)
+        mean = collectives.mean(found, sum(math.prod(v.shape) for v in moving), "precise_bn")
+        for v, value in zip(moving, split(mean, moving), strict=True):
+            v.assign(value)
         try:
             yield
         finally:
@@ -97,6 +83,14 @@ class KerasReplica:
         state.from_arrays(self.model, arrays)
 
 
+def compiled(recipe: Recipe, num_classes: int) -> keras.Model:
+    """The network with its distributed optimizer."""
+    model = resnet.build(recipe, num_classes)
+    model.compile(optimizer=_optimizer(recipe, model), jit_compile=False, auto_scale_loss=False)
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
 def signature(recipe: Recipe) -> list[tuple[str, tuple]]:
     """Type and shape of images, labels, weights and perhaps keys in an element of the recipe's training input."""
     size = recipe.data.image_size
@@ -110,9 +104,10 @@ def _optimizer(recipe: Recipe, model: keras.Model) -> keras.optimizers.Optimizer
     optimizer = keras.optimizers.SGD(settings.base_rate, settings.momentum, settings.nesterov)
     if recipe.model.precision == "mixed_float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    groups = None
-    if recipe.run.deterministic:
-        groups = max(1, sum(4 * math.prod(v.shape) for v in model.trainable_variables) // GROUP)
+    groups = collectives.groups(recipe, sum(math.prod(v.shape) for v in model.trainable_variables))
     return DistributedOptimizer(
         optimizer, compression=getattr(backend.Compression, settings.compression), groups=groups
     )
+
+
+make_replica = KerasReplica

@@ -1,7 +1,5 @@
 """The paper's ResNet in Keras (sec. 5.1): bottleneck blocks, stride 2 on the 3×3, γ = 0 at each block's end."""
 
-import math
-
 import keras
 import numpy as np
 from keras import layers
@@ -14,16 +12,13 @@ from recipe.keras.normalization import WorkerBatchNormalization
 
 
 class Normal(keras.initializers.Initializer):
-    """Normal weights that depend on (seed, name) only, the same in every framework.
-
-    With std None: He's initialisation as the paper's reference has it, std = √(2 / (kernel area · outputs))."""
+    """Normal weights that depend on (seed, name) only, the same in every framework: `recipe.initial.normal`."""
 
     def __init__(self, seed: int, name: str, std: float | None = None) -> None:
         self.seed, self.name, self.std = seed, name, std
 
     def __call__(self, shape: tuple[int, ...], dtype: str | None = None) -> keras.KerasTensor:
-        std = self.std if self.std is not None else math.sqrt(2 / (math.prod(shape[:-2]) * shape[-1]))
-        return keras.ops.convert_to_tensor(initial.normal(tuple(shape), std, self.seed, self.name), dtype=dtype)
+        return keras.ops.convert_to_tensor(initial.normal(tuple(shape), self.std, self.seed, self.name), dtype=dtype)
 
     def get_config(self) -> dict:
         return {"seed": self.seed, "name": self.name, "std": self.std}
@@ -126,7 +121,7 @@ class _Layers:
     def dense(self, x: keras.KerasTensor, units: int, name: str) -> keras.KerasTensor:
         return layers.Dense(
             units,
-            kernel_initializer=Normal(self.recipe.seed, name, std=0.01),
+            kernel_initializer=Normal(self.recipe.seed, name, std=initial.FC_STD),
             kernel_regularizer=self._decay(),
             dtype="float32",  # logits and the softmax after them need the range also in mixed precision
             name=name,

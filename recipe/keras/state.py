@@ -1,12 +1,11 @@
 """All variables of a model and its optimizer: broadcast and compared over ranks."""
 
-import zlib
 from collections.abc import Sequence
 
 import keras
 import numpy as np
 
-from recipe import collectives
+from recipe import collectives, replica
 from recipe.errors import RunError
 from recipe.keras import backend, names
 from recipe.keras.distributed import reduction_of
@@ -73,17 +72,8 @@ def check_replicas(model: keras.Model, also: Sequence = ()) -> None:
     """Compares the bytes of all replicated variables, and of those in `also`, over all ranks. Collective.
 
     Raises RunError on every rank, naming the first variable that differs."""
-    variables = [*replicated(model), *also]
-    digests = np.array([_digest(v) for v in variables], dtype=np.int64)
-    least, largest = collectives.extremes(digests, "replica_check")
-    for v, same in zip(variables, least == largest, strict=True):
-        if not same:
-            raise RunError(
-                f"the ranks' replicas differ: {v.path} {tuple(v.shape)} is the first variable that is not equal "
-                f"on all ranks, after step {int(keras.ops.convert_to_numpy(model.optimizer.iterations))}; "
-                "training can't go on",
-                everywhere=True,
-            )
+    named = ((v.path, keras.ops.convert_to_numpy(v)) for v in [*replicated(model), *also])
+    replica.check_equal(named, int(keras.ops.convert_to_numpy(model.optimizer.iterations)))
 
 
 def to_arrays(model: keras.Model) -> dict[str, np.ndarray]:
@@ -96,15 +86,7 @@ def from_arrays(model: keras.Model, arrays: dict[str, np.ndarray]) -> None:
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     variables = _named(model)
-    for name in variables.keys() ^ arrays.keys():
-        where = "the checkpoint lacks" if name in variables else "the model lacks"
-        raise RunError(f"{where} {name}; the checkpoint is of another model or library version")
-    for name, v in variables.items():
-        if arrays[name].shape != tuple(v.shape):
-            raise RunError(
-                f"the checkpoint's {name} has the shape {arrays[name].shape}, the model's {tuple(v.shape)}; "
-                "the checkpoint is of another model"
-            )
+    replica.check_structure({name: tuple(v.shape) for name, v in variables.items()}, arrays)
     for name, v in variables.items():
         v.assign(arrays[name])
 
@@ -123,10 +105,6 @@ def _agree_on_names(model: keras.Model, optimizer: keras.optimizers.Optimizer, r
 def _named(model: keras.Model) -> dict[str, keras.Variable]:
     named = {f"model/{v.path}": v for v in model.variables}
     return named | {f"optimizer/{i:03d}/{v.path}": v for i, v in enumerate(model.optimizer.variables)}
-
-
-def _digest(variable: keras.Variable) -> int:
-    return zlib.crc32(np.ascontiguousarray(keras.ops.convert_to_numpy(variable)).tobytes())
 
 
 def _check_same_structure(variables: list) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from recipe.keras import backend, names
+from recipe.replica import Figures, figures
 
 
 class Step:
@@ -33,7 +34,7 @@ class Step:
         self._accumulate = backend.compiled(self._accumulated, [number, *signature])
         self._finish = backend.compiled(self._finished, [number, number, *signature])
 
-    def __call__(self, elements: Iterator[tuple], stop: bool) -> Callable[[], tuple[np.ndarray, np.ndarray, bool]]:
+    def __call__(self, elements: Iterator[tuple], stop: bool) -> Callable[[], Figures]:
         """Draws this rank's elements and updates. Collective.
 
         Returns a function that waits for the step and gives (the k workers' sums of cross-entropies, float32[k]; their
@@ -43,13 +44,8 @@ class Step:
             first = np.int32(self.workers[call * self.together])
             if call + 1 < self.calls:
                 self._accumulate(first, *element)
-        figures = self._finish(first, np.int32(stop), *element)
-
-        def read() -> tuple[np.ndarray, np.ndarray, bool]:
-            values = ops.convert_to_numpy(figures)
-            return values[: self.k], values[self.k : -1], bool(values[-1])
-
-        return read
+        found = self._finish(first, np.int32(stop), *element)
+        return lambda: figures(ops.convert_to_numpy(found), self.k)
 
     def _accumulated(self, first: Any, *element: Any) -> None:
         gradients, vector = self._backward(first, *element)

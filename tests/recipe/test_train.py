@@ -164,10 +164,12 @@ def test_evaluation_does_not_depend_on_the_ranks(finished, data_dir, size):
     assert printed == pytest.approx(last["eval_loss"], abs=2e-4)  # four decimals, other batch shapes
 
 
-def killed_after_epoch(folder: Path, epoch: int, data_dir: str, launcher: str) -> tuple[float, int, str]:
+def killed_after_epoch(
+    folder: Path, epoch: int, data_dir: str, launcher: str, *arguments: str
+) -> tuple[float, int, str]:
     """Starts a run, kills rank 1 once an epoch has its checkpoint: (seconds to the job's end, status, output)."""
     job = subprocess.Popen(
-        command(2, [*SMALL, f"--run_dir={folder}"], launcher),
+        command(2, [*SMALL, f"--run_dir={folder}", *arguments], launcher),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,4 +1,4 @@
-"""A run is a function of (recipe, seed): 1, 2, 3 and 4 ranks play the same k workers, on both Keras backends."""
+"""A run is a function of (recipe, seed): 1, 2, 3 and 4 ranks play the same k workers, in Keras and native PyTorch."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ RECIPE = [
 BOUND = 1e-6
 
 
-@pytest.fixture(scope="module", params=["tensorflow", "torch"])
+@pytest.fixture(scope="module", params=["tensorflow", "torch", "native"])
 def backend(request):
     return request.param
 
@@ -49,7 +49,10 @@ def train(tmp_path_factory, backend):
         if key not in done:
             done[key] = folder / str(len(done))
             arguments = [*RECIPE, *changes, f"--run_dir={done[key]}"]
-            ended = launch(size, arguments, TFDS_DATA_DIR=str(folder / "data"), KERAS_BACKEND=backend)
+            native = backend == "native"
+            extra = {} if native else {"KERAS_BACKEND": backend}
+            arguments.append(f"--config.framework={'torch' if native else 'keras'}")
+            ended = launch(size, arguments, TFDS_DATA_DIR=str(folder / "data"), **extra)
             assert ended.returncode == 0, ended.stdout[-4000:]
         return done[key]
 

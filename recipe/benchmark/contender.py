@@ -1,0 +1,155 @@
+"""One rank of one contender, started by `python -m recipe.benchmark`: trains STEPS steps and notes when each ended.
+
+Every rank has one core, also where it is alone, so that two ranks have twice the machine of one.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from recipe import cli, noise, sharding
+from recipe.config import Recipe
+
+BATCH = 64  # examples per rank and step
+STEPS = 25
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "RANK", "BENCHMARK_RANK")  # mpirun's, torchrun's, ours
+
+Tick = Callable[[], None]
+
+
+def main(name: str, size: int, result: str) -> None:
+    rank = int(next((os.environ[v] for v in RANK_VARIABLES if v in os.environ), "0"))
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    os.environ["OMP_NUM_THREADS"] = "1"
+    times: list[float] = []
+    with noise.filtered():
+        import tensorflow  # noqa: F401  # its chatter
+    CONTENDERS[name](settings(size), rank, lambda: times.append(time.time()))
+    if rank == 0:
+        Path(result).write_text(json.dumps(times))
+
+
+def settings(size: int) -> Recipe:
+    """`quick` with `size` workers; weak scaling."""
+    recipe = cli.load_recipe("quick")
+    run = replace(recipe.run, deterministic=False, replica_check_every=0)
+    return replace(recipe, k=size, n=BATCH, data=replace(recipe.data, remainder="drop"), run=run)
+
+
+def batches(recipe: Recipe, workers: range) -> object:
+    from recipe.data.pipeline import train_batches
+    from recipe.data.sources import open_source
+
+    return train_batches(open_source(recipe.data, "train", recipe.seed), recipe, workers)
+
+
+def ours(framework: str) -> Callable[[Recipe, int, Tick], None]:
+    """The recipe's replica, as recipe.loop runs it."""
+
+    def run(recipe: Recipe, rank: int, tick: Tick) -> None:
+        from recipe import replica
+
+        fit = replica.of(framework)
+        fit.start()
+        made = fit.make_replica(replace(recipe, framework=framework), 10)
+        elements: Iterator = iter(batches(recipe, sharding.own_workers(recipe.k, rank, recipe.k)))
+        made.begin(STEPS)
+        for step in range(STEPS):
+            made.step(0, step, elements, False)()
+            tick()
+
+    return run
+
+
+def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
+    """torch.nn.parallel.DistributedDataParallel over Gloo, with PyTorch's own batch normalisation."""
+    import torch
+    from torch import distributed, nn
+    from torch.nn.functional import cross_entropy
+
+    from recipe.torch import device, fit, normalization, resnet
+
+    device.use_local_device(rank, threads=1)
+    distributed.init_process_group("gloo")
+    network = resnet.build(recipe, 10).train()
+    for module in network.modules():
+        if isinstance(module, normalization.WorkerBatchNorm2d):
+            module.__class__ = nn.BatchNorm2d
+    model, optimizer = nn.parallel.DistributedDataParallel(network), fit.sgd(recipe, network)
+    elements = iter(batches(recipe, range(rank, rank + 1)))
+    for _ in range(STEPS):
+        images, labels, _ = device.on_device(next(elements))
+        loss: torch.Tensor = cross_entropy(model(images), labels.long())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        tick()
+    distributed.destroy_process_group()
+
+
+def keras_fit(recipe: Recipe, rank: int, tick: Tick) -> None:
+    """`keras.Model.fit` on one process, nothing of Horovod."""
+    import keras
+
+    from recipe.keras import resnet
+
+    class Clock(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+            tick()
+
+    model = resnet.build(recipe, 10)
+    optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
+    pairs = batches(recipe, range(1)).map(lambda images, labels, weights: ((images,), labels))
+    model.fit(pairs, steps_per_epoch=STEPS, epochs=1, callbacks=[Clock()], verbose=0)
+
+
+def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
+    """tf.distribute.MultiWorkerMirroredStrategy in a loop of its own: Keras 3's `fit` can't read its batches."""
+    import keras
+    import tensorflow as tf
+
+    from recipe.keras import resnet
+
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    mine = strategy.distribute_datasets_from_function(lambda context: batches(recipe, range(rank, rank + 1)))
+    with strategy.scope():
+        model = resnet.build(recipe, 10)
+        optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
+        optimizer.build(model.trainable_variables)
+
+    def worker(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            losses = keras.ops.sparse_categorical_crossentropy(labels, model([images], training=True), from_logits=True)
+            loss = (tf.reduce_mean(losses) + sum(model.losses)) / recipe.k
+        weights = [v.value for v in model.trainable_variables]
+        optimizer.apply_gradients(zip(tape.gradient(loss, weights), model.trainable_variables, strict=True))
+        return loss
+
+    @tf.function
+    def step(element: tuple) -> tf.Tensor:
+        return strategy.reduce("SUM", strategy.run(worker, element), None)
+
+    elements = iter(mine)
+    for _ in range(STEPS):
+        float(step(next(elements)))
+        tick()
+
+
+CONTENDERS: dict[str, Callable[[Recipe, int, Tick], None]] = {
+    "torch-here": ours("torch"),
+    "torch-ddp": ddp,
+    "keras-here": ours("keras"),
+    "keras-fit": keras_fit,
+    "tf-mirrored": mirrored,
+}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

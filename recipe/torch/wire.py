@@ -1,0 +1,25 @@
+"""Tensors on Horovod's wire, which takes contiguous ones only: channels_last travels in the order of its memory."""
+
+from typing import Any
+
+import torch
+
+
+def packed(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a dense tensor as a vector, without a copy."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+class PackedCompression:
+    """One of `horovod.torch.Compression`, of gradients in any layout."""
+
+    def __init__(self, compression: Any) -> None:
+        self._compression = compression
+
+    def compress(self, tensor: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        wire, context = self._compression.compress(packed(tensor))
+        return wire, (context, tensor.shape, tensor.stride())
+
+    def decompress(self, wire: torch.Tensor, context: tuple) -> torch.Tensor:
+        inner, shape, stride = context
+        return self._compression.decompress(wire, inner).as_strided(shape, stride)
