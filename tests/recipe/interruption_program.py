@@ -1,7 +1,7 @@
 """recipe.train with one fault: interruption_program.py FAULT PLACE STEP, then recipe.train's own arguments.
 
-FAULT at step STEP, counted from 1: "nan": the loss of worker PLACE is NaN; "error": rank PLACE raises an ordinary
-exception; "unreadable": rank PLACE can't read an example of its first worker."""
+FAULT at step STEP, counted from 1: "nan", in Keras, or "native nan": the loss of worker PLACE is NaN; "error": rank
+PLACE raises an ordinary exception; "unreadable": rank PLACE can't read an example of its first worker."""
 
 import os
 from typing import Any
@@ -12,6 +12,7 @@ from keras import ops
 from recipe import cli, sharding, train
 from recipe.data.sources import TFDSSource
 from recipe.keras.step import Step
+from recipe.torch.step import Step as NativeStep
 
 
 def make_nan(worker: int, step: int) -> None:
@@ -24,6 +25,18 @@ def make_nan(worker: int, step: int) -> None:
         return placed(self, first, ops.where(ops.logical_and(now, here), np.float32("nan"), values))
 
     Step._placed = place
+
+
+def make_native_nan(worker: int, step: int) -> None:
+    backward, calls = NativeStep._backward, []
+
+    def placed(self: NativeStep, first: int, *element: Any) -> None:
+        backward(self, first, *element)
+        calls.extend([first] * (first == worker))
+        if first == worker and len(calls) == step:
+            self._vector[len(self.moving) + worker] = np.nan
+
+    NativeStep._backward = placed
 
 
 def fail(step: int) -> None:
@@ -64,6 +77,8 @@ def main(argv: list[str]) -> None:
     size = next(int(os.environ[name]) for name in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE") if name in os.environ)
     if fault == "nan":
         make_nan(place, step)
+    elif fault == "native nan":
+        make_native_nan(place, step)
     elif fault == "error" and rank == place:
         fail(step)
     elif fault == "unreadable" and rank == place:

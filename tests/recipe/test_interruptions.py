@@ -43,6 +43,7 @@ TINY = [
 ]
 EVERY_STEP = "--config.run.checkpoint_steps=1"
 FOUR = ["--config.k=4", "--config.n=8"]  # the same minibatch by four workers
+NATIVE = [*FOUR, "--config.framework=torch"]
 FAULTS = str(Path(__file__).parent / "interruption_program.py")
 SEED = 1706  # of the moments at which the run is killed
 
@@ -199,9 +200,9 @@ def undisturbed(tmp_path_factory, data) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed_four(tmp_path_factory, data) -> Path:
-    """Two ranks, two virtual workers each, PyTorch; a checkpoint of every step."""
+    """Two ranks, two virtual workers each, native PyTorch; a checkpoint of every step."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed_four"
-    with Job(data, 2, folder, *FOUR, EVERY_STEP, backend="torch") as job:
+    with Job(data, 2, folder, *NATIVE, EVERY_STEP) as job:
         run_to_end(job)
     return folder
 
@@ -408,12 +409,12 @@ def test_a_run_goes_on_with_fewer_ranks(data, undisturbed, alone, thrice_preempt
 @pytest.mark.slow
 def test_a_run_goes_on_with_one_rank_and_then_with_two(data, undisturbed_four, tmp_path):
     """4 → 1 → 2, the four workers' places in the middle of an epoch, PyTorch; a lost step is not that near."""
-    folder, options = tmp_path / "run", {"backend": "torch"}
-    with Job(data, 4, folder, *FOUR, **options) as job:
+    folder = tmp_path / "run"
+    with Job(data, 4, folder, *NATIVE) as job:
         preempted(job, signal.SIGUSR1, 3, ("step", 3))
-    with Job(data, 1, folder, *FOUR, "--resume", **options) as job:
+    with Job(data, 1, folder, *NATIVE, "--resume") as job:
         preempted(job, signal.SIGTERM, 0, ("step", 9))
-    with Job(data, 2, folder, *FOUR, "--resume", **options) as job:
+    with Job(data, 2, folder, *NATIVE, "--resume") as job:
         run_to_end(job)
     found = {
         "resumed": deviation(state(undisturbed_four), state(folder)),
@@ -428,10 +429,18 @@ def test_a_run_goes_on_with_one_rank_and_then_with_two(data, undisturbed_four, t
 # Agreement
 
 
-@pytest.mark.parametrize(("backend", "launcher"), [("tensorflow", "mpirun"), ("torch", "gloo")])
-def test_a_loss_that_is_nan_on_one_worker_stops_all_ranks_with_its_examples(data, tmp_path, backend, launcher):
+NANS = {  # fault, recipe, where
+    "tensorflow": ("nan", FOUR, {"launcher": "mpirun"}),
+    "keras-torch": ("nan", FOUR, {"launcher": "gloo", "backend": "torch"}),
+    "native": ("native nan", NATIVE, {"launcher": "mpirun"}),
+}
+
+
+@pytest.mark.parametrize("framework", NANS)
+def test_a_loss_that_is_nan_on_one_worker_stops_all_ranks_with_its_examples(data, tmp_path, framework):
     worker, step = 3, 6  # the second worker of rank 1, in the second epoch
-    with Job(data, 2, tmp_path / "run", *FOUR, fault=("nan", worker, step), backend=backend, launcher=launcher) as job:
+    fault, options, where = NANS[framework]
+    with Job(data, 2, tmp_path / "run", *options, fault=(fault, worker, step), **where) as job:
         status, text = job.end()
     assert status == 1, text
     order = sharding.permutation(112, 0, 1)
@@ -503,7 +512,7 @@ def test_a_run_of_which_all_checkpoints_are_damaged_is_not_begun_anew(data, undi
     for path in saved(folder):
         flip_a_bit(path)
     before = {path: path.read_bytes() for path in [*saved(folder), folder / "metrics.jsonl"]}
-    with Job(data, 2, folder, *FOUR, "--resume", backend="torch") as job:
+    with Job(data, 2, folder, *NATIVE, "--resume") as job:
         one_sentence(job, 1, str(folder / "checkpoints"), "is whole")
     assert {path: path.read_bytes() for path in before} == before
 
@@ -527,7 +536,7 @@ def test_a_disk_that_fills_up_in_mid_run_ends_it_with_a_sentence_and_whole_check
     room = 4 * saved(undisturbed_four)[0].stat().st_size + 40_000
     with mounted(tmp_path / "disk", room) as disk:
         folder = disk / "run"
-        with Job(data, 2, folder, *FOUR, EVERY_STEP, backend="torch") as job:
+        with Job(data, 2, folder, *NATIVE, EVERY_STEP) as job:
             one_sentence(job, 1, "cannot write", "No space left on device")
         assert not list(folder.rglob("*.partial"))
         assert 2 <= len(saved(folder)) <= 5
@@ -554,7 +563,7 @@ def test_a_run_directory_on_a_read_only_disk_is_one_sentence(data, undisturbed_f
     with mounted(tmp_path / "disk", 8_000_000) as disk:
         folder = cut(undisturbed_four, disk / "run", 3)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        with Job(data, 2, folder, *FOUR, "--resume", backend="torch") as job:
+        with Job(data, 2, folder, *NATIVE, "--resume") as job:
             one_sentence(job, 2, str(folder), "Read-only file system")
 
 
@@ -574,7 +583,7 @@ def test_a_changed_recipe_is_refused_with_its_fields(undisturbed_four):
 
 def test_another_momentum_goes_on_by_force(data, undisturbed_four, tmp_path):
     folder = cut(undisturbed_four, tmp_path / "run", 6)
-    with Job(data, 1, folder, *FOUR, "--config.optimizer.momentum=0.8", "--resume=force", backend="torch") as job:
+    with Job(data, 1, folder, *NATIVE, "--config.optimizer.momentum=0.8", "--resume=force") as job:
         run_to_end(job)
     steps = [line["step"] for line in figures(folder) if line["kind"] == "step"]
     assert steps == list(range(3, STEPS * EPOCHS + 1, 3))
@@ -582,21 +591,21 @@ def test_another_momentum_goes_on_by_force(data, undisturbed_four, tmp_path):
     assert deviation(state(undisturbed_four), state(folder)) > WEIGHTS_BOUND
 
 
-WIDER = ["--config.k=2", "--config.n=32"]  # a minibatch of 64: two steps an epoch
+WIDER = ["--config.k=2", "--config.n=32", "--config.framework=torch"]  # a minibatch of 64: two steps an epoch
 
 
 def test_another_minibatch_is_refused_within_an_epoch_and_the_run_can_go_on(data, undisturbed_four, tmp_path):
     """Also by force: the epoch's examples that are left can't be divided as they were."""
     folder = cut(undisturbed_four, tmp_path / "run", 2 * STEPS + 2)
-    with Job(data, 2, folder, *WIDER, "--resume=force", backend="torch") as job:
+    with Job(data, 2, folder, *WIDER, "--resume=force") as job:
         one_sentence(job, 2, "2 steps into an epoch of 4 steps", "2:", "an epoch's end")
-    runlog.check_run(folder, parse_recipe([*TINY, *FOUR])[0], "yes")  # the old recipe is still the run's
+    runlog.check_run(folder, parse_recipe([*TINY, *NATIVE])[0], "yes")  # the old recipe is still the run's
 
 
 def test_another_minibatch_goes_on_by_force_at_an_epochs_end(data, undisturbed_four, tmp_path):
     """Three epochs of four steps and one of two: the old checkpoint of 12 steps isn't the newest for that."""
     folder = cut(undisturbed_four, tmp_path / "run", 3 * STEPS)
-    with Job(data, 1, folder, *WIDER, EVERY_STEP, "--resume=force", backend="torch") as job:
+    with Job(data, 1, folder, *WIDER, EVERY_STEP, "--resume=force") as job:
         run_to_end(job)
     assert [line["epoch"] for line in figures(folder) if line["kind"] == "epoch"] == [1, 2, 3, 4]
     found = checkpoint.load(saved(folder)[-1])[1]
