@@ -46,7 +46,8 @@ def create(console: Console, target: Target) -> None:
         shutil.rmtree(VENV, ignore_errors=True)
         VENV.mkdir(parents=True)
         write_stamp({})
-        console.run([sys.executable, "-m", "venv", VENV], "creating the environment")
+        # Not sys.executable: with an activated .venv that is the one being replaced.
+        console.run([sys._base_executable, "-m", "venv", VENV], "creating the environment")
         mpi.link(target.mpi, PYTHON.parent)
         pip(console, target, "pip", "setuptools", "wheel")
 
