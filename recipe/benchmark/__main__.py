@@ -62,9 +62,7 @@ def commands(name: str, size: int, arguments: list[str]) -> list[tuple[list[str]
     """The processes to start, each with what its environment lacks, as the contender's users would."""
     if name.endswith("here"):
         launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        # A rank's only core computes: Open MPI, waiting for the other rank, must not spin on it.
-        yielding = ["--mca", "mpi_yield_when_idle", "1"]
-        mpirun = [launcher, "-np", str(size), "--oversubscribe", "--bind-to", "none", *yielding]
+        mpirun = [launcher, "-np", str(size), "--oversubscribe", "--bind-to", "none"]
         return [([*mpirun, sys.executable, *arguments], {})]
     if name == "torch-ddp":
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]

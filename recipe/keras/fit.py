@@ -31,15 +31,12 @@ class KerasReplica:
         workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
         self._step = Step(self.model, recipe.k, workers, recipe.run.workers_at_once, signature(recipe))
         self._statistics = batch_statistics(self.model, recipe.model.bn_momentum, signature(recipe))
-        every = recipe.run.replica_check_every
-        self._callbacks = [
-            BroadcastState(),
-            ScheduledRate(recipe_rate(recipe)),
-            *([ReplicaCheck(every, moving_statistics(self.model))] if every else []),
-        ]
 
     def begin(self, steps: int) -> None:
-        self._callbacks = keras.callbacks.CallbackList(self._callbacks, model=self.model, steps=steps)
+        callbacks = [BroadcastState(), ScheduledRate(recipe_rate(self.recipe))]
+        if every := self.recipe.run.replica_check_every:
+            callbacks.append(ReplicaCheck(every, moving_statistics(self.model)))
+        self._callbacks = keras.callbacks.CallbackList(callbacks, model=self.model, steps=steps)
         self._callbacks.on_train_begin()
 
     def step(self, epoch: int, step: int, elements: Iterator[tuple], stop: bool) -> Callable[[], tuple]:

@@ -11,11 +11,11 @@ from keras import ops
 
 from recipe import cli, sharding, train
 from recipe.data.sources import TFDSSource
-from recipe.keras.step import Step
-from recipe.torch.step import Step as NativeStep
 
 
 def make_nan(worker: int, step: int) -> None:
+    from recipe.keras.step import Step  # a process has one of Horovod's bindings only
+
     placed = Step._placed
 
     def place(self: Step, first: Any, values: Any) -> Any:
@@ -28,18 +28,22 @@ def make_nan(worker: int, step: int) -> None:
 
 
 def make_native_nan(worker: int, step: int) -> None:
-    backward, calls = NativeStep._backward, []
+    from recipe.torch.step import Step
 
-    def placed(self: NativeStep, first: int, *element: Any) -> None:
+    backward, calls = Step._backward, []
+
+    def placed(self: Step, first: int, *element: Any) -> None:
         backward(self, first, *element)
         calls.extend([first] * (first == worker))
         if first == worker and len(calls) == step:
             self._vector[len(self.moving) + worker] = np.nan
 
-    NativeStep._backward = placed
+    Step._backward = placed
 
 
 def fail(step: int) -> None:
+    from recipe.keras.step import Step
+
     call, calls = Step.__call__, []
 
     def step_or_fail(self: Step, *arguments: Any) -> Any:

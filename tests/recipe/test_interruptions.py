@@ -47,11 +47,13 @@ NATIVE = [*FOUR, "--config.framework=torch"]
 FAULTS = str(Path(__file__).parent / "interruption_program.py")
 SEED = 1706  # of the moments at which the run is killed
 
-# Ranks of another number add the same float32 numbers in another order. Measured after the 16 steps here: weights,
-# moving statistics and velocities of two undisturbed runs were 6.5e-6 apart, relative to a tensor's largest value (100
-# roundings of 6e-8), their losses 3.5e-8; resumed runs no more. The bounds leave a factor of 15 and 28 for other
-# processors. A lost step, the last and smallest of all, is 0.24; an epoch is 3e-4 of the evaluation's loss.
-WEIGHTS_BOUND = 1e-4
+# Ranks of another number add the same float32 numbers in another order. Measured after the 16 steps here, relative to
+# a tensor's largest value: two undisturbed runs of Keras were 6.5e-6 apart, a hundred roundings of 6e-8; two of native
+# PyTorch not at all on 2 and 4 ranks, but 3e-4 on 1 and 2 (a single rank has two threads): in a β of 2e-8, and in the
+# velocities of β's, whose terms cancel. The losses: 4e-8 in both. Resumed runs were no further apart. The bounds leave
+# a factor of ten for other processors. A lost step, the last and smallest of all, is 0.24; an epoch is 3e-4 of the
+# evaluation's loss.
+WEIGHTS_BOUND, NATIVE_WEIGHTS_BOUND = 1e-4, 3e-3
 LOSSES_BOUND = 1e-6
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="mounts a small file system, which needs root")
@@ -408,7 +410,7 @@ def test_a_run_goes_on_with_fewer_ranks(data, undisturbed, alone, thrice_preempt
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_one_rank_and_then_with_two(data, undisturbed_four, tmp_path):
-    """4 → 1 → 2, the four workers' places in the middle of an epoch, PyTorch; a lost step is not that near."""
+    """4 → 1 → 2, the four workers' places in the middle of an epoch; a lost step is not that near."""
     folder = tmp_path / "run"
     with Job(data, 4, folder, *NATIVE) as job:
         preempted(job, signal.SIGUSR1, 3, ("step", 3))
@@ -422,7 +424,7 @@ def test_a_run_goes_on_with_one_rank_and_then_with_two(data, undisturbed_four, t
         "losses": loss_deviation(undisturbed_four, folder),
         "lost epoch, losses": lost_epoch(undisturbed_four),
     }
-    assert found["resumed"] < WEIGHTS_BOUND < found["lost step"], found
+    assert found["resumed"] < NATIVE_WEIGHTS_BOUND < found["lost step"], found
     assert found["losses"] < LOSSES_BOUND < found["lost epoch, losses"], found
 
 
@@ -588,7 +590,7 @@ def test_another_momentum_goes_on_by_force(data, undisturbed_four, tmp_path):
     steps = [line["step"] for line in figures(folder) if line["kind"] == "step"]
     assert steps == list(range(3, STEPS * EPOCHS + 1, 3))
     assert runlog.read_recipe(folder).optimizer.momentum == 0.8
-    assert deviation(state(undisturbed_four), state(folder)) > WEIGHTS_BOUND
+    assert deviation(state(undisturbed_four), state(folder)) > NATIVE_WEIGHTS_BOUND
 
 
 WIDER = ["--config.k=2", "--config.n=32", "--config.framework=torch"]  # a minibatch of 64: two steps an epoch
