@@ -13,7 +13,7 @@ from recipe.keras import backend, resnet, state
 from recipe.keras.callbacks import BroadcastState, ReplicaCheck, ScheduledRate
 from recipe.keras.callbacks.own import rate_of
 from recipe.keras.distributed import DistributedOptimizer
-from recipe.keras.step import Step, batch_statistics, moving_statistics, split
+from recipe.keras.step import Step, batch_statistics, inputs, moving_statistics, split
 from recipe.schedule import recipe_rate
 
 
@@ -54,7 +54,7 @@ class KerasReplica:
 
     def predict(self, images: object) -> np.ndarray:
         keys = [np.zeros(len(images), np.int64)] if self.recipe.model.dropout else []
-        return self.model.predict_on_batch([images, *keys])
+        return self.model.predict_on_batch(inputs(images, *keys))
 
     @contextlib.contextmanager
     def statistics_of(self, elements: Iterator[tuple]) -> Iterator[None]:
@@ -98,9 +98,10 @@ def signature(recipe: Recipe) -> list[tuple[str, tuple]]:
 
 def _optimizer(recipe: Recipe, model: keras.Model) -> keras.optimizers.Optimizer:
     settings = recipe.optimizer
-    optimizer = keras.optimizers.SGD(settings.base_rate, settings.momentum, settings.nesterov)
+    # Names of its own: Keras would number them in a process that has others, and they are in the checkpoints' names.
+    optimizer = keras.optimizers.SGD(settings.base_rate, settings.momentum, settings.nesterov, name="sgd")
     if recipe.model.precision == "mixed_float16":
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
     groups = collectives.groups(recipe, sum(math.prod(v.shape) for v in model.trainable_variables))
     return DistributedOptimizer(
         optimizer, compression=getattr(backend.Compression, settings.compression), groups=groups

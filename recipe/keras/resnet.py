@@ -42,7 +42,7 @@ def build(recipe: Recipe, num_classes: int) -> keras.Model:
     if recipe.model.dropout:
         inputs.append(keras.Input((), dtype="int64", name="keys"))
         x = ExampleDropout(recipe.model.dropout, dtype=net.dtype, name="dropout")(x, inputs[1])
-    return keras.Model(inputs, net.dense(x, num_classes, "fc"), name="resnet")
+    return keras.Model(inputs if recipe.model.dropout else images, net.dense(x, num_classes, "fc"), name="resnet")
 
 
 def _normalised(images: keras.KerasTensor, model: Model) -> keras.KerasTensor:

@@ -73,7 +73,7 @@ class Step:
 
         def forward() -> tuple:
             with keras.StatelessScope() as scope:
-                logits = self.model([images, *keys], training=True)
+                logits = self.model(inputs(images, *keys), training=True)
             penalties = sum(self.model.losses)
             moved = [ops.ravel(ops.convert_to_tensor(scope.get_current_value(v))) for v in self.moving]
             losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
@@ -94,6 +94,11 @@ class Step:
         return ops.scatter(places, sums, (self.k,))
 
 
+def inputs(images: Any, *keys: Any) -> Any:
+    """What the network takes: images, and keys when it has dropout."""
+    return [images, *keys] if keys else images
+
+
 def moving_statistics(model: keras.Model) -> list[keras.Variable]:
     """The means and variances that batch normalisation has seen."""
     return [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
@@ -106,7 +111,7 @@ def batch_statistics(model: keras.Model, momentum: float, signature: list) -> Ca
 
     def statistics(images: Any, labels: Any, weights: Any, *keys: Any) -> Any:
         with keras.StatelessScope([(v, ops.zeros(v.shape)) for v in moving]) as scope:
-            model([images, *keys], training=True)
+            model(inputs(images, *keys), training=True)
         return ops.concatenate([ops.ravel(scope.get_current_value(v)) for v in moving]) / (1 - momentum)
 
     return backend.compiled(statistics, signature)
