@@ -102,6 +102,8 @@ def _optimizer(recipe: Recipe, model: keras.Model) -> keras.optimizers.Optimizer
     optimizer = keras.optimizers.SGD(settings.base_rate, settings.momentum, settings.nesterov, name="sgd")
     if recipe.model.precision == "mixed_float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
+    if collectives.size() == 1:
+        return optimizer  # nothing to reduce, and no copies for it
     groups = collectives.groups(recipe, sum(math.prod(v.shape) for v in model.trainable_variables))
     return DistributedOptimizer(
         optimizer, compression=getattr(backend.Compression, settings.compression), groups=groups

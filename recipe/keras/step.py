@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from recipe import collectives
 from recipe.keras import backend, names
 from recipe.replica import Figures, figures
 
@@ -60,7 +61,9 @@ class Step:
             vector = self._vector + vector
         self._name = self._name or names.give("workers")
         stop = ops.reshape(ops.cast(stop, "float32"), (1,))
-        vector = backend.total(ops.concatenate([vector[:-1], stop]), self._name)
+        vector = ops.concatenate([vector[:-1], stop])
+        if collectives.size() > 1:
+            vector = backend.total(vector, self._name)
         self.model.optimizer.apply(gradients, self.model.trainable_variables)
         for v, mean in zip(self.moving, split(vector, self.moving), strict=False):
             v.assign(mean)
