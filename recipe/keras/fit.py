@@ -28,6 +28,8 @@ class KerasReplica:
     def __init__(self, recipe: Recipe, num_classes: int) -> None:
         self.recipe = recipe
         self.model = compiled(recipe, num_classes)
+        if collectives.size() > 1:  # one rank has nothing to reduce, and needs no copies for it
+            _distribute(recipe, self.model)
         workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
         self._step = Step(self.model, recipe.k, workers, recipe.run.workers_at_once, signature(recipe))
         self._statistics = batch_statistics(self.model, recipe.model.bn_momentum, signature(recipe))
@@ -81,9 +83,9 @@ class KerasReplica:
 
 
 def compiled(recipe: Recipe, num_classes: int) -> keras.Model:
-    """The network with its distributed optimizer."""
+    """The network with its optimizer, on this rank alone."""
     model = resnet.build(recipe, num_classes)
-    model.compile(optimizer=_optimizer(recipe, model), jit_compile=False, auto_scale_loss=False)
+    model.compile(optimizer=_optimizer(recipe), jit_compile=False, auto_scale_loss=False)
     model.optimizer.build(model.trainable_variables)
     return model
 
@@ -96,18 +98,20 @@ def signature(recipe: Recipe) -> list[tuple[str, tuple]]:
     return [("uint8", (batch, size, size, 3)), ("int32", (batch,)), ("float32", (batch,)), *keys]
 
 
-def _optimizer(recipe: Recipe, model: keras.Model) -> keras.optimizers.Optimizer:
+def _optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
     settings = recipe.optimizer
     # Names of its own: Keras would number them in a process that has others, and they are in the checkpoints' names.
     optimizer = keras.optimizers.SGD(settings.base_rate, settings.momentum, settings.nesterov, name="sgd")
     if recipe.model.precision == "mixed_float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
-    if collectives.size() == 1:
-        return optimizer  # nothing to reduce, and no copies for it
-    groups = collectives.groups(recipe, sum(math.prod(v.shape) for v in model.trainable_variables))
-    return DistributedOptimizer(
-        optimizer, compression=getattr(backend.Compression, settings.compression), groups=groups
-    )
+    return optimizer
+
+
+def _distribute(recipe: Recipe, model: keras.Model) -> None:
+    """Makes the model's optimizer reduce the gradients over the ranks."""
+    parameters = sum(math.prod(v.shape) for v in model.trainable_variables)
+    compression = getattr(backend.Compression, recipe.optimizer.compression)
+    DistributedOptimizer(model.optimizer, compression=compression, groups=collectives.groups(recipe, parameters))
 
 
 make_replica = KerasReplica

@@ -36,6 +36,24 @@ SMALL = [
 ]
 
 
+MIXED = [  # imagenet_8gpu, thin, in float16 with loss scaling and on the wire
+    "-m",
+    "recipe.train",
+    "--config=imagenet_8gpu",
+    "--config.k=2",
+    "--config.n=4",
+    "--config.epochs=1",
+    "--config.schedule.decay_epochs=()",
+    "--config.data.name=synthetic",
+    "--config.data.image_size=64",
+    "--config.data.train_examples=16",
+    "--config.data.eval_examples=5",
+    "--config.model.width=4",
+    "--config.model.precision=mixed_float16",
+    "--config.optimizer.compression=fp16",
+]
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("data"))
@@ -128,24 +146,7 @@ def test_the_torch_backend_runs_the_recipe_too(tmp_path, data_dir):
 
 def test_the_imagenet_preset_in_mixed_precision_on_synthetic_data(tmp_path):
     """The 16 layers of stages and the stem of imagenet_8gpu, thin; float16 with loss scaling, and on the wire."""
-    arguments = [
-        "-m",
-        "recipe.train",
-        "--config=imagenet_8gpu",
-        "--config.k=2",
-        "--config.n=4",
-        "--config.epochs=1",
-        "--config.schedule.decay_epochs=()",
-        "--config.data.name=synthetic",
-        "--config.data.image_size=64",
-        "--config.data.train_examples=16",
-        "--config.data.eval_examples=5",
-        "--config.model.width=4",
-        "--config.model.precision=mixed_float16",
-        "--config.optimizer.compression=fp16",
-        f"--run_dir={tmp_path / 'run'}",
-    ]
-    done = launch(2, arguments)
+    done = launch(2, [*MIXED, f"--run_dir={tmp_path / 'run'}"])
     assert done.returncode == 0, done.stdout[-4000:]
     (epoch,) = lines(tmp_path / "run", "epoch")
     assert epoch["eval_examples"] == 5

@@ -10,7 +10,7 @@ from recipe import checkpoint, convert
 from recipe.keras import fit
 from recipe.runlog import read_recipe
 from tests.ranks import launch
-from tests.recipe.test_train import SMALL, killed_after_epoch, lines, refused, weights
+from tests.recipe.test_train import MIXED, SMALL, killed_after_epoch, lines, refused, weights
 
 pytestmark = pytest.mark.ranks
 
@@ -124,27 +124,8 @@ def test_conversion_wants_a_run_and_a_new_directory(finished, tmp_path):
 
 def test_the_imagenet_preset_in_mixed_precision_on_synthetic_data(tmp_path):
     """The 16 blocks and the stem, thin; float16 with loss scaling and on the wire; dropout; and precise BN."""
-    arguments = [
-        "-m",
-        "recipe.train",
-        "--config=imagenet_8gpu",
-        "--config.framework=torch",
-        "--config.k=2",
-        "--config.n=4",
-        "--config.epochs=1",
-        "--config.schedule.decay_epochs=()",
-        "--config.data.name=synthetic",
-        "--config.data.image_size=64",
-        "--config.data.train_examples=16",
-        "--config.data.eval_examples=5",
-        "--config.model.width=4",
-        "--config.model.precision=mixed_float16",
-        "--config.model.precise_bn=1",
-        "--config.model.dropout=0.2",
-        "--config.optimizer.compression=fp16",
-        f"--run_dir={tmp_path / 'run'}",
-    ]
-    done = launch(2, arguments)
+    more = ["--config.framework=torch", "--config.model.precise_bn=1", "--config.model.dropout=0.2"]
+    done = launch(2, [*MIXED, *more, f"--run_dir={tmp_path / 'run'}"])
     assert done.returncode == 0, done.stdout[-4000:]
     (epoch,) = lines(tmp_path / "run", "epoch")
     assert epoch["eval_examples"] == 5
