@@ -1,4 +1,4 @@
-"""Several hosts on one machine for the tests: network namespaces with their own name, address and sshd, on one bridge."""
+"""Several hosts on one machine: network namespaces with their own name, address and sshd, on one bridge."""
 
 import contextlib
 import os
