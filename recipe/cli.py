@@ -16,11 +16,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from recipe import collectives, configs, preemption
+from recipe import collectives, configs, preemption, watchdog
 from recipe.config import Recipe, flatten, nearest
 from recipe.errors import Preempted, RunError, UsageError
-
-RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 def presets() -> list[str]:
@@ -107,7 +105,7 @@ def run(main: Callable[[list[str]], None], values: flags.FlagValues | None = Non
 
 def quiet() -> bool:
     """Whether this process is a rank other than 0, by the launcher's word, before Horovod knows."""
-    return next((os.environ[v] for v in RANK_VARIABLES if v in os.environ), "0") != "0"
+    return watchdog.launched_rank() != "0"
 
 
 def _help(values: flags.FlagValues) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from recipe import watchdog
 from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
 
@@ -65,6 +66,7 @@ def start(framework: str, deterministic: bool) -> tuple[int, int]:
         # Which tensors Horovod fuses depends on timing, and the order of a sum over three ranks or more on where in
         # the fused buffer a gradient lies: only given groups are fused then.
         os.environ["HOROVOD_DISABLE_GROUP_FUSION"] = "1"
+    watchdog.start()
     binding = init(framework)
     cores = (os.cpu_count() or 1) // binding.local_size()
     return binding.local_rank(), max(1, min(cores, len(os.sched_getaffinity(0))))
@@ -119,12 +121,16 @@ def extremes(values: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def broadcast(value: T, name: str) -> T:
     """Rank 0's value (any picklable object) on every rank."""
-    return horovod().broadcast_object(value, root_rank=0, name=name)
+    value = horovod().broadcast_object(value, root_rank=0, name=name)
+    watchdog.beat()
+    return value
 
 
 def gather(value: T, name: str) -> list[T]:
     """The values of all ranks, in the order of the ranks."""
-    return horovod().allgather_object(value, name=name)
+    values = horovod().allgather_object(value, name=name)
+    watchdog.beat()
+    return values
 
 
 def agreed(action: Callable[[], T], name: str) -> T:

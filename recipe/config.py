@@ -82,6 +82,7 @@ class Run:
     replica_check_every: int = 500  # steps between comparisons of all ranks' weights; 0: never
     deterministic: bool = False  # the same bits again on the same ranks; costs speed on GPUs
     compile: bool = False  # native PyTorch only: torch.compile; gradients are then reduced after the backward pass
+    step_timeout: float = 600.0  # seconds without a step after which a rank leaves: a host or a link is gone; 0: never
     workers_at_once: int = 1  # of a rank's workers, so many share a forward pass: fills GPUs for which n is small
 
 
@@ -143,6 +144,7 @@ RANGES = {
     "model.bn_momentum": (0.0, 1.0),
     "model.bn_epsilon": (0.0, None),
     "model.precise_bn": (0, None),
+    "run.step_timeout": (0.0, None),
     "model.dropout": (0.0, 0.99),
     "optimizer.base_rate": (0.0, None),
     "optimizer.momentum": (0.0, 1.0),

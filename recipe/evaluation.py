@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 
-from recipe import collectives, sharding
+from recipe import collectives, sharding, watchdog
 from recipe.config import Recipe
 from recipe.data.pipeline import eval_batches, train_batches
 from recipe.data.sources import SyntheticSource, TFDSSource
@@ -27,6 +27,7 @@ def evaluate(recipe: Recipe, replica: Replica, sources: Sources, epoch: int) -> 
     with _statistics(recipe, replica, training, epoch):
         for images, labels in eval_batches(evaluation, recipe, mine, BATCH):
             sums.add(replica.predict(images), np.asarray(labels))
+            watchdog.beat(f"the evaluation of {sums.count:.0f} examples")
     return sums.over_ranks("evaluate")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from recipe import checkpoint, collectives, runlog, sharding, standing
+from recipe import checkpoint, collectives, runlog, sharding, standing, watchdog
 from recipe.config import Recipe
 from recipe.data.pipeline import train_batches
 from recipe.data.sources import open_source, prepare
@@ -49,7 +49,8 @@ def train(recipe: Recipe, run_dir: Path, resume: str, make_replica: MakeReplica,
     stands = collectives.on_root(begun, "begun")
     if stands.epochs == recipe.epochs:
         return stands.errors
-    return Loop(recipe, run_dir, replica, sources, stands).run(notice)
+    with watchdog.patience(recipe.run.step_timeout):
+        return Loop(recipe, run_dir, replica, sources, stands).run(notice)
 
 
 def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Sums:
@@ -66,8 +67,9 @@ def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Su
         return found[1]["epochs"]
 
     epochs = collectives.on_root(restored, "restore")
-    replica.begin(steps=1)
-    return evaluate(recipe, replica, sources, epochs)
+    with watchdog.patience(recipe.run.step_timeout):
+        replica.begin(steps=1)
+        return evaluate(recipe, replica, sources, epochs)
 
 
 def open_data(recipe: Recipe) -> Sources:
@@ -162,6 +164,7 @@ class Loop:
         losses, hits, stop = self._pending()
         self._pending = None
         step = self.stands.step - 1
+        watchdog.beat(f"step {step + 1} of {self.recipe.epochs * self.steps}")
         self._check_finite(losses, step)
         count = sharding.minibatch(self.examples, step % self.steps, self.recipe.k, self.recipe.n)
         sums = Sums(float(losses.sum(dtype=np.float64)), float(hits.sum(dtype=np.float64)), count)

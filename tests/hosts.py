@@ -87,9 +87,10 @@ class Hosts:
         found = _ip("netns", "pids", self.namespace(host), check=False).split()
         return [int(pid) for pid in found if not _zombie(int(pid))]
 
-    def ranks(self, host: str, mark: str = "python") -> list[int]:
-        """The processes on a host in whose command line `mark` stands."""
-        return [pid for pid in self.pids(host) if mark in _cmdline(pid)]
+    def commands(self, host: str) -> dict[int, str]:
+        """The command lines of all processes on a host but its sshd, by their numbers."""
+        found = {pid: _cmdline(pid) for pid in self.pids(host)}
+        return {pid: command for pid, command in found.items() if command and "sshd" not in command.split()[0]}
 
     def die(self, host: str) -> None:
         """All of the host's processes end at once, sshd too, and its link is dead."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from recipe import cli, sharding, train
+from recipe import cli, sharding, train, watchdog
 from recipe.data.sources import TFDSSource
 
 
@@ -77,7 +77,7 @@ def first_example(argv: list[str], rank: int, size: int, step: int) -> int:
 
 def main(argv: list[str]) -> None:
     fault, place, step = argv[0], int(argv[1]), int(argv[2])
-    rank = next(int(os.environ[name]) for name in cli.RANK_VARIABLES if name in os.environ)
+    rank = int(watchdog.launched_rank())
     size = next(int(os.environ[name]) for name in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE") if name in os.environ)
     if fault == "nan":
         make_nan(place, step)

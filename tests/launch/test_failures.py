@@ -1,0 +1,141 @@
+"""Hosts that die, links that are cut, launchers that are killed: the job ends everywhere, soon, and says why."""
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import Hosts, hosts, needs_hosts
+from tests.ranks import BIN, ROOT, environment
+
+pytestmark = [pytest.mark.ranks, needs_hosts]
+
+PATIENCE = 8  # seconds, config.run.step_timeout
+RANK = f"{sys.executable} -m recipe.train"
+LONG = [  # a run that would take minutes
+    "-m",
+    "recipe.train",
+    "--config=quick",
+    "--config.n=8",
+    "--config.epochs=100",
+    "--config.schedule.decay_epochs=()",
+    "--config.data.name=synthetic",
+    "--config.data.train_examples=1600",
+    "--config.data.eval_examples=8",
+    "--config.model.blocks=(1,)",
+    "--config.model.width=4",
+    "--config.run.log_every=1",
+    f"--config.run.step_timeout={PATIENCE}",
+    "--config.framework=torch",
+]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Iterator[Hosts]:
+    with hosts(tmp_path_factory.mktemp("hosts"), 2) as made:
+        yield made
+
+
+class Job:
+    """A run on h1 and h2, started on h1; `printed` grows in a file, so that no reader keeps anybody alive."""
+
+    def __init__(self, pair: Hosts, folder: Path, launcher: list[str], *options: str) -> None:
+        self.hosts, self.log = pair, folder / "log"
+        run = [*LONG, f"--run_dir={folder / 'run'}", *options]
+        with self.log.open("w") as log:
+            self.process = pair.popen(
+                "h1", [*launcher, sys.executable, *run], stdout=log, stderr=log, cwd=ROOT, env=environment()
+            )
+        self.until(lambda: re.search(r"step +\d", self.printed), 90, "no step")
+
+    @property
+    def printed(self) -> str:
+        return self.log.read_text()
+
+    def left(self) -> list[str]:
+        """The command lines of what lives, on either host."""
+        return [command for host in self.hosts.names for command in self.hosts.commands(host).values()]
+
+    def ranks(self, host: str) -> list[int]:
+        return [pid for pid, command in self.hosts.commands(host).items() if command.startswith(RANK)]
+
+    def ends(self, seconds: float) -> float:
+        """Waits until nothing of it lives: seconds that took."""
+        began = time.monotonic()
+        self.until(lambda: not self.left(), seconds, "still there")
+        self.process.wait(10)
+        return time.monotonic() - began
+
+    def until(self, true: Callable[[], object], seconds: float, what: str = "ranks still there") -> None:
+        end = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < end, f"{what} after {seconds} s: {self.left()}\n{self.printed[-3000:]}"
+            time.sleep(0.2)
+
+
+def mpirun(pair: Hosts, *options: str) -> list[str]:
+    return pair.mpirun(2, pair.names, *options)
+
+
+def horovodrun(*transport: str) -> Callable[[Hosts], list[str]]:
+    return lambda pair: [str(BIN / "horovodrun"), *transport, "--disable-cache", "-np", "2", "-H", "h1:1,h2:1"]
+
+
+GLOO = horovodrun("--gloo")
+MPI = horovodrun("--mpi", f"--mpi-args=--prefix {BIN.parent} --mca oob_tcp_if_include eth0")
+
+
+def test_a_cut_link_ends_the_job(pair, tmp_path):
+    """With the keepalive that launch.run gives to mpirun; its own would take 8 minutes to see it, if at all."""
+    keepalive = {"time": 4, "intvl": 2, "probes": 3}  # seconds, seconds, tries: 10 s
+    options = [word for name, n in keepalive.items() for word in ("--mca", f"oob_tcp_keepalive_{name}", str(n))]
+    job = Job(pair, tmp_path, mpirun(pair, *options), "--config.run.step_timeout=60")
+    pair.cut("h2")
+    try:
+        job.ends(40)
+    finally:
+        pair.mend("h2")
+    assert job.process.returncode not in (0, 2, 75)
+    assert re.search(r"lost communication with a remote daemon.*h2", job.printed, re.DOTALL)
+
+
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_ranks_behind_a_cut_link_leave_by_themselves(pair, tmp_path, framework):
+    job = Job(pair, tmp_path, mpirun(pair), f"--config.framework={framework}")
+    pair.cut("h2")
+    try:
+        job.until(lambda: not [*job.ranks("h1"), *job.ranks("h2")], PATIENCE + 20)
+    finally:
+        pair.mend("h2")
+    job.ends(15)  # mpirun goes when it can reach the other host again
+    assert job.process.returncode == 1
+    assert re.search(r"rank 0 on h1: nothing was heard for \d+ s .* the last sign of life was step \d+", job.printed)
+
+
+@pytest.mark.parametrize(("launcher", "within"), [(mpirun, 15), (GLOO, 15)], ids=["mpirun", "gloo"])
+def test_a_killed_rank_ends_the_job(pair, tmp_path, launcher, within):
+    job = Job(pair, tmp_path, launcher(pair))
+    os.kill(job.ranks("h2")[0], signal.SIGKILL)
+    job.ends(within)
+    assert job.process.returncode not in (0, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["TERM", "KILL"])
+@pytest.mark.parametrize("launcher", [mpirun, GLOO, MPI], ids=["mpirun", "gloo", "mpi"])
+def test_a_launcher_that_is_killed_leaves_nothing_behind(pair, tmp_path, launcher, number):
+    job = Job(pair, tmp_path, launcher(pair))
+    os.kill(job.process.pid, number)
+    job.ends(40)
+
+
+def test_a_dead_host_ends_the_job(pair, tmp_path):
+    job = Job(pair, tmp_path, mpirun(pair))
+    for pid in pair.commands("h2"):
+        os.kill(pid, signal.SIGKILL)
+    job.ends(15)
+    assert job.process.returncode not in (0, 2)
