@@ -79,6 +79,7 @@ class Run:
     checkpoint_steps: int = 0  # steps between checkpoints within an epoch; 0: none
     keep_checkpoints: int = 3  # the newest so many are kept
     keep_every: int = 0  # epochs; the checkpoints of every so many epochs are kept for good; 0: none
+    commit_steps: int = 10  # elastic runs: steps between copies in memory; a lost rank costs the steps since the last
     replica_check_every: int = 500  # steps between comparisons of all ranks' weights; 0: never
     deterministic: bool = False  # the same bits again on the same ranks; costs speed on GPUs
     compile: bool = False  # native PyTorch only: torch.compile; gradients are then reduced after the backward pass
@@ -144,6 +145,7 @@ RANGES = {
     "model.bn_momentum": (0.0, 1.0),
     "model.bn_epsilon": (0.0, None),
     "model.precise_bn": (0, None),
+    "run.commit_steps": (1, None),
     "run.step_timeout": (0.0, None),
     "model.dropout": (0.0, 0.99),
     "optimizer.base_rate": (0.0, None),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from recipe import checkpoint, collectives, runlog, sharding, standing, watchdog
+from recipe import checkpoint, collectives, elastic, runlog, sharding, standing, watchdog
 from recipe.config import Recipe
 from recipe.data.pipeline import train_batches
 from recipe.data.sources import open_source, prepare
@@ -27,10 +27,18 @@ from recipe.standing import Standing
 MakeReplica = Callable[[Recipe, int], Replica]  # of a recipe and the number of classes
 
 
-def train(recipe: Recipe, run_dir: Path, resume: str, make_replica: MakeReplica, notice: Notice) -> list[float]:
+def train(
+    recipe: Recipe,
+    run_dir: Path,
+    resume: str,
+    make_replica: MakeReplica,
+    notice: Notice,
+    commits: elastic.Commits | None = None,
+) -> list[float]:
     """Runs the recipe on all ranks; collective. Returns the top-1 error of each evaluated epoch, oldest first.
 
-    `resume`: "no", "yes", or "force", which takes up another recipe's state. Raises UsageError, RunError or, when a
+    `resume`: "no", "yes", or "force", which takes up another recipe's state; `commits`, in an elastic run, comes before
+    what is on disk. Raises UsageError, RunError or, when a
     rank's `notice` tells it to leave, Preempted, on every rank."""
     check_size(recipe)
     sources = open_data(recipe)
@@ -39,6 +47,9 @@ def train(recipe: Recipe, run_dir: Path, resume: str, make_replica: MakeReplica,
     hosts = collectives.gather(socket.gethostname(), "hosts")
 
     def begun() -> Standing:
+        if commits and commits.stands:
+            standing.warn(f"on {len(hosts)} ranks now, going on after step {commits.stands.step}")
+            return commits.taken_up(replica)
         runlog.check_run(run_dir, recipe, resume)
         stands = Standing()
         if resume != "no":
@@ -50,7 +61,7 @@ def train(recipe: Recipe, run_dir: Path, resume: str, make_replica: MakeReplica,
     if stands.epochs == recipe.epochs:
         return stands.errors
     with watchdog.patience(recipe.run.step_timeout):
-        return Loop(recipe, run_dir, replica, sources, stands).run(notice)
+        return Loop(recipe, run_dir, replica, sources, stands, commits).run(notice)
 
 
 def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Sums:
@@ -84,6 +95,8 @@ def open_data(recipe: Recipe) -> Sources:
 def check_size(recipe: Recipe) -> None:
     """Raises UsageError when the ranks can't share the k workers evenly."""
     size, together = collectives.size(), recipe.run.workers_at_once
+    if elastic.wanted() and size <= recipe.k and together == 1:
+        return  # ranks come and go: some may play one worker more than others
     if recipe.k % size:
         possible = [ranks for ranks in range(1, recipe.k + 1) if recipe.k % ranks == 0]
         raise UsageError(
@@ -102,8 +115,17 @@ def check_size(recipe: Recipe) -> None:
 class Loop:
     """One run. Its methods are collective: all ranks call them, in the same order."""
 
-    def __init__(self, recipe: Recipe, run_dir: Path, replica: Replica, sources: Sources, stands: Standing) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        replica: Replica,
+        sources: Sources,
+        stands: Standing,
+        commits: elastic.Commits | None,
+    ) -> None:
         self.recipe, self.run_dir, self.replica, self.sources, self.stands = recipe, run_dir, replica, sources, stands
+        self.commits = commits
         self.examples = len(sources[0])
         self.steps = sharding.steps_per_epoch(self.examples, recipe.k, recipe.n, recipe.data.remainder)
         self.workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
@@ -123,15 +145,18 @@ class Loop:
         self.replica.begin(self.steps)
         if self.stands.step == 0:
             self._initial_weights = checkpoint.digest(self.replica.weights())
-        while self.stands.epochs < self.recipe.epochs:
-            if self.stands.step == (self.stands.epochs + 1) * self.steps:
-                self._end_epoch()
-            elif self._step(elements, notice.received):
-                self._leave()
-        self.replica.end()
-        if self.log:
-            self.log.close()
-            self.progress.close()
+        try:
+            self._commit()
+            while self.stands.epochs < self.recipe.epochs:
+                if self.stands.step == (self.stands.epochs + 1) * self.steps:
+                    self._end_epoch()
+                elif self._step(elements, notice.received):
+                    self._leave()
+            self.replica.end()
+        finally:
+            if self.log:
+                self.log.close()
+                self.progress.close()
         return self.stands.errors
 
     def _step(self, elements: Iterator[tuple], stop: bool) -> bool:
@@ -144,10 +169,11 @@ class Loop:
         self._pending = figures
         self.stands.step += 1
         run = self.recipe.run
-        line_due, save_due, epoch_ends = (
-            every > 0 and self.stands.step % every == 0 for every in (run.log_every, run.checkpoint_steps, self.steps)
+        line_due, save_due, epoch_ends, commit_due = (
+            every > 0 and self.stands.step % every == 0
+            for every in (run.log_every, run.checkpoint_steps, self.steps, run.commit_steps if self.commits else 0)
         )
-        if stop or line_due or save_due or epoch_ends:
+        if stop or line_due or save_due or epoch_ends or commit_due:
             stop = self._settle() or stop
         if self.stands.step == 1:
             self._write_start()
@@ -155,6 +181,8 @@ class Loop:
             self._write_line()
         if save_due and not epoch_ends and not stop:
             self._on_root(self._save)
+        if commit_due and not epoch_ends and not stop:
+            self._commit()
         return stop
 
     def _settle(self) -> bool:
@@ -233,6 +261,12 @@ class Loop:
         self.stands.epoch = Sums()
         self._on_root(lambda: self._record(figures))
         self._since_epoch, self._since_line = Speed(), Speed()
+        self._commit()
+
+    def _commit(self) -> None:
+        """What the other ranks go on from when one is lost after this."""
+        if self.commits:
+            self.commits.commit_run(self.stands, self.replica)
 
     def _evaluation_due(self) -> bool:
         """The result is the median of the last five epochs, so that these always count."""

@@ -32,7 +32,7 @@ def steps_per_epoch(examples: int, k: int, n: int, remainder: str) -> int:
 
 
 def own_workers(k: int, rank: int, size: int) -> range:
-    """The workers that a rank plays, one after another: k/size in a row. `size` must divide k."""
+    """The workers that a rank plays, one after another: k/size in a row, or the whole numbers next to it."""
     return range(rank * k // size, (rank + 1) * k // size)
 
 

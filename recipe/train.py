@@ -32,12 +32,16 @@ def main(argv: list[str]) -> None:
 
 def train(recipe: Recipe, run_dir: str, notice: preemption.Notice) -> None:
     with noise.filtered():
-        from recipe import collectives, loop, metrics, replica
+        from recipe import collectives, elastic, loop, metrics, replica
 
         fit = replica.of(recipe.framework)
     fit.start(recipe.run.deterministic)
-    run_dir = Path(collectives.broadcast(run_dir, "run_dir"))
-    errors = loop.train(recipe, run_dir, VALUES.resume, fit.make_replica, notice)
+
+    def trained(run_dir: str, commits: elastic.Commits | None) -> tuple[str, list[float]]:
+        errors = loop.train(recipe, Path(run_dir), VALUES.resume, fit.make_replica, notice, commits)
+        return run_dir, errors
+
+    run_dir, errors = elastic.run(trained, run_dir)
     if collectives.rank() == 0:
         last = len(errors[-5:])
         print(f"top-1 error {metrics.final_error(errors):.2%} (median of the last {last} epochs) in {run_dir}")

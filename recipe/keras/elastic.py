@@ -1,15 +1,14 @@
 """Elastic training with Keras 3: ranks may die and join; the survivors go on from the last commit."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from horovod.common.elastic import ObjectState, run_fn
-from horovod.common.exceptions import HorovodInternalError
 
+from recipe.elastic import lost_ranks_told
 from recipe.keras import backend, state
 from recipe.keras.distributed import reduction_of
 
@@ -44,7 +43,7 @@ class KerasState(ObjectState):
         super().restore()
 
     def sync(self) -> None:
-        with _lost_ranks_told():
+        with lost_ranks_told():
             state.broadcast_model(self.model, self.optimizer)
         self._forget_passes()
         self._save_variables()
@@ -68,7 +67,7 @@ def run(func: Callable) -> Callable:
 
     @functools.wraps(func)
     def told(*args: Any, **kwargs: Any) -> Any:
-        with _lost_ranks_told():
+        with lost_ranks_told():
             return func(*args, **kwargs)
 
     return run_fn(told, _reset)
@@ -77,18 +76,6 @@ def run(func: Callable) -> Callable:
 def _reset() -> None:
     _hvd.shutdown()
     _hvd.init()
-
-
-@contextlib.contextmanager
-def _lost_ranks_told() -> Iterator[None]:
-    """TensorFlow reports a collective that failed, grouped ones too, in errors of its own."""
-    try:
-        yield
-    except Exception as error:
-        foreign = type(error).__module__.startswith("tensorflow.")
-        if foreign and "Horovod" in str(error):
-            raise HorovodInternalError(str(error)) from error
-        raise
 
 
 class CommitStateCallback(keras.callbacks.Callback):

@@ -27,6 +27,7 @@ class Step:
         The optimizer must be built."""
         self.model, self.k, self.workers, self.together = model, k, workers, together
         self.calls = len(workers) // together
+        self._share = k / (collectives.size() * together)  # `calls`, where all ranks have as many
         self.moving = moving_statistics(model)
         self._name: str | None = None  # of the vector's allreduce
         self._gradients = [_zeros(v.shape) for v in model.trainable_variables] if self.calls > 1 else []
@@ -57,8 +58,10 @@ class Step:
     def _finished(self, first: Any, stop: Any, *element: Any) -> Any:
         gradients, vector = self._backward(first, *element)
         if self.calls > 1:
-            gradients = [(t + g) / self.calls for t, g in zip(self._gradients, gradients, strict=True)]
+            gradients = [t + g for t, g in zip(self._gradients, gradients, strict=True)]
             vector = self._vector + vector
+        if self._share != 1:
+            gradients = [g / self._share for g in gradients]
         self._name = self._name or names.give("workers")
         stop = ops.reshape(ops.cast(stop, "float32"), (1,))
         vector = ops.concatenate([vector[:-1], stop])

@@ -33,6 +33,7 @@ class Step:
         self.scaler = torch.amp.GradScaler(self._device.type, init_scale=2.0**15, enabled=enabled)
         self._forward = torch.compile(network) if recipe.run.compile else network
         self._firsts = workers[:: self.together]
+        self._share = self.k / (hvd.size() * self.together)  # passes, where all ranks have as many
         self._vector = torch.zeros(len(self.moving) + 2 * self.k + 1, device=self._device)
 
     def __call__(self, elements: Iterator[tuple], stop: bool) -> Callable[[], Figures]:
@@ -61,7 +62,7 @@ class Step:
             logits = self._forward(images, *keys)
         losses = functional.cross_entropy(logits, labels.long(), reduction="none")
         # The paper's remark 3: the mean is over all kn examples. Weight decay (remark 1) is the optimizer's.
-        self.scaler.scale((losses * weights).mean() / len(self._firsts)).backward()
+        self.scaler.scale((losses * weights).mean() / self._share).backward()
         with torch.no_grad():
             self._vector[: len(self.moving)] += batch_statistics(self.network) * self.together
             for values, place in ((losses, first), (logits.argmax(1) == labels, self.k + first)):
