@@ -1,6 +1,6 @@
 """Hostfiles: reads the notations of Open MPI, MPICH and Horovod, checks every line, and writes any of them.
 
-    python -m launch.hostfile check hostfiles/bigbasin-32 --gpus 8      # says how many hosts and slots, or what is wrong
+    python -m launch.hostfile check hostfiles/bigbasin-32 --gpus 8      # says what is wrong, or how many there are
     python -m launch.hostfile convert hostfiles/bigbasin-32 --to mpich  # for MPICH's mpiexec -f
     horovodrun -H "$(python -m launch.hostfile convert hosts --to horovod)" …
     python -m launch.hostfile write 'bb[01-32]:8' > hosts               # from a list
