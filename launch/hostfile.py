@@ -62,7 +62,7 @@ def parse(text: str, where: str, gpus: int | None = None) -> list[Host]:
                 hosts.append(host)
                 lines[host.name.lower()] = number
                 if len(hosts) > LIMIT:
-                    raise UsageError(f"there are more than {LIMIT} hosts: is a range too long?")
+                    raise UsageError(f"there are more than {LIMIT} hosts by now: is a range too long?")
         except UsageError as error:
             raise UsageError(f"{where}:{number}: {error}") from None
     if not hosts:
@@ -241,7 +241,7 @@ def _slurm_tasks(environ: Mapping[str, str], nodes: int) -> list[str]:
     if name == "SLURM_NTASKS_PER_NODE" and len(counts) == 1:
         counts *= nodes
     if len(counts) != nodes:
-        raise UsageError(f"{name}={environ[name][:80]} is for {len(counts)} nodes and SLURM_JOB_NODELIST has {nodes}")
+        raise UsageError(f"{name}={environ[name][:80]} has {len(counts)} nodes, SLURM_JOB_NODELIST {nodes}")
     return counts
 
 

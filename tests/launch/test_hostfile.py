@@ -129,6 +129,7 @@ def test_lists_of_ranges_and_several_in_a_name():
         ("bb01. slots=8", "'bb01.' is not a host name"),
         ("bb01-.org slots=8", "is not a host name"),
         ("b" * 64 + " slots=8", "is not a host name"),
+        ("a." * 127 + "a:8", "is not a host name"),
         ("größe slots=8", "is not a host name"),
         ("slots=8", "'slots=8' is not a host name"),
         ("rank slots=8", "'rank' is a setting of Open MPI"),
@@ -147,8 +148,8 @@ def test_lists_of_ranges_and_several_in_a_name():
         ("bb]1[:8", "is not a host name"),
         ("bb[1-2][1-2][1-2][1-2][1-2]:8", "more than 4 ranges"),
         ("bb[0-99999999]:8", "more than 65536 numbers"),
-        ("bb[0-999]n[0-999]:8", "more than 65536 hosts"),
-        ("a[1-40000]:1,b[1-40000]:1", "more than 65536 hosts"),
+        ("bb[0-999]n[0-999]:8", "stands for more than 65536 hosts"),
+        ("a[1-40000]:1,b[1-40000]:1", "more than 65536 hosts by now"),
     ],
 )
 def test_mistakes_have_file_line_and_fix(line, words):
@@ -246,13 +247,13 @@ def test_slurm_allocations(variables, expected):
     [
         ({}, "SLURM_JOB_NODELIST is not set: run this in an allocation"),
         ({"NODELIST": "bb01"}, "SLURM_TASKS_PER_NODE is not set: give sbatch or salloc --ntasks-per-node=8"),
-        ({"NODELIST": "bb[01-02]", "TASKS": "8"}, "is for 1 nodes and SLURM_JOB_NODELIST has 2"),
-        ({"NODELIST": "bb[01-02]", "TASKS": "8(x3)"}, "is for 3 nodes and SLURM_JOB_NODELIST has 2"),
+        ({"NODELIST": "bb[01-02]", "TASKS": "8"}, "SLURM_TASKS_PER_NODE=8 has 1 nodes, SLURM_JOB_NODELIST 2"),
+        ({"NODELIST": "bb[01-02]", "TASKS": "8(x3)"}, "has 3 nodes, SLURM_JOB_NODELIST 2"),
         ({"NODELIST": "bb01", "TASKS": "eight"}, "SLURM_TASKS_PER_NODE=eight is not understood"),
         ({"NODELIST": "bb01", "TASKS": "8(x99999999)"}, "is not understood"),
         ({"NODELIST": "bb01", "TASKS": "0"}, "slots=0 is not a whole number"),
         ({"NODELIST": "bb[03-01]", "TASKS": "8"}, r"SLURM_JOB_NODELIST=bb\[03-01\]: \[03-01\] runs backwards"),
-        ({"NODELIST": "a[0-65535],b[0-65535]", "TASKS": "8"}, "SLURM_JOB_NODELIST has 65537"),
+        ({"NODELIST": "a[0-65535],b[0-65535]", "TASKS": "8"}, "SLURM_JOB_NODELIST 65537"),
     ],
 )
 def test_wrong_slurm_allocations(variables, words):
