@@ -4,7 +4,7 @@
     python -m launch.hostfile convert hostfiles/bigbasin-32 --to mpich  # for MPICH's mpiexec -f
     horovodrun -H "$(python -m launch.hostfile convert hosts --to horovod)" …
     python -m launch.hostfile write 'bb[01-32]:8' > hosts               # from a list
-    python -m launch.hostfile write > hosts                             # from the Slurm allocation it runs in
+    python -m launch.hostfile write > hosts                             # from Slurm's allocation, a slot a task
 
 A line is a host with its slots, which are the ranks it runs, one a GPU: `bb01 slots=8` (Open MPI, and what horovodrun
 --hostfile reads), `bb01:8` (MPICH), or several with commas (horovodrun -H). `bb[01-03,07]` stands for bb01, bb02, bb03
@@ -90,7 +90,9 @@ def render(hosts: list[Host], notation: str) -> str:
 
 
 def from_slurm(environ: Mapping[str, str]) -> list[Host]:
-    """The hosts of the Slurm allocation that `environ` is of, with a slot a task. Raises UsageError outside of one."""
+    """The hosts of the Slurm allocation that `environ` is of, with a slot a task. Raises UsageError outside of one.
+
+    Ask for it with --ntasks-per-node: otherwise Slurm counts one task a node or, with --exclusive, one a core."""
     nodes = environ.get("SLURM_JOB_NODELIST", "")
     if not nodes:
         raise UsageError(
@@ -127,8 +129,8 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     if options.command == "check":
         hosts = read(options.file, options.gpus)
-        plural = "s" if len(hosts) > 1 else ""
-        print(f"{options.file}: {len(hosts)} host{plural}, {sum(host.slots for host in hosts)} slots")
+        counts = {"host": len(hosts), "slot": sum(host.slots for host in hosts)}
+        print(f"{options.file}: " + ", ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in counts.items()))
         return
     if options.command == "convert":
         hosts = read(options.file)
@@ -152,28 +154,31 @@ def _parse_entry(entry: str, gpus: int | None) -> list[Host]:
     word, *settings = re.sub(r"\s*=\s*", "=", entry).split()
     _refuse_ipv6(word)
     pattern, colon, count = word.partition(":")
-    given = [count] if colon else []
-    most = LIMIT
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        if name == "slots":
-            given.append(value)
-        elif name in ("max_slots", "max-slots", "slots_max", "slots-max"):
-            most = _number(value, name)
-        else:
-            raise UsageError(
-                f"{setting[:80]!r} is not understood: write {pattern[:80]} slots=8 and give the rest to the launcher"
-            )
     names = expand(pattern)
-    if len(given) != 1:
-        wrong = "slots twice: keep one" if given else "no slots: write how many ranks it runs, one a GPU"
-        raise UsageError(f"{pattern} has {wrong}, as in {pattern} slots=8")
-    slots = _number(given[0], "slots")
-    if slots > most:
-        raise UsageError(f"{pattern} has slots={slots} and a maximum of {most}: lower the one or raise the other")
+    slots = _slots(pattern, [f"slots={count}", *settings] if colon else settings)
     if gpus is not None and slots > gpus:
         raise UsageError(f"{pattern} has slots={slots} and {gpus} GPUs: write slots={gpus}")
     return [Host(name, slots) for name in names]
+
+
+def _slots(pattern: str, settings: list[str]) -> int:
+    """Of `slots=8` and perhaps `max_slots=8`."""
+    given: dict[str, int] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        name = re.sub(r"max[-_]slots|slots[-_]max", "max_slots", name)
+        if name not in ("slots", "max_slots"):
+            raise UsageError(f"{setting[:80]!r} is not understood: write {pattern} slots=8, the rest is the launcher's")
+        if name in given:
+            raise UsageError(f"{pattern} has {name} twice: keep one, as in {pattern} slots=8")
+        given[name] = _number(value, name)
+    if "slots" not in given:
+        raise UsageError(f"{pattern} has no slots: write how many ranks it runs, one a GPU, as in {pattern} slots=8")
+    if given["slots"] > given.get("max_slots", LIMIT):
+        raise UsageError(
+            f"{pattern} has more slots than its max_slots={given['max_slots']}: lower the one, or raise it"
+        )
+    return given["slots"]
 
 
 def _number(value: str, name: str) -> int:

@@ -115,7 +115,7 @@ def test_lists_of_ranges_and_several_in_a_name():
         ("bb01 slots=99999999999999999999", "is not a whole number from 1 to 65536"),
         ("bb01:8 slots=8", "slots twice: keep one"),
         ("bb01 slots=8 slots=8", "slots twice"),
-        ("bb01 slots=8 max_slots=4", "slots=8 and a maximum of 4"),
+        ("bb01 slots=8 max_slots=4", "more slots than its max_slots=4"),
         ("bb01 max_slots=4", "no slots"),
         ("bb01 8", "'8' is not understood: write bb01 slots=8"),
         ("bb01 cpus=8", "'cpus=8' is not understood"),
@@ -383,6 +383,7 @@ def test_the_command_checks():
         "hostfiles/bigbasin-32: 32 hosts, 256 slots\n",
         "",
     )
+    assert run("check", "hostfiles/bigbasin-1")[1] == "hostfiles/bigbasin-1: 1 host, 8 slots\n"
     message = "error: hostfiles/bigbasin-32:4: bb01 has slots=8 and 4 GPUs: write slots=4\n"
     assert run("check", "hostfiles/bigbasin-32", "--gpus=4") == (2, "", message)
 
