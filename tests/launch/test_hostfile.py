@@ -64,6 +64,7 @@ def test_notations(text):
 
 
 @pytest.mark.parametrize("notation", NOTATIONS)
+@settings(deadline=None)  # processors here may be busy
 @given(hosts=hosts())
 def test_what_is_written_is_read(notation, hosts):
     text = render(hosts, notation)
@@ -71,6 +72,7 @@ def test_what_is_written_is_read(notation, hosts):
     assert parse("\ufeff" + text.replace("\n", " \t# x\r\n"), "F") == hosts
 
 
+@settings(deadline=None)  # processors here may be busy
 @given(
     first=st.integers(0, 2000),
     count=st.integers(1, 50),
@@ -190,7 +192,7 @@ def check_outcome(call, where: str, lines: int) -> None:
         assert parse(render(found, "horovod"), "again") == found
 
 
-@settings(max_examples=600)
+@settings(max_examples=600, deadline=None)
 @given(text=TEXTS)
 @example("[" * 5000)
 @example("bb[1]" * 5000 + ":8")
@@ -200,7 +202,7 @@ def test_any_text_gives_hosts_or_a_sentence(text):
     check_outcome(lambda: parse(text, "F"), "F", len(re.split(r"\r\n?|\n", text)))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(content=st.one_of(st.binary(), TEXTS.map(lambda text: text.encode("utf-16"))))
 def test_any_file_gives_hosts_or_a_sentence(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any"
@@ -266,7 +268,7 @@ def slurm(**variables: str) -> dict[str, str]:
     return {names[name]: value for name, value in variables.items()}
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(nodes=TEXTS, tasks=st.one_of(st.text(), st.from_regex(r"([0-9]{1,2}(\(x[0-9]\))?,?){1,3}", fullmatch=True)))
 def test_any_slurm_variables_give_hosts_or_a_sentence(nodes, tasks):
     try:
@@ -325,6 +327,7 @@ def test_mpirun_reads_what_is_written(open_mpi, tmp_path_factory, hosts):
     assert {name.lower(): n for name, n in found.items()} == {host.name.lower(): host.slots for host in hosts}
 
 
+@settings(deadline=None)  # processors here may be busy
 @given(hosts=hosts())
 def test_horovodrun_reads_what_is_written(tmp_path_factory, hosts):
     from horovod.runner.common.util import hosts as horovod
