@@ -5,18 +5,25 @@ import subprocess
 
 import pytest
 
+from launch import hostfile
 from recipe import cli
 from tests.ranks import ROOT
 
-HOSTFILES = {"localhost": (1, 2), "bigbasin-1": (1, 8), "bigbasin-4": (4, 8), "bigbasin-32": (32, 8)}  # servers, slots
+HOSTFILES = {  # servers, slots
+    "localhost": (1, 2),
+    "bigbasin-1": (1, 8),
+    "bigbasin-4": (4, 8),
+    "bigbasin-32": (32, 8),
+    "bigbasin-44": (44, 8),
+}
 
 
 @pytest.mark.parametrize(("name", "servers", "slots"), [(name, *shape) for name, shape in HOSTFILES.items()])
 def test_hostfiles_have_the_ranks_of_the_recipes_they_name(name, servers, slots):
     lines = (ROOT / "hostfiles" / name).read_text().splitlines()
-    hosts = [line for line in lines if not line.startswith("#")]
-    assert len(set(hosts)) == len(hosts) == servers
-    assert all(re.fullmatch(rf"[\w.-]+ slots={slots}", line) for line in hosts)
+    hosts = hostfile.read(ROOT / "hostfiles" / name, gpus=slots)
+    assert [host.slots for host in hosts] == [slots] * servers
+    assert [line for line in lines if not line.startswith("#")] == hostfile.render(hosts, "openmpi").splitlines()
     commands = [line.removeprefix("# ") for line in lines if "recipe.train" in line]
     assert [command.split()[0] for command in commands] == ["mpirun", "horovodrun"]
     for command in commands:
@@ -24,17 +31,20 @@ def test_hostfiles_have_the_ranks_of_the_recipes_they_name(name, servers, slots)
         recipe, _, others = cli.parse_recipe(command.split("recipe.train ")[1].split())
         assert recipe.k == servers * slots
         assert not others
+        assert name == "localhost" or f"minibatch {recipe.minibatch}" in lines[0]
 
 
 def test_every_hostfile_is_tested():
     assert {path.name for path in (ROOT / "hostfiles").iterdir()} == set(HOSTFILES)
 
 
-def test_horovodrun_reads_the_hostfiles():
+@pytest.mark.parametrize("name", HOSTFILES)
+def test_horovodrun_reads_the_hostfiles(name):
     """Horovod's own parser knows no comments; our build of it does."""
     from horovod.runner.common.util.hosts import parse_host_files
 
-    assert parse_host_files(str(ROOT / "hostfiles/bigbasin-4")) == "bb01:8,bb02:8,bb03:8,bb04:8"
+    path = ROOT / "hostfiles" / name
+    assert parse_host_files(str(path)) == hostfile.render(hostfile.read(path), "horovod")
 
 
 def test_the_sbatch_template_is_for_256_gpus():

@@ -1,0 +1,279 @@
+"""Hostfiles: reads the notations of Open MPI, MPICH and Horovod, checks every line, and writes any of them.
+
+    python -m launch.hostfile check hostfiles/bigbasin-32 --gpus 8      # says what is wrong, or how many there are
+    python -m launch.hostfile convert hostfiles/bigbasin-32 --to mpich  # for MPICH's mpiexec -f
+    horovodrun -H "$(python -m launch.hostfile convert hosts --to horovod)" …
+    python -m launch.hostfile write 'bb[01-32]:8' > hosts               # from a list
+    python -m launch.hostfile write > hosts                             # from Slurm's allocation, a slot a task
+
+A line is a host with its slots, which are the ranks it runs, one a GPU: `bb01 slots=8` (Open MPI, and what horovodrun
+--hostfile reads), `bb01:8` (MPICH), or several with commas (horovodrun -H). `bb[01-03,07]` stands for bb01, bb02, bb03
+and bb07. `max_slots` is read and not kept: no launcher here starts more ranks than slots unless told to.
+What only one launcher knows (`user@`, `binding=`) is refused, and so are IPv6 addresses, which none of them takes.
+"""
+
+import argparse
+import ipaddress
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from recipe.errors import UsageError
+
+LIMIT = 65536  # hosts in a file, and slots of a host: a slip of the keyboard must not eat the memory
+RANGES = 4  # in one name; Slurm knows fewer
+LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+NAME = re.compile(rf"(?=.{{1,253}}\Z){LABEL}(?:\.{LABEL})*")
+# Open MPI reads these names as settings, some of them without a word.
+RESERVED = re.compile(
+    r"(?:max[-_])?(?:slots|cpu|count)|(?:slots|cpu|count)[-_]max|slot|rank|user[-_]?name|boards"
+    r"|sockets(?:[-_]per[-_]board)?|cores(?:[-_]per[-_]socket)?|cpu[-_]set"
+)
+NOTATIONS = {  # how a host is written, and what follows it or stands between two
+    "openmpi": ("{0.name} slots={0.slots}", "\n"),
+    "mpich": ("{0.name}:{0.slots}", "\n"),
+    "horovod": ("{0.name}:{0.slots}", ","),
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine and the ranks it may run."""
+
+    name: str
+    slots: int
+
+
+def parse(text: str, where: str, gpus: int | None = None) -> list[Host]:
+    """The hosts of a hostfile's text, in any notation, ranges expanded; `where` names it in messages.
+
+    Raises UsageError "where:line: what is wrong: the fix"; with `gpus`, also for a host with more slots than that."""
+    hosts: list[Host] = []
+    lines: dict[str, int] = {}
+    for number, line in enumerate(re.split(r"\r\n?|\n", text.removeprefix("\ufeff")), 1):
+        try:
+            for host in _parse_line(line, gpus):
+                if first := lines.get(host.name.lower()):
+                    raise UsageError(f"{host.name} stands on line {first} already: write it once, with all its slots")
+                hosts.append(host)
+                lines[host.name.lower()] = number
+                if len(hosts) > LIMIT:
+                    raise UsageError(f"there are more than {LIMIT} hosts by now: is a range too long?")
+        except UsageError as error:
+            raise UsageError(f"{where}:{number}: {error}") from None
+    if not hosts:
+        raise UsageError(f"{where}:1: there is no host: write one a line, such as bb01 slots=8")
+    return hosts
+
+
+def read(path: Path | str, gpus: int | None = None) -> list[Host]:
+    """`parse` of a file. Raises UsageError, also for a file that is missing, unreadable or empty."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8", errors="replace")  # comments may be in any encoding
+    except OSError as error:
+        raise UsageError(f"hostfile {path} can't be read: {error.strerror}; give the path of a file with a host a line")
+    return parse(text, str(path), gpus)
+
+
+def render(hosts: list[Host], notation: str) -> str:
+    """The text that a launcher reads: "openmpi" or "mpich", a line a host; "horovod", the value of horovodrun -H.
+
+    Raises UsageError for another notation."""
+    if notation not in NOTATIONS:
+        raise UsageError(f"{notation!r} is not a notation of hostfiles: take one of {', '.join(NOTATIONS)}")
+    form, end = NOTATIONS[notation]
+    return end.join(form.format(host) for host in hosts) + end.strip(",")
+
+
+def from_slurm(environ: Mapping[str, str]) -> list[Host]:
+    """The hosts of the Slurm allocation that `environ` is of, with a slot a task. Raises UsageError outside of one.
+
+    Ask for it with --ntasks-per-node: otherwise Slurm counts one task a node or, with --exclusive, one a core."""
+    nodes = environ.get("SLURM_JOB_NODELIST", "")
+    if not nodes:
+        raise UsageError(
+            "SLURM_JOB_NODELIST is not set: run this in an allocation (sbatch, salloc), or list hosts: bb[01-32]:8"
+        )
+    try:
+        names = list(islice((name for entry in _entries(nodes) for name in expand(entry)), LIMIT + 1))
+    except UsageError as error:
+        raise UsageError(f"SLURM_JOB_NODELIST={nodes[:80]}: {error}") from None
+    counts = _slurm_tasks(environ, len(names))
+    pairs = zip(names, counts, strict=True)
+    return parse("\n".join(f"{name}:{count}" for name, count in pairs), "SLURM_JOB_NODELIST")
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that `bb[01-03,07]` stands for, zeros kept; a name without brackets stands for itself.
+
+    Raises UsageError if one of them is not the name of a host, or if they are too many."""
+    parts = re.split(r"\[([^\[\]]*)\]", pattern)  # text, ranges, text, ranges, …, text
+    if len(parts) > 2 * RANGES + 1:
+        raise UsageError(f"{pattern[:80]!r} has more than {RANGES} ranges: write several entries")
+    names = [""]
+    for index, part in enumerate(parts):
+        choices = _numbers(part) if index % 2 else [part]
+        if len(names) * len(choices) > LIMIT:
+            raise UsageError(f"{pattern[:80]!r} stands for more than {LIMIT} hosts: shorten its ranges")
+        names = [name + choice for name in names for choice in choices]
+    for name in names:
+        _check_name(name)
+    return names
+
+
+def main(argv: list[str]) -> None:
+    options = _parser().parse_args(argv)
+    if options.command == "check":
+        hosts = read(options.file, options.gpus)
+        counts = {"host": len(hosts), "slot": sum(host.slots for host in hosts)}
+        print(f"{options.file}: " + ", ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in counts.items()))
+        return
+    if options.command == "convert":
+        hosts = read(options.file)
+    else:
+        hosts = parse("\n".join(options.hosts), "arguments") if options.hosts else from_slurm(os.environ)
+    print(render(hosts, options.to).rstrip())
+
+
+def _entries(line: str) -> list[str]:
+    """The parts of a line between commas, but for those in brackets."""
+    found = re.findall(r"(?:\[[^\]]*\]?|[^,\[])+", line)
+    return [entry.strip() for entry in found if entry.strip()]
+
+
+def _parse_line(line: str, gpus: int | None) -> Iterator[Host]:
+    for entry in _entries(line.partition("#")[0]):
+        yield from _parse_entry(entry, gpus)
+
+
+def _parse_entry(entry: str, gpus: int | None) -> list[Host]:
+    word, *settings = re.sub(r"\s*=\s*", "=", entry).split()
+    _refuse_ipv6(word)
+    pattern, colon, count = word.partition(":")
+    names = expand(pattern)
+    slots = _slots(pattern, [f"slots={count}", *settings] if colon else settings)
+    if gpus is not None and slots > gpus:
+        raise UsageError(f"{pattern} has slots={slots} and {gpus} GPUs: write slots={gpus}")
+    return [Host(name, slots) for name in names]
+
+
+def _slots(pattern: str, settings: list[str]) -> int:
+    """Of `slots=8` and perhaps `max_slots=8`."""
+    given: dict[str, int] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        name = re.sub(r"max[-_]slots|slots[-_]max", "max_slots", name)
+        if name not in ("slots", "max_slots"):
+            raise UsageError(f"{setting[:80]!r} is not understood: write {pattern} slots=8, the rest is the launcher's")
+        if name in given:
+            raise UsageError(f"{pattern} has {name} twice: keep one, as in {pattern} slots=8")
+        given[name] = _number(value, name)
+    if "slots" not in given:
+        raise UsageError(f"{pattern} has no slots: write how many ranks it runs, one a GPU, as in {pattern} slots=8")
+    if given["slots"] > given.get("max_slots", LIMIT):
+        raise UsageError(
+            f"{pattern} has more slots than its max_slots={given['max_slots']}: lower the one, or raise it"
+        )
+    return given["slots"]
+
+
+def _number(value: str, name: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", value) or not 1 <= int(value) <= LIMIT:
+        raise UsageError(f"{name}={value[:80]} is not a whole number from 1 to {LIMIT}: write {name}=8 for 8 GPUs")
+    return int(value)
+
+
+def _numbers(ranges: str) -> list[str]:
+    """What stands for `01-03,07`: 01, 02, 03, 07."""
+    found: list[str] = []
+    for part in ranges.split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
+        if match is None:
+            raise UsageError(f"[{ranges[:80]}] is not a range: write [01-32] or [01-03,07]")
+        first, last = match[1], match[2] or match[1]
+        if int(last) < int(first):
+            raise UsageError(f"[{first}-{last}] runs backwards: write [{last}-{first}]")
+        if last.startswith("0") and len(first) != len(last):
+            raise UsageError(f"[{first}-{last}] has ends of different lengths: write as many digits in both")
+        if int(last) - int(first) + len(found) >= LIMIT:
+            raise UsageError(f"[{ranges[:80]}] has more than {LIMIT} numbers: shorten it")
+        found += [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    return found
+
+
+def _check_name(name: str) -> None:
+    """Only what every launcher and ssh take for the name of a host; a leading hyphen would be an option to ssh."""
+    if "@" in name:
+        raise UsageError(f"{name[:80]!r} has a user: write the host alone, and its `User` into ~/.ssh/config")
+    if RESERVED.fullmatch(name):
+        raise UsageError(f"{name!r} is a setting of Open MPI, not a host: begin the line with a host, bb01 slots=8")
+    if re.fullmatch(r"[0-9.]+", name):
+        try:
+            ipaddress.IPv4Address(name)
+        except ValueError:
+            raise UsageError(f"{name[:80]!r} is neither a host name nor an IPv4 address: write one, such as bb01")
+    elif not NAME.fullmatch(name):
+        raise UsageError(
+            f"{name[:80]!r} is not a host name: letters, digits, inner hyphens and dots, as in bb01 or bb01.example.org"
+        )
+
+
+def _refuse_ipv6(word: str) -> None:
+    """mpirun 4.1 ends with "illegal character", horovodrun refuses the colons, MPICH cuts the address at the first."""
+    try:
+        ipaddress.IPv6Address(re.sub(r"^\[|\](?::[0-9]*)?$", "", word))
+    except ValueError:
+        return
+    raise UsageError(
+        f"{word} is an IPv6 address, which neither mpirun nor mpiexec nor horovodrun takes: "
+        "give the host a name (/etc/hosts) and write the name"
+    )
+
+
+def _slurm_tasks(environ: Mapping[str, str], nodes: int) -> list[str]:
+    """Tasks of each node: of `8(x4),2`, or the same for all."""
+    name = next((n for n in ("SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE") if environ.get(n)), None)
+    if name is None:
+        raise UsageError("SLURM_TASKS_PER_NODE is not set: give sbatch or salloc --ntasks-per-node=8")
+    matches = [re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part) for part in environ[name].split(",")]
+    if None in matches or sum(times := [int(match[2] or 1) for match in matches]) > LIMIT:
+        raise UsageError(f"{name}={environ[name][:80]} is not understood: it should be like 8(x4),2")
+    counts = [match[1] for match, n in zip(matches, times, strict=True) for _ in range(n)]
+    if name == "SLURM_NTASKS_PER_NODE" and len(counts) == 1:
+        counts *= nodes
+    if len(counts) != nodes:
+        raise UsageError(f"{name}={environ[name][:80]} has {len(counts)} nodes, SLURM_JOB_NODELIST {nodes}")
+    return counts
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message} (--help says more)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="python -m launch.hostfile", description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="check a hostfile")
+    check.add_argument("file")
+    check.add_argument("--gpus", type=lambda value: _number(value, "--gpus"), help="of a host: no more slots than that")
+    convert = commands.add_parser("convert", help="write a hostfile in another notation")
+    convert.add_argument("file")
+    convert.add_argument("--to", choices=NOTATIONS, required=True)
+    write = commands.add_parser("write", help="write a hostfile from a list, or from the Slurm allocation")
+    write.add_argument("hosts", nargs="*", help="such as bb[01-32]:8; none: the Slurm allocation's")
+    write.add_argument("--to", choices=NOTATIONS, default="openmpi")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UsageError as error:  # not recipe.cli.run: this must also start where the environment isn't installed
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
