@@ -12,16 +12,15 @@ and bb07. `max_slots` is read and not kept: no launcher here starts more ranks t
 What only one launcher knows (`user@`, `binding=`) is refused, and so are IPv6 addresses, which none of them takes.
 """
 
-import argparse
 import ipaddress
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from launch.command import Parser, run
 from recipe.errors import UsageError
 
 LIMIT = 65536  # hosts in a file, and slots of a host: a slip of the keyboard must not eat the memory
@@ -250,14 +249,8 @@ def _slurm_tasks(environ: Mapping[str, str], nodes: int) -> list[str]:
     return counts
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UsageError(f"{message} (--help says more)")
-
-
-def _parser() -> argparse.ArgumentParser:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="python -m launch.hostfile", description=__doc__, formatter_class=form)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m launch.hostfile", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="check a hostfile")
     check.add_argument("file")
@@ -272,8 +265,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UsageError as error:  # not recipe.cli.run: this must also start where the environment isn't installed
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -16,7 +16,7 @@ from recipe import checkpoint, collectives, elastic, runlog, sharding, standing,
 from recipe.config import Recipe
 from recipe.data.pipeline import train_batches
 from recipe.data.sources import open_source, prepare
-from recipe.errors import Preempted, RunError, UsageError
+from recipe.errors import Preempted, RunError
 from recipe.evaluation import Sources, evaluate
 from recipe.metrics import Sums
 from recipe.preemption import Notice
@@ -93,23 +93,10 @@ def open_data(recipe: Recipe) -> Sources:
 
 
 def check_size(recipe: Recipe) -> None:
-    """Raises UsageError when the ranks can't share the k workers evenly."""
-    size, together = collectives.size(), recipe.run.workers_at_once
-    if elastic.wanted() and size <= recipe.k and together == 1:
+    """Raises UsageError when the ranks can't share the k workers."""
+    if elastic.wanted() and collectives.size() <= recipe.k and recipe.run.workers_at_once == 1:
         return  # ranks come and go: some may play one worker more than others
-    if recipe.k % size:
-        possible = [ranks for ranks in range(1, recipe.k + 1) if recipe.k % ranks == 0]
-        raise UsageError(
-            f"config.k={recipe.k} workers can't be shared evenly by {size} ranks: start as many ranks as divide k "
-            f"({', '.join(map(str, possible))}), or change config.k, and with it the minibatch and kη",
-            everywhere=True,
-        )
-    if recipe.k // size % together:
-        raise UsageError(
-            f"config.run.workers_at_once={together} doesn't divide the {recipe.k // size} workers of each of {size} "
-            "ranks; set it to a number that does",
-            everywhere=True,
-        )
+    sharding.check_size(recipe.k, collectives.size(), recipe.run.workers_at_once)
 
 
 class Loop:

@@ -36,6 +36,23 @@ def own_workers(k: int, rank: int, size: int) -> range:
     return range(rank * k // size, (rank + 1) * k // size)
 
 
+def check_size(k: int, size: int, together: int) -> None:
+    """Raises UsageError when `size` ranks can't share k workers evenly, `together` of them in a forward pass."""
+    if k % size:
+        possible = [ranks for ranks in range(1, k + 1) if k % ranks == 0]
+        raise UsageError(
+            f"config.k={k} workers can't be shared evenly by {size} ranks: start as many ranks as divide k "
+            f"({', '.join(map(str, possible))}), or change config.k, and with it the minibatch and kη",
+            everywhere=True,
+        )
+    if k // size % together:
+        raise UsageError(
+            f"config.run.workers_at_once={together} doesn't divide the {k // size} workers of each of {size} "
+            "ranks; set it to a number that does",
+            everywhere=True,
+        )
+
+
 def minibatch(examples: int, step: int, k: int, n: int) -> int:
     """M, the examples in step t of an epoch: kn, but for a last, short minibatch."""
     return min(k * n, examples - step * k * n)

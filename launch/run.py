@@ -1,0 +1,191 @@
+"""Starts a program on all ranks by mpirun, horovodrun or srun: prints the whole command, then runs it.
+
+    python -m launch.run --hostfile hostfiles/bigbasin-32 python -m recipe.train --config=imagenet_1hr
+    python -m launch.run --launcher horovodrun -np 2 python -m recipe.train --config=quick       # this machine
+    python -m launch.run --launcher srun python -m recipe.train --config=imagenet_1hr            # in a Slurm allocation
+
+The ranks get the environment's variables below and no others, so that no secret travels; HOROVOD_… and NCCL_… ones
+that are set win over the settings chosen here.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import hostfile
+from launch.command import Parser, run
+from launch.hostfile import Host
+from recipe.errors import UsageError
+
+FORWARDED = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "HOME",
+    "USER",
+    "LANG",
+    "TMPDIR",
+    "KERAS_BACKEND",
+    "TFDS_DATA_DIR",
+    "OMP_NUM_THREADS",
+    "OPAL_PREFIX",
+    "TF_CPP_MIN_LOG_LEVEL",
+)
+FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "UCX_", "FI_", "TF_FORCE_GPU_")
+LOCAL = (
+    "SSH_AUTH_SOCK",
+    "TERM",
+    "OMPI_MCA_",
+    "OMPI_ALLOW_RUN_AS_ROOT",
+    "SLURM_",
+    "PMIX_",
+)  # beginnings; the launcher's
+# A lost host is noticed after 10 + 3 · 5 seconds: Open MPI's own 8 minutes, or for ever.
+KEEPALIVE = {"oob_tcp_keepalive_time": "10", "oob_tcp_keepalive_intvl": "5", "oob_tcp_keepalive_probes": "3"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be started, and where."""
+
+    program: list[str]
+    hosts: list[Host]  # empty in a Slurm allocation, whose hosts mpirun and srun know
+    ranks: int
+    interface: str  # the network that the hosts talk by; empty: the launcher's choice
+    environment: dict[str, str]  # of the ranks
+
+    @property
+    def servers(self) -> int:
+        return len(self.hosts) or int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+
+
+def main(argv: list[str]) -> None:
+    options = _parsed(argv)
+    job = _job(options, os.environ)
+    command = LAUNCHERS[options.launcher](job)
+    variables = job.environment | _local(os.environ)
+    text = shlex.join(["env", "-i", *(f"{name}={value}" for name, value in variables.items()), *command])
+    print(text, file=sys.stdout if options.dry_run else sys.stderr, flush=True)
+    if not options.dry_run:
+        os.execvpe(command[0], command, variables)
+
+
+def mpirun(job: Job) -> list[str]:
+    """Open MPI: no rank bound to a core, ranks in the order of the hosts, one network, a lost host noticed."""
+    place = ["-H", hostfile.render(job.hosts, "horovod")] if job.hosts else []
+    words = ["mpirun", "-np", str(job.ranks), *place, "--bind-to", "none", "--map-by", "slot"]
+    if os.geteuid() == 0:
+        words.append("--allow-run-as-root")
+    if (Path(sys.prefix) / "bin" / "orted").exists():
+        words += ["--prefix", sys.prefix]  # where the other hosts find Open MPI
+    if job.servers > 1:
+        for name, value in (KEEPALIVE | _networks(job.interface)).items():
+            words += ["--mca", name, value]
+    return words + [word for name in job.environment for word in ("-x", name)] + job.program
+
+
+def horovodrun(job: Job) -> list[str]:
+    """Horovod's own launcher by Gloo: ssh, and no MPI."""
+    words = ["horovodrun", "--gloo", "-np", str(job.ranks), "-H", hostfile.render(job.hosts, "horovod")]
+    if job.interface:
+        words += ["--network-interfaces", job.interface]
+    return words + job.program
+
+
+def srun(job: Job) -> list[str]:
+    """Slurm, with PMIx, in an allocation."""
+    if "SLURM_JOB_ID" not in os.environ:
+        raise UsageError(
+            "--launcher=srun needs a Slurm allocation, of salloc or sbatch; elsewhere take mpirun or horovodrun"
+        )
+    return ["srun", "--mpi=pmix", f"--ntasks={job.ranks}", "--kill-on-bad-exit=1", "--cpu-bind=none", *job.program]
+
+
+LAUNCHERS = {"mpirun": mpirun, "horovodrun": horovodrun, "srun": srun}
+
+
+def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that ranks get."""
+    return {name: value for name, value in environ.items() if name in FORWARDED or name.startswith(FORWARDED_PREFIXES)}
+
+
+def settings(servers: int, ranks: int, interface: str, launcher: str) -> dict[str, str]:
+    """Horovod's and NCCL's variables for so many servers, as starting points: `horovodrun --autotune` finds better.
+
+    Several servers of several GPUs each reduce in three phases, as in the paper (sec. 4): inside a server by NCCL,
+    between servers by MPI, inside again."""
+    found = {}
+    if servers > 1 and ranks > servers and launcher != "horovodrun":  # the phase between servers is MPI's
+        found["HOROVOD_HIERARCHICAL_ALLREDUCE"] = "1"
+    if servers > 1:
+        # ResNet-50's 102 MB of gradients in several pieces: the first travels while backprop makes the next.
+        found["HOROVOD_FUSION_THRESHOLD"] = str(32 * 2**20)
+        found["HOROVOD_CYCLE_TIME"] = "3.5"  # ms
+    if interface:
+        found |= {"NCCL_SOCKET_IFNAME": interface, "HOROVOD_GLOO_IFACE": interface}
+    return found
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="python -m launch.run", description=__doc__)
+    parser.add_argument("--launcher", choices=list(LAUNCHERS), default="mpirun")
+    parser.add_argument("--hostfile", help="default: the Slurm allocation, or this machine")
+    parser.add_argument("-np", type=int, metavar="RANKS", help="default: all slots")
+    parser.add_argument("--interface", default="", help="the network between the hosts, such as eth0")
+    parser.add_argument("--dry-run", action="store_true", help="print the command only")
+    parser.add_argument("program", nargs=argparse.REMAINDER, help="what to run, such as python -m recipe.train …")
+    return parser.parse_args(argv)
+
+
+def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
+    program = options.program[1:] if options.program[:1] == ["--"] else options.program
+    if not program:
+        raise UsageError("nothing to run: end the command with one, such as python -m recipe.train --config=quick")
+    hosts = _hosts(options, environ)
+    slots = sum(host.slots for host in hosts)
+    ranks = options.np or slots
+    if not 1 <= ranks <= slots:
+        raise UsageError(f"-np {ranks} ranks don't fit into {slots} slots; lower -np or add hosts")
+    _check_k(program, ranks)
+    chosen = settings(len(hosts), ranks, options.interface, options.launcher)
+    in_slurm = not options.hostfile and "SLURM_JOB_ID" in environ and options.launcher != "horovodrun"
+    return Job(program, [] if in_slurm else hosts, ranks, options.interface, chosen | forwarded(environ))
+
+
+def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host]:
+    if options.hostfile:
+        return hostfile.read(options.hostfile)
+    if "SLURM_JOB_ID" in environ:
+        return hostfile.from_slurm(environ)
+    if not options.np:
+        raise UsageError("how many ranks? Give -np for this machine, or --hostfile")
+    return [Host("localhost", options.np)]
+
+
+def _check_k(program: list[str], ranks: int) -> None:
+    """Raises UsageError when the program is the recipe and its k workers can't be shared by so many ranks."""
+    if "recipe.train" in program:
+        from recipe import cli, sharding  # the recipe's flags take half a second
+
+        recipe, *_ = cli.parse_recipe(program[program.index("recipe.train") + 1 :])
+        sharding.check_size(recipe.k, ranks, recipe.run.workers_at_once)
+
+
+def _networks(interface: str) -> dict[str, str]:
+    """Open MPI's networks for its daemons and its messages. Docker's bridge has the same address on every host."""
+    kind, names = ("include", interface) if interface else ("exclude", "lo,docker0")
+    return {f"{part}_tcp_if_{kind}": names for part in ("oob", "btl")}
+
+
+def _local(environ: Mapping[str, str]) -> dict[str, str]:
+    """What the launcher itself needs."""
+    return {name: value for name, value in environ.items() if name.startswith(LOCAL)}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,128 @@
+"""launch.run: the command it prints is the one it runs, with what people forget, without their secrets."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from launch import run
+from tests.hosts import hosts, needs_hosts
+from tests.ranks import ROOT, environment
+
+HELLO = (
+    "import os, socket, numpy, horovod.torch as hvd, torch; hvd.init(); "
+    "total = hvd.allreduce(torch.ones(1), op=hvd.Sum).item(); "
+    "print(f'rank {hvd.rank()} of {total:.0f} on {socket.gethostname()}', os.environ.get('API_TOKEN', 'no token'), "
+    "os.environ.get('HOROVOD_FUSION_THRESHOLD'), flush=True)"
+)
+
+
+def launch_run(*words: str, **extra: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "launch.run", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+        env=environment(API_TOKEN="secret", **extra),
+    )
+
+
+def dry(*words: str, **extra: str) -> tuple[dict[str, str], list[str]]:
+    """(the variables, the command) that would be run."""
+    done = launch_run("--dry-run", *words, **extra)
+    assert done.returncode == 0, done.stderr
+    printed = shlex.split(done.stdout)
+    assert printed[:2] == ["env", "-i"]
+    end = next(i for i, word in enumerate(printed) if i > 1 and "=" not in word)
+    return dict(word.split("=", 1) for word in printed[2:end]), printed[end:]
+
+
+def test_mpirun_on_32_servers():
+    variables, command = dry("--hostfile", "hostfiles/bigbasin-32", "--interface", "ib0", "--", "python", "-m", "x")
+    text = " ".join(command)
+    assert command[:4] == ["mpirun", "-np", "256", "-H"] and command[4].startswith("bb01:8,bb02:8,")
+    assert "--bind-to none --map-by slot" in text
+    assert "--mca oob_tcp_if_include ib0 --mca btl_tcp_if_include ib0" in text
+    assert "--mca oob_tcp_keepalive_time 10" in text
+    assert command[-3:] == ["python", "-m", "x"]
+    sent = [command[i + 1] for i, word in enumerate(command) if word == "-x"]
+    assert {"PATH", "PYTHONPATH", "NCCL_SOCKET_IFNAME", "HOROVOD_HIERARCHICAL_ALLREDUCE"} <= set(sent) <= set(variables)
+    assert "API_TOKEN" not in variables
+
+
+def test_what_the_user_sets_wins_and_is_sent():
+    variables, command = dry("--hostfile", "hostfiles/bigbasin-4", "x", HOROVOD_CYCLE_TIME="7", NCCL_DEBUG="INFO")
+    assert (variables["HOROVOD_CYCLE_TIME"], variables["NCCL_DEBUG"]) == ("7", "INFO")
+    assert {"HOROVOD_CYCLE_TIME", "NCCL_DEBUG"} <= set(command)
+
+
+def test_horovodrun_on_this_machine():
+    variables, command = dry("--launcher", "horovodrun", "-np", "2", "python", "-c", "print('a b')")
+    assert command == ["horovodrun", "--gloo", "-np", "2", "-H", "localhost:2", "python", "-c", "print('a b')"]
+    assert "API_TOKEN" not in variables and "HOROVOD_HIERARCHICAL_ALLREDUCE" not in variables
+
+
+def test_srun_in_an_allocation():
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "bb[01-02]", "SLURM_TASKS_PER_NODE": "8(x2)"}
+    variables, command = dry("--launcher", "srun", "x", **slurm)
+    assert command == ["srun", "--mpi=pmix", "--ntasks=16", "--kill-on-bad-exit=1", "--cpu-bind=none", "x"]
+    assert variables["SLURM_JOB_ID"] == "1"
+    _, command = dry("x", **slurm)
+    assert command[:3] == ["mpirun", "-np", "16"] and "-H" not in command, "mpirun asks Slurm for the hosts"
+
+
+def test_settings_follow_the_topology():
+    assert run.settings(1, 8, "", "mpirun") == {}
+    assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in run.settings(4, 4, "", "mpirun")  # one rank a server
+    assert run.settings(4, 32, "eth0", "mpirun")["HOROVOD_HIERARCHICAL_ALLREDUCE"] == "1"
+    assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in run.settings(4, 32, "", "horovodrun")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["-np", "2"], "nothing to run"),
+        (["python"], "how many ranks? Give -np for this machine, or --hostfile"),
+        (["--hostfile", "hostfiles/localhost", "-np", "3", "x"], "-np 3 ranks don't fit into 2 slots"),
+        (["--hostfile", "hostfiles/none", "x"], "hostfiles/none"),
+        (["--launcher", "srun", "-np", "2", "x"], "--launcher=srun needs a Slurm allocation"),
+        (["--launcher", "pbs", "x"], "invalid choice: 'pbs'"),
+        (["-np", "3", "python", "-m", "recipe.train", "--config=imagenet_8gpu"], "config.k=8 workers can't be shared"),
+        (["-np", "8", "python", "-m", "recipe.train", "--config=imagenet_8"], "did you mean --config=imagenet_8gpu?"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words, says):
+    done = launch_run(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_ranks_of_this_machine(launcher):
+    done = launch_run("--launcher", launcher, "-np", "2", sys.executable, "-c", HELLO)
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 of 2 on" in done.stdout and "rank 1 of 2 on" in done.stdout
+    assert done.stdout.count("no token") == 2
+
+
+def test_the_exit_status_is_the_programs():
+    assert launch_run("-np", "1", sys.executable, "-c", "raise SystemExit(75)").returncode == 75
+
+
+@pytest.mark.ranks
+@needs_hosts
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_ranks_of_three_hosts(tmp_path, launcher):
+    file = tmp_path / "three"
+    file.write_text("h[1-3] slots=1\n")
+    with hosts(tmp_path / "hosts", 3) as made:
+        command = [sys.executable, "-m", "launch.run", "--launcher", launcher, "--hostfile", str(file)]
+        command += ["--interface", "eth0", sys.executable, "-c", HELLO]
+        done = made.run("h1", command, API_TOKEN="secret")
+    assert done.returncode == 0, done.stdout
+    for host in ("h1", "h2", "h3"):
+        assert f"of 3 on {host} no token {32 * 2**20}" in done.stdout
