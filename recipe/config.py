@@ -24,6 +24,7 @@ class Data:
     image_size: int = 224  # pixels a side, for training and evaluation (paper, sec. 5.1)
     min_area: float = 0.08  # smallest share of an image's area that a training crop keeps
     remainder: str = "drop"  # last N mod kn examples of an epoch: "drop" (the paper's floor(N/kn)) or "short" minibatch
+    shuffle_block: int = 1  # neighbours on disk that stay together in the shuffle, for slow disks; 1: none (remark 4)
     train_examples: int = 0  # use only the first so many training examples; 0: all
     eval_examples: int = 0  # use only the first so many evaluation examples; 0: all
 
@@ -138,6 +139,7 @@ RANGES = {
     "epochs": (1, None),
     "seed": (0, 2**32 - 1),
     "data.image_size": (8, None),
+    "data.shuffle_block": (1, None),
     "data.min_area": (0.01, 1.0),
     "data.train_examples": (0, None),
     "data.eval_examples": (0, None),

@@ -3,6 +3,7 @@
 import functools
 import math
 import socket
+import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from recipe.preemption import Notice
 from recipe.progress import Progress
 from recipe.replica import Replica
 from recipe.standing import Standing
+
+WAITS = 0.05  # share of the time spent waiting for images above which the run's end advises what to do
 
 MakeReplica = Callable[[Recipe, int], Replica]  # of a recipe and the number of classes
 
@@ -117,11 +120,12 @@ class Loop:
         self.steps = sharding.steps_per_epoch(self.examples, recipe.k, recipe.n, recipe.data.remainder)
         self.workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
         self._order = functools.lru_cache(maxsize=2)(
-            functools.partial(sharding.permutation, self.examples, recipe.seed)
+            lambda epoch: sharding.permutation(self.examples, recipe.seed, epoch, recipe.data.shuffle_block)
         )
         self._pending: Callable[[], tuple] | None = None  # gives the last step's figures
         self._first_images: list[int] = []  # checksums of what this rank's workers see in the run's first step
         self._since_epoch, self._since_line = Speed(), Speed()
+        self._waits: list[float] = []  # for each epoch the share of its time that a rank waited for images, the longest
         root = collectives.rank() == 0
         self.log = runlog.RunLog(run_dir, stands.step, stands.epochs) if root else None
         self.progress = Progress(recipe.epochs * self.steps, self.steps, stands.step) if root else None
@@ -140,6 +144,7 @@ class Loop:
                 elif self._step(elements, notice.received):
                     self._leave()
             self.replica.end()
+            self._tell_waits()
         finally:
             if self.log:
                 self.log.close()
@@ -209,8 +214,13 @@ class Loop:
         )
 
     def _seen(self, elements: Iterator[tuple]) -> Iterator[tuple]:
-        """The elements; remembers the run's first images, for the reproduction report."""
-        for element in elements:
+        """The elements, and how long they were waited for; remembers the run's first, for the reproduction report."""
+        while True:
+            began = time.monotonic()
+            element = next(elements, None)
+            self._since_epoch.waited += time.monotonic() - began
+            if element is None:
+                return
             if self.stands.step == 0:
                 workers = np.split(np.asarray(element[0]), self.recipe.run.workers_at_once)
                 self._first_images += [zlib.crc32(np.ascontiguousarray(images)) for images in workers]
@@ -241,6 +251,8 @@ class Loop:
         """Evaluates, writes the figures and the checkpoint, and begins the next epoch."""
         self.stands.epochs += 1
         figures = {"epoch": self.stands.epochs, **self._figures(self.stands.epoch, self._since_epoch)}
+        self._waits.append(max(collectives.gather(self._since_epoch.share_waited(), "waits")))
+        figures["data_wait"] = self._waits[-1]
         if self._evaluation_due():
             sums = evaluate(self.recipe, self.replica, self.sources, self.stands.epochs)
             self.stands.errors.append(sums.error)
@@ -254,6 +266,13 @@ class Loop:
         """What the other ranks go on from when one is lost after this."""
         if self.commits:
             self.commits.commit_run(self.stands, self.replica)
+
+    def _tell_waits(self) -> None:
+        """Whether the images were the bottleneck: all ranks wait for the one that gets its last."""
+        if self.progress:
+            share = statistics.median(self._waits)
+            advice = ": docs/data.md says what makes them faster" if share > WAITS else ""
+            self.progress.say(f"images: {share:.1%} of the time of a step was spent waiting for them{advice}")
 
     def _evaluation_due(self) -> bool:
         """The result is the median of the last five epochs, so that these always count."""
@@ -291,13 +310,16 @@ class Loop:
 
 
 class Speed:
-    """Examples per second since it was made."""
+    """Examples per second since it was made, and the share of the time that was spent waiting for their images."""
 
     def __init__(self) -> None:
-        self.examples, self._began = 0, time.monotonic()
+        self.examples, self.waited, self._began = 0, 0.0, time.monotonic()
 
     def per_second(self) -> float:
         return self.examples / (time.monotonic() - self._began)
+
+    def share_waited(self) -> float:
+        return self.waited / (time.monotonic() - self._began)
 
 
 def norm(weights: dict[str, np.ndarray]) -> float:

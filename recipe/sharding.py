@@ -5,13 +5,21 @@ import numpy as np
 from recipe.errors import UsageError
 
 
-def permutation(examples: int, seed: int, epoch: int) -> np.ndarray:
+def permutation(examples: int, seed: int, epoch: int, block: int = 1) -> np.ndarray:
     """int64[examples]: one random order of the whole training set for one epoch (paper, remark 4).
 
     It ranks the raw 64-bit words of Philox with the key (seed, epoch). NumPy promises that stream for ever;
-    it does not promise that Generator.permutation stays as it is."""
-    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(examples)
-    return np.argsort(words, kind="stable").astype(np.int64)
+    it does not promise that Generator.permutation stays as it is.
+
+    Deviation with `block` > 1, for slow disks: so many examples that follow one another stay together, and only the
+    blocks are shuffled. Where they begin is drawn anew for each epoch."""
+    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(examples // block + 3)
+    shift = int(words[-1] % np.uint64(block))
+    starts = np.arange(-shift, examples, block).clip(0)
+    lengths = np.diff(starts, append=examples)
+    turns = np.argsort(words[: len(starts)], kind="stable")
+    before = np.cumsum(lengths[turns]) - lengths[turns]  # examples that come earlier in the order than a block's
+    return np.repeat(starts[turns] - before, lengths[turns]) + np.arange(examples)
 
 
 def steps_per_epoch(examples: int, k: int, n: int, remainder: str) -> int:

@@ -45,11 +45,23 @@ def test_permutation_is_golden() -> None:
     assert sharding.permutation(1000, 0, 0)[:8].tolist() == [998, 162, 670, 664, 185, 322, 431, 318]
 
 
-@given(examples, st.integers(0, 2**32 - 1), st.integers(0, 1000))
-def test_permutation_has_each_example_once(count: int, seed: int, epoch: int) -> None:
-    order = sharding.permutation(count, seed, epoch)
+@given(examples, st.integers(0, 2**32 - 1), st.integers(0, 1000), st.integers(1, 500))
+def test_permutation_has_each_example_once(count: int, seed: int, epoch: int, block: int) -> None:
+    order = sharding.permutation(count, seed, epoch, block)
     assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(count))
+
+
+def test_a_block_stays_together_but_begins_elsewhere_in_each_epoch() -> None:
+    """1000 examples in blocks of 8: 125 places of a jump at most, or 126 where the ends are short; 999 without."""
+    orders = [sharding.permutation(1000, 0, epoch, 8) for epoch in range(20)]
+    jumps = [set(order[1:][np.diff(order) != 1] % 8) for order in orders]
+    for order in orders:
+        assert 80 < np.count_nonzero(np.diff(order) != 1) <= 125
+    assert all(len(found - {0}) <= 1 for found in jumps), "blocks begin at one remainder, the first one at 0"
+    assert len(set().union(*jumps)) > 4
+    firsts = {int(order[0]) for order in orders}
+    assert len(firsts) > 15, "the blocks are shuffled"
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:

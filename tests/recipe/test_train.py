@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from recipe import checkpoint
-from tests.ranks import BIN, command, environment, launch
+from tests.ranks import BIN, ROOT, command, environment, launch
 
 pytestmark = pytest.mark.ranks
 
@@ -331,3 +332,15 @@ def test_reports_are_the_papers(finished, tmp_path):
     assert f"2 runs: {np.median(errors):.2%} ± 0.00%" in done.stdout
     assert (runs[0] / "report.png").read_bytes().startswith(b"\x89PNG")
     refused(launch(1, ["-m", "recipe.report", str(tmp_path)]), 2, "metrics.jsonl")
+
+
+def test_a_run_says_how_long_it_waited_for_images(finished, tmp_path, data_dir):
+    """The rank that waits longest counts: all others then wait for it, in the allreduce."""
+    folder, printed = finished
+    assert all(0 < line["data_wait"] < 1 for line in lines(folder, "epoch"))
+    assert re.search(r"^images: \d+\.\d% of the time of a step was spent waiting for them", printed, re.MULTILINE)
+    program = str(ROOT / "tests/recipe/slow_images_program.py")
+    options = [*SMALL[2:], "--config.framework=torch", f"--config.data.data_dir={data_dir}", f"--run_dir={tmp_path}/r"]
+    done = launch(2, [program, *options])
+    (told,) = re.findall(r"^images: (\d+)\.\d% .*: docs/data.md says", done.stdout, re.MULTILINE)
+    assert int(told) > 40, "12 steps of far less than 0.3 s"
