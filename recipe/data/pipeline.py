@@ -37,7 +37,8 @@ def train_batches(
     crop shrinks (by 1.3 on average), because the filter costs 40 % of the speed."""
     k, n, remainder = recipe.k, recipe.n, recipe.data.remainder
     steps = sharding.steps_per_epoch(len(source), k, n, remainder)
-    order = functools.lru_cache(maxsize=2)(functools.partial(sharding.permutation, len(source), recipe.seed))
+    block = recipe.data.shuffle_block
+    order = functools.lru_cache(maxsize=2)(lambda e: sharding.permutation(len(source), recipe.seed, e, block))
 
     together = recipe.run.workers_at_once
     elements = len(workers) // together
