@@ -1,8 +1,9 @@
-"""Starts a program on all ranks by mpirun, horovodrun or srun: prints the whole command, then runs it.
+"""Starts a program on all ranks by mpirun, horovodrun or Slurm's srun: prints the whole command, then runs it.
 
     python -m launch.run --hostfile hostfiles/bigbasin-32 python -m recipe.train --config=imagenet_1hr
     python -m launch.run --launcher horovodrun -np 2 python -m recipe.train --config=quick       # this machine
-    python -m launch.run --launcher srun python -m recipe.train --config=imagenet_1hr            # in a Slurm allocation
+    python -m launch.run --launcher srun python -m recipe.train --config=imagenet_1hr       # in a Slurm allocation
+    python -m launch.run --launcher srun-gloo python -m recipe.train --config=imagenet_1hr  # the same without MPI
 
 The ranks get the environment's variables below and no others, so that no secret travels; HOROVOD_… and NCCL_… ones
 that are set win over the settings chosen here.
@@ -11,6 +12,8 @@ that are set win over the settings chosen here.
 import argparse
 import os
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +60,7 @@ class Job:
     hosts: list[Host]  # empty in a Slurm allocation, whose hosts mpirun and srun know
     ranks: int
     interface: str  # the network that the hosts talk by; empty: the launcher's choice
+    log_dir: str  # for a file of each rank's output; empty: none
     environment: dict[str, str]  # of the ranks
 
     @property
@@ -86,6 +90,7 @@ def mpirun(job: Job) -> list[str]:
     if job.servers > 1:
         for name, value in (KEEPALIVE | _networks(job.interface)).items():
             words += ["--mca", name, value]
+    words += ["--output-filename", job.log_dir] if job.log_dir else []
     return words + [word for name in job.environment for word in ("-x", name)] + job.program
 
 
@@ -94,19 +99,41 @@ def horovodrun(job: Job) -> list[str]:
     words = ["horovodrun", "--gloo", "-np", str(job.ranks), "-H", hostfile.render(job.hosts, "horovod")]
     if job.interface:
         words += ["--network-interfaces", job.interface]
+    words += ["--output-filename", job.log_dir] if job.log_dir else []
     return words + job.program
 
 
 def srun(job: Job) -> list[str]:
-    """Slurm, with PMIx, in an allocation."""
+    """Slurm, with PMIx."""
+    _check_pmix()
+    return _srun(job, "pmix") + job.program
+
+
+def srun_gloo(job: Job) -> list[str]:
+    """Slurm, without MPI."""
+    return [*_srun(job, "none"), sys.executable, "-m", "launch.gloo", *job.program]
+
+
+LAUNCHERS = {"mpirun": mpirun, "horovodrun": horovodrun, "srun": srun, "srun-gloo": srun_gloo}
+MPI = ("mpirun", "srun")
+
+
+def _srun(job: Job, mpi: str) -> list[str]:
     if "SLURM_JOB_ID" not in os.environ:
-        raise UsageError(
-            "--launcher=srun needs a Slurm allocation, of salloc or sbatch; elsewhere take mpirun or horovodrun"
-        )
-    return ["srun", "--mpi=pmix", f"--ntasks={job.ranks}", "--kill-on-bad-exit=1", "--cpu-bind=none", *job.program]
+        raise UsageError("srun needs a Slurm allocation, of salloc or sbatch; elsewhere take --launcher=horovodrun")
+    words = ["srun", f"--mpi={mpi}", f"--ntasks={job.ranks}", "--distribution=block", "--kill-on-bad-exit=1"]
+    return [*words, "--cpu-bind=none", *(["--output", f"{job.log_dir}/rank.%t"] if job.log_dir else [])]
 
 
-LAUNCHERS = {"mpirun": mpirun, "horovodrun": horovodrun, "srun": srun}
+def _check_pmix() -> None:
+    """Raises UsageError when this Slurm can't start MPI ranks itself: each would come up alone, or abort."""
+    if shutil.which("srun"):
+        known = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, check=False)
+        if "pmix" not in known.stdout + known.stderr:
+            raise UsageError(
+                "this Slurm has no PMIx plugin that loads (srun --mpi=list): take --launcher=mpirun or srun-gloo, or "
+                "have Slurm's PMIx plugin and libpmix.so (Debian's libpmix-dev) installed on all nodes"
+            )
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
@@ -120,7 +147,7 @@ def settings(servers: int, ranks: int, interface: str, launcher: str) -> dict[st
     Several servers of several GPUs each reduce in three phases, as in the paper (sec. 4): inside a server by NCCL,
     between servers by MPI, inside again."""
     found = {}
-    if servers > 1 and ranks > servers and launcher != "horovodrun":  # the phase between servers is MPI's
+    if servers > 1 and ranks > servers and launcher in MPI:  # the phase between servers is MPI's
         found["HOROVOD_HIERARCHICAL_ALLREDUCE"] = "1"
     if servers > 1:
         # ResNet-50's 102 MB of gradients in several pieces: the first travels while backprop makes the next.
@@ -137,6 +164,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hostfile", help="default: the Slurm allocation, or this machine")
     parser.add_argument("-np", type=int, metavar="RANKS", help="default: all slots")
     parser.add_argument("--interface", default="", help="the network between the hosts, such as eth0")
+    parser.add_argument("--log_dir", default="", help="a folder for a file of each rank's output")
     parser.add_argument("--dry-run", action="store_true", help="print the command only")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="what to run, such as python -m recipe.train …")
     return parser.parse_args(argv)
@@ -154,7 +182,8 @@ def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
     _check_k(program, ranks)
     chosen = settings(len(hosts), ranks, options.interface, options.launcher)
     in_slurm = not options.hostfile and "SLURM_JOB_ID" in environ and options.launcher != "horovodrun"
-    return Job(program, [] if in_slurm else hosts, ranks, options.interface, chosen | forwarded(environ))
+    variables = chosen | forwarded(environ)
+    return Job(program, [] if in_slurm else hosts, ranks, options.interface, options.log_dir, variables)
 
 
 def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host]:
@@ -177,9 +206,14 @@ def _check_k(program: list[str], ranks: int) -> None:
 
 
 def _networks(interface: str) -> dict[str, str]:
-    """Open MPI's networks for its daemons and its messages. Docker's bridge has the same address on every host."""
+    """Open MPI's networks for its daemons and its messages, but for what the environment says of them.
+
+    Docker's bridge has the same address on every host."""
     kind, names = ("include", interface) if interface else ("exclude", "lo,docker0")
-    return {f"{part}_tcp_if_{kind}": names for part in ("oob", "btl")}
+    said = [
+        part for part in ("oob", "btl") for k in ("include", "exclude") if f"OMPI_MCA_{part}_tcp_if_{k}" in os.environ
+    ]
+    return {f"{part}_tcp_if_{kind}": names for part in ("oob", "btl") if part not in said}
 
 
 def _local(environ: Mapping[str, str]) -> dict[str, str]:

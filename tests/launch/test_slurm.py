@@ -1,0 +1,150 @@
+"""The sbatch template under a real Slurm of two nodes: every launcher, preemption, seeds, mistakes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from recipe import runlog
+from tests.ranks import BIN, ROOT
+from tests.slurm import Slurm, needs_slurm, slurm
+
+pytestmark = [pytest.mark.ranks, needs_slurm]
+
+TEMPLATE = str(ROOT / "launch/slurm/train.sbatch")
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=10"]
+TINY = [
+    "--config=quick",
+    "--config.n=16",
+    "--config.epochs=2",
+    "--config.schedule.warmup_epochs=1.0",
+    "--config.schedule.decay_epochs=()",
+    "--config.data.name=synthetic",
+    "--config.data.train_examples=128",
+    "--config.data.eval_examples=20",
+    "--config.model.blocks=(1,)",
+    "--config.model.width=8",
+    "--config.framework=torch",
+]
+LONGER = ["--config.epochs=6", "--config.data.train_examples=3200"]  # 600 steps
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Slurm]:
+    with slurm(tmp_path_factory.mktemp("slurm") / "d") as made:
+        yield made
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A folder with the project's names in it, from which jobs are submitted, so that their runs stay apart."""
+    for name in ("recipe", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").symlink_to(BIN.parent)
+    return tmp_path
+
+
+def submit(cluster: Slurm, project: Path, *words: str, **extra: str) -> str:
+    return cluster.submit("--chdir", str(project), *TWO_NODES, *words, **extra)
+
+
+def log(project: Path, job: str) -> str:
+    return (project / f"imagenet-1hr-{job}.log").read_text()
+
+
+def weights(run: Path) -> list[str]:
+    """Digests of the weights after each epoch."""
+    return [line["weights"] for line in runlog.read_epochs(run)]
+
+
+def test_every_launcher_trains_the_same(cluster, project):
+    found = {}
+    for launcher in ("mpirun", "srun", "srun-gloo"):
+        job = submit(cluster, project, TEMPLATE, *TINY, LAUNCHER=launcher)
+        assert cluster.ends(job) == "COMPLETED", log(project, job)
+        run = project / f"runs/imagenet-1hr-{job}"
+        assert len(json.loads((run / "environment.json").read_text())["hosts"]) == 2
+        printed = "".join(path.read_text() for path in (run / "ranks").rglob("*") if path.is_file())
+        assert "epoch 2 of 2" in printed
+        found[launcher] = weights(run)
+    # Two ranks: a + b is the same in any order, whoever adds.
+    assert found["mpirun"] == found["srun"] == found["srun-gloo"]
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "srun", "srun-gloo"])
+def test_a_preempted_job_goes_on_and_ends_the_same(cluster, project, launcher):
+    job = submit(
+        cluster, project, "--partition=low", TEMPLATE, *TINY, *LONGER, "--config.run.log_every=5", LAUNCHER=launcher
+    )
+    run = project / f"runs/imagenet-1hr-{job}"
+    cluster.until(
+        lambda: (run / "metrics.jsonl").exists() and '"kind": "step"' in (run / "metrics.jsonl").read_text(), 60
+    )
+    high = cluster.submit("--partition=high", "--exclusive", "--nodes=2", "--wrap", "sleep 1", "--output=/dev/null")
+    cluster.until(lambda: cluster.state(high) != "PENDING", 60)
+    assert cluster.ends(job, 200) == "COMPLETED", log(project, job)
+    printed = log(project, job) + "".join(path.read_text() for path in (run / "ranks").rglob("*") if path.is_file())
+    assert "preempted: told to leave after step" in printed
+    assert "--resume" in log(project, job)
+
+    undisturbed = submit(cluster, project, TEMPLATE, *TINY, *LONGER)
+    assert cluster.ends(undisturbed) == "COMPLETED", log(project, undisturbed)
+    assert weights(run) == weights(project / f"runs/imagenet-1hr-{undisturbed}")
+
+
+def test_an_array_of_seeds_and_its_summary(cluster, project):
+    job = submit(cluster, project, "--array=0-1", TEMPLATE, *TINY)
+    wrap = f"{BIN}/python -m recipe.report runs/imagenet-1hr-{job}-*"
+    options = ["--chdir", str(project), f"--dependency=afterok:{job}", "--output=report.log"]
+    report = cluster.submit(*options, "--wrap", wrap)
+    assert cluster.ends(report, 200) == "COMPLETED", cluster.state(job)
+    assert "2 runs:" in (project / "report.log").read_text()
+    seeds = [runlog.read_recipe(project / f"runs/imagenet-1hr-{job}-seed{seed}").seed for seed in (0, 1)]
+    assert seeds == [0, 1]
+
+
+def test_a_k_that_the_tasks_cannot_share_fails_at_once(cluster, project):
+    job = submit(cluster, project, TEMPLATE, *TINY, "--config.k=3")
+    assert cluster.ends(job, 60) == "FAILED"
+    assert "error: config.k=3 workers can't be shared evenly by 2 ranks" in log(project, job)
+    assert not list((project / "runs").rglob("config.json"))
+
+
+def test_a_slurm_without_pmix_is_told(cluster, project, tmp_path):
+    """Its plugin folder, but for the plugins of PMIx."""
+    config = cluster.run("scontrol", "show", "config").stdout
+    plugins = Path(re.search(r"PluginDir\s*= (\S+)", config)[1])
+    (tmp_path / "plugins").mkdir()
+    for file in plugins.iterdir():
+        if "pmix" not in file.name:
+            (tmp_path / "plugins" / file.name).symlink_to(file)
+    conf = tmp_path / "slurm.conf"
+    conf.write_text(cluster.conf.read_text() + f"PluginDir={tmp_path / 'plugins'}\n")
+    shutil.copy(cluster.conf.with_name("cgroup.conf"), tmp_path)
+    allocation = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "1(x2)"}
+    done = cluster.run(
+        str(BIN / "python"),
+        "-m",
+        "launch.run",
+        "--dry-run",
+        "--launcher",
+        "srun",
+        "x",
+        **allocation,
+        SLURM_CONF=str(conf),
+    )
+    assert done.returncode == 2
+    assert "this Slurm has no PMIx plugin that loads" in done.stderr, done.stderr
+
+
+def test_the_gloo_step_outside_of_slurm_says_so():
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        [BIN / "python", "-m", "launch.gloo", "x"], env=kept, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "this is no task of Slurm's" in done.stderr
