@@ -6,6 +6,7 @@ The first task keeps the server by which the ranks find each other, at a port ma
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,13 +24,15 @@ from launch.hostfile import from_slurm
 from recipe.errors import RunError, UsageError
 
 PORTS = range(20000, 32000)  # below those that Linux gives to clients
-PATIENCE = 60.0  # seconds until the first task must listen
+PATIENCE = 120.0  # seconds until the first task must listen
 
 
 def main(program: list[str]) -> None:
     if not program:
         raise UsageError("nothing to run: end the command with one, such as python -m recipe.train --config=quick")
     slots = assignments(os.environ)
+    if not shutil.which(program[0]):
+        raise UsageError(f"{program[0]} is not on the PATH of {socket.gethostname()}")
     mine = slots[int(os.environ["SLURM_PROCID"])]
     if mine.local_rank != int(os.environ["SLURM_LOCALID"]):
         raise UsageError("the tasks of a node don't follow one another: give srun --distribution=block")

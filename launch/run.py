@@ -48,6 +48,8 @@ LOCAL = (
     "SLURM_",
     "PMIX_",
 )  # beginnings; the launcher's
+OURS = (Path(sys.prefix) / "bin" / "orted").exists()  # Open MPI is the environment's, not the system's
+PATIENCE = 120  # seconds until srun must have started something
 # A lost host is noticed after 10 + 3 · 5 seconds: Open MPI's own 8 minutes, or for ever.
 KEEPALIVE = {"oob_tcp_keepalive_time": "10", "oob_tcp_keepalive_intvl": "5", "oob_tcp_keepalive_probes": "3"}
 
@@ -76,6 +78,7 @@ def main(argv: list[str]) -> None:
     text = shlex.join(["env", "-i", *(f"{name}={value}" for name, value in variables.items()), *command])
     print(text, file=sys.stdout if options.dry_run else sys.stderr, flush=True)
     if not options.dry_run:
+        _ready(command, job, variables)
         os.execvpe(command[0], command, variables)
 
 
@@ -85,7 +88,7 @@ def mpirun(job: Job) -> list[str]:
     words = ["mpirun", "-np", str(job.ranks), *place, "--bind-to", "none", "--map-by", "slot"]
     if os.geteuid() == 0:
         words.append("--allow-run-as-root")
-    if (Path(sys.prefix) / "bin" / "orted").exists():
+    if OURS:
         words += ["--prefix", sys.prefix]  # where the other hosts find Open MPI
     if job.servers > 1:
         for name, value in (KEEPALIVE | _networks(job.interface)).items():
@@ -105,7 +108,6 @@ def horovodrun(job: Job) -> list[str]:
 
 def srun(job: Job) -> list[str]:
     """Slurm, with PMIx."""
-    _check_pmix()
     return _srun(job, "pmix") + job.program
 
 
@@ -123,17 +125,6 @@ def _srun(job: Job, mpi: str) -> list[str]:
         raise UsageError("srun needs a Slurm allocation, of salloc or sbatch; elsewhere take --launcher=horovodrun")
     words = ["srun", f"--mpi={mpi}", f"--ntasks={job.ranks}", "--distribution=block", "--kill-on-bad-exit=1"]
     return [*words, "--cpu-bind=none", *(["--output", f"{job.log_dir}/rank.%t"] if job.log_dir else [])]
-
-
-def _check_pmix() -> None:
-    """Raises UsageError when this Slurm can't start MPI ranks itself: each would come up alone, or abort."""
-    if shutil.which("srun"):
-        known = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, check=False)
-        if "pmix" not in known.stdout + known.stderr:
-            raise UsageError(
-                "this Slurm has no PMIx plugin that loads (srun --mpi=list): take --launcher=mpirun or srun-gloo, or "
-                "have Slurm's PMIx plugin and libpmix.so (Debian's libpmix-dev) installed on all nodes"
-            )
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
@@ -164,7 +155,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hostfile", help="default: the Slurm allocation, or this machine")
     parser.add_argument("-np", type=int, metavar="RANKS", help="default: all slots")
     parser.add_argument("--interface", default="", help="the network between the hosts, such as eth0")
-    parser.add_argument("--log_dir", default="", help="a folder for a file of each rank's output")
+    parser.add_argument("--log-dir", default="", help="a folder for a file of each rank's output")
     parser.add_argument("--dry-run", action="store_true", help="print the command only")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="what to run, such as python -m recipe.train …")
     return parser.parse_args(argv)
@@ -205,6 +196,32 @@ def _check_k(program: list[str], ranks: int) -> None:
         sharding.check_size(recipe.k, ranks, recipe.run.workers_at_once)
 
 
+def _ready(command: list[str], job: Job, variables: dict[str, str]) -> None:
+    """Raises UsageError when the command can't be run here; makes the folder for the ranks' output."""
+    if not shutil.which(command[0], path=variables.get("PATH")):
+        raise UsageError(f"{command[0]} is not on the PATH: put .venv/bin there, or take another --launcher")
+    if "--mpi=pmix" in command:
+        _try_pmix(job.servers, variables)
+    if job.log_dir:
+        Path(job.log_dir).mkdir(parents=True, exist_ok=True)
+
+
+def _try_pmix(servers: int, variables: dict[str, str]) -> None:
+    """Raises UsageError when srun can't start MPI ranks on each host. `srun --mpi=list` lists what doesn't load, too."""
+    one_each = [f"--nodes={servers}", f"--ntasks={servers}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    words = ["srun", "--mpi=pmix", "--input=none", *one_each, "true"]
+    others = "take --launcher=mpirun or srun-gloo"
+    try:
+        done = subprocess.run(words, env=variables, timeout=PATIENCE, capture_output=True, text=True, check=False)
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"`{shlex.join(words)}` did not end in {PATIENCE} s: {others}")
+    if done.returncode:
+        raise UsageError(
+            f"srun --mpi=pmix does not work here ({'; '.join(done.stderr.splitlines())}): {others}, or have Slurm's "
+            "PMIx plugin and libpmix.so (Debian: libpmix-dev) installed on all nodes"
+        )
+
+
 def _networks(interface: str) -> dict[str, str]:
     """Open MPI's networks for its daemons and its messages, but for what the environment says of them.
 
@@ -217,8 +234,8 @@ def _networks(interface: str) -> dict[str, str]:
 
 
 def _local(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the launcher itself needs."""
-    return {name: value for name, value in environ.items() if name.startswith(LOCAL)}
+    """What the launcher itself needs; SLURM_JWT is a key."""
+    return {name: value for name, value in environ.items() if name.startswith(LOCAL) and name != "SLURM_JWT"}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ ONE_KERNEL = {
     "OMPI_MCA_btl_tcp_if_include": "lo",
     "OMPI_MCA_oob_tcp_if_include": "lo",
 }
+MORTAL = ["setpriv", "--pdeathsig", "KILL"]  # a daemon dies with the tests, also when these are killed
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -85,8 +86,8 @@ class Slurm:
         (self.folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={self.folder}/gpu[0-7]\n")
         for daemon in (["slurmctld", "-D", "-i"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
             log = (self.folder / "log" / "-".join(daemon)).open("w")
-            process = subprocess.Popen(daemon, env=self.environment(), stdout=log, stderr=log, start_new_session=True)
-            self._daemons.append(process)
+            words, options = [*MORTAL, *daemon], {"env": self.environment(), "stdout": log, "stderr": log}
+            self._daemons.append(subprocess.Popen(words, **options, start_new_session=True))
         self.until(lambda: self.run("sinfo", "-h", "-o", "%T %D").stdout == "idle 2\n", 20)
 
     def stop(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from recipe import runlog
-from tests.ranks import BIN, ROOT
+from tests.ranks import BIN, ROOT, launch
 from tests.slurm import Slurm, needs_slurm, slurm
 
 pytestmark = [pytest.mark.ranks, needs_slurm]
@@ -76,25 +76,37 @@ def test_every_launcher_trains_the_same(cluster, project):
     assert found["mpirun"] == found["srun"] == found["srun-gloo"]
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "srun", "srun-gloo"])
-def test_a_preempted_job_goes_on_and_ends_the_same(cluster, project, launcher):
-    job = submit(
-        cluster, project, "--partition=low", TEMPLATE, *TINY, *LONGER, "--config.run.log_every=5", LAUNCHER=launcher
-    )
-    run = project / f"runs/imagenet-1hr-{job}"
-    cluster.until(
-        lambda: (run / "metrics.jsonl").exists() and '"kind": "step"' in (run / "metrics.jsonl").read_text(), 60
-    )
+def printed(project: Path, job: str) -> str:
+    """What the job and its ranks have said."""
+    ranks = (project / f"runs/imagenet-1hr-{job}/ranks").rglob("*")
+    return log(project, job) + "".join(path.read_text() for path in ranks if path.is_file())
+
+
+def preempt(cluster: Slurm) -> None:
+    """A job that needs all nodes and goes before: gone again after a second."""
     high = cluster.submit("--partition=high", "--exclusive", "--nodes=2", "--wrap", "sleep 1", "--output=/dev/null")
     cluster.until(lambda: cluster.state(high) != "PENDING", 60)
-    assert cluster.ends(job, 200) == "COMPLETED", log(project, job)
-    printed = log(project, job) + "".join(path.read_text() for path in (run / "ranks").rglob("*") if path.is_file())
-    assert "preempted: told to leave after step" in printed
-    assert "--resume" in log(project, job)
 
-    undisturbed = submit(cluster, project, TEMPLATE, *TINY, *LONGER)
-    assert cluster.ends(undisturbed) == "COMPLETED", log(project, undisturbed)
-    assert weights(run) == weights(project / f"runs/imagenet-1hr-{undisturbed}")
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> list[str]:
+    """The weights that LONGER ends with."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = launch(2, ["-m", "recipe.train", *TINY, *LONGER, f"--run_dir={run}"])
+    assert done.returncode == 0, done.stdout
+    return weights(run)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "srun", "srun-gloo"])
+def test_a_preempted_job_goes_on_and_ends_the_same(cluster, project, undisturbed, launcher):
+    job = submit(cluster, project, TEMPLATE, *TINY, *LONGER, "--config.run.log_every=5", LAUNCHER=launcher)
+    run = project / f"runs/imagenet-1hr-{job}"
+    cluster.until(lambda: (run / "metrics.jsonl").exists() and runlog.read_lines(run, "step"), 60)
+    preempt(cluster)
+    assert cluster.ends(job, 200) == "COMPLETED", log(project, job)
+    assert "preempted: told to leave after step" in printed(project, job)
+    assert "--resume" in log(project, job)
+    assert weights(run) == undisturbed
 
 
 def test_an_array_of_seeds_and_its_summary(cluster, project):
