@@ -2,6 +2,7 @@
 
     python -m launch.run --hostfile hostfiles/bigbasin-32 python -m recipe.train --config=imagenet_1hr
     python -m launch.run --launcher horovodrun -np 2 python -m recipe.train --config=quick       # this machine
+    python -m launch.run --launcher horovodrun --elastic 8:256 --hostfile hosts python -m recipe.train …    # may change
     python -m launch.run --launcher srun python -m recipe.train --config=imagenet_1hr       # in a Slurm allocation
     python -m launch.run --launcher srun-gloo python -m recipe.train --config=imagenet_1hr  # the same without MPI
 
@@ -11,6 +12,7 @@ that are set win over the settings chosen here.
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -63,6 +65,7 @@ class Job:
     ranks: int
     interface: str  # the network that the hosts talk by; empty: the launcher's choice
     log_dir: str  # for a file of each rank's output; empty: none
+    elastic: list[str]  # horovodrun's options when hosts may come and go; empty: they may not
     environment: dict[str, str]  # of the ranks
 
     @property
@@ -99,7 +102,8 @@ def mpirun(job: Job) -> list[str]:
 
 def horovodrun(job: Job) -> list[str]:
     """Horovod's own launcher by Gloo: ssh, and no MPI."""
-    words = ["horovodrun", "--gloo", "-np", str(job.ranks), "-H", hostfile.render(job.hosts, "horovod")]
+    words = ["horovodrun", "--gloo", "-np", str(job.ranks)]
+    words += job.elastic or ["-H", hostfile.render(job.hosts, "horovod")]
     if job.interface:
         words += ["--network-interfaces", job.interface]
     words += ["--output-filename", job.log_dir] if job.log_dir else []
@@ -154,6 +158,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--launcher", choices=list(LAUNCHERS), default="mpirun")
     parser.add_argument("--hostfile", help="default: the Slurm allocation, or this machine")
     parser.add_argument("-np", type=int, metavar="RANKS", help="default: all slots")
+    parser.add_argument("--elastic", type=_range, metavar="MIN:MAX", help="horovodrun: ranks; the hosts may change")
     parser.add_argument("--interface", default="", help="the network between the hosts, such as eth0")
     parser.add_argument("--log-dir", default="", help="a folder for a file of each rank's output")
     parser.add_argument("--dry-run", action="store_true", help="print the command only")
@@ -167,14 +172,21 @@ def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
         raise UsageError("nothing to run: end the command with one, such as python -m recipe.train --config=quick")
     hosts = _hosts(options, environ)
     slots = sum(host.slots for host in hosts)
-    ranks = options.np or slots
+    ranks = options.np or (min(options.elastic[1], slots) if options.elastic else slots)
     if not 1 <= ranks <= slots:
         raise UsageError(f"-np {ranks} ranks don't fit into {slots} slots; lower -np or add hosts")
-    _check_k(program, ranks)
+    _check_k(program, ranks, options.elastic)
     chosen = settings(len(hosts), ranks, options.interface, options.launcher)
     in_slurm = not options.hostfile and "SLURM_JOB_ID" in environ and options.launcher != "horovodrun"
-    variables = chosen | forwarded(environ)
-    return Job(program, [] if in_slurm else hosts, ranks, options.interface, options.log_dir, variables)
+    return Job(
+        program=program,
+        hosts=[] if in_slurm else hosts,
+        ranks=ranks,
+        interface=options.interface,
+        log_dir=options.log_dir,
+        elastic=_elastic(options, ranks),
+        environment=chosen | forwarded(environ),
+    )
 
 
 def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host]:
@@ -187,13 +199,42 @@ def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host
     return [Host("localhost", options.np)]
 
 
-def _check_k(program: list[str], ranks: int) -> None:
+def _range(text: str) -> tuple[int, int]:
+    """Of MIN:MAX."""
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX ranks, such as 8:256")
+    return int(match[1]), int(match[2])
+
+
+def _elastic(options: argparse.Namespace, ranks: int) -> list[str]:
+    """horovodrun's options. Raises UsageError when there can be no such run."""
+    if options.elastic is None:
+        return []
+    if options.launcher != "horovodrun":
+        raise UsageError(f"--elastic needs --launcher=horovodrun; {options.launcher} keeps its ranks to the end")
+    if not options.hostfile and "SLURM_JOB_ID" not in os.environ:
+        raise UsageError("--elastic needs --hostfile, a file that may then change, or a Slurm allocation")
+    least, most = options.elastic
+    if not least <= ranks <= most:
+        raise UsageError(f"{ranks} ranks to begin with are not among --elastic={least}:{most}; change -np or the hosts")
+    discovery = [sys.executable, "-m", "launch.hostfile", "discover", *([options.hostfile] if options.hostfile else [])]
+    limits = ["--min-np", str(least), "--max-np", str(most)]
+    return [*limits, "--host-discovery-script", shlex.join(discovery)]
+
+
+def _check_k(program: list[str], ranks: int, elastic: tuple[int, int] | None) -> None:
     """Raises UsageError when the program is the recipe and its k workers can't be shared by so many ranks."""
     if "recipe.train" in program:
         from recipe import cli, sharding  # the recipe's flags take half a second
 
         recipe, *_ = cli.parse_recipe(program[program.index("recipe.train") + 1 :])
-        sharding.check_size(recipe.k, ranks, recipe.run.workers_at_once)
+        if elastic is None:
+            sharding.check_size(recipe.k, ranks, recipe.run.workers_at_once)
+        elif elastic[1] > recipe.k:
+            raise UsageError(
+                f"--elastic up to {elastic[1]} ranks: config.k={recipe.k} workers have work for {recipe.k}"
+            )
 
 
 def _ready(command: list[str], job: Job, variables: dict[str, str]) -> None:
@@ -207,7 +248,7 @@ def _ready(command: list[str], job: Job, variables: dict[str, str]) -> None:
 
 
 def _try_pmix(servers: int, variables: dict[str, str]) -> None:
-    """Raises UsageError when srun can't start MPI ranks on each host. `srun --mpi=list` lists what doesn't load, too."""
+    """Raises UsageError when srun can't start MPI ranks on a host. `srun --mpi=list` lists what doesn't load, too."""
     one_each = [f"--nodes={servers}", f"--ntasks={servers}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     words = ["srun", "--mpi=pmix", "--input=none", *one_each, "true"]
     others = "take --launcher=mpirun or srun-gloo"

@@ -18,6 +18,9 @@ HELLO = (
 )
 
 
+ELASTIC = ["--launcher", "horovodrun", "--hostfile", "hostfiles/localhost", "--elastic"]
+
+
 def launch_run(*words: str, **extra: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "launch.run", *words],
@@ -74,6 +77,14 @@ def test_srun_in_an_allocation():
     assert command[:3] == ["mpirun", "-np", "16"] and "-H" not in command, "mpirun asks Slurm for the hosts"
 
 
+def test_an_elastic_run_asks_for_the_hosts_again_and_again():
+    words = ["--launcher", "horovodrun", "--elastic", "8:64", "--hostfile", "hostfiles/bigbasin-4"]
+    _, command = dry(*words, "python", "-m", "recipe.train", "--config=imagenet_1hr")
+    discovery = f"{sys.executable} -m launch.hostfile discover hostfiles/bigbasin-4"
+    elastic = ["--min-np", "8", "--max-np", "64", "--host-discovery-script", discovery]
+    assert command[: 4 + len(elastic)] == ["horovodrun", "--gloo", "-np", "32", *elastic]
+
+
 def test_settings_follow_the_topology():
     assert run.settings(1, 8, "", "mpirun") == {}
     assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in run.settings(4, 4, "", "mpirun")  # one rank a server
@@ -89,6 +100,11 @@ def test_settings_follow_the_topology():
         (["--hostfile", "hostfiles/localhost", "-np", "3", "x"], "-np 3 ranks don't fit into 2 slots"),
         (["--hostfile", "hostfiles/none", "x"], "hostfiles/none"),
         (["--launcher", "srun", "-np", "2", "x"], "srun needs a Slurm allocation"),
+        (["--elastic", "1:2", "--hostfile", "hostfiles/localhost", "x"], "--elastic needs --launcher=horovodrun"),
+        (["--launcher", "horovodrun", "--elastic", "1:2", "-np", "2", "x"], "--elastic needs --hostfile"),
+        (["--elastic", "2", "x"], "'2' is not MIN:MAX ranks"),
+        ([*ELASTIC, "8:9", "x"], "2 ranks to begin with are not among --elastic=8:9"),
+        ([*ELASTIC, "1:3", "python", "-m", "recipe.train", "--config=quick"], "config.k=2 workers have work for 2"),
         (["--launcher", "pbs", "x"], "invalid choice: 'pbs'"),
         (["-np", "3", "python", "-m", "recipe.train", "--config=imagenet_8gpu"], "config.k=8 workers can't be shared"),
         (["-np", "8", "python", "-m", "recipe.train", "--config=imagenet_8"], "did you mean --config=imagenet_8gpu?"),
