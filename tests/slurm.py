@@ -61,10 +61,14 @@ def missing() -> str:
     """Why there can be no Slurm here; empty if there can."""
     if os.getuid() != 0:
         return "Slurm's daemons run as root"
-    lacking = [command for command in ("slurmctld", "slurmd", "sbatch", "srun") if not shutil.which(command)]
+    lacking = [command for command in ("slurmctld", "slurmd", "sbatch", "srun", "setpriv") if not shutil.which(command)]
     return f"{', '.join(lacking)} not installed (slurm-wlm)" if lacking else ""
 
 
+needs_pmix = pytest.mark.skipif(
+    not list(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so")),
+    reason="libpmix.so is not where Slurm's plugin looks for it (libpmix-dev)",
+)
 needs_slurm = pytest.mark.skipif(bool(missing()), reason=missing())
 
 

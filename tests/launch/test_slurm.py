@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipe import runlog
-from tests.ranks import BIN, ROOT, launch
+from tests.ranks import BIN, ROOT
 from tests.slurm import Slurm, needs_slurm, slurm
 
 pytestmark = [pytest.mark.ranks, needs_slurm]
@@ -31,7 +32,7 @@ TINY = [
     "--config.model.width=8",
     "--config.framework=torch",
 ]
-LONGER = ["--config.epochs=6", "--config.data.train_examples=3200"]  # 600 steps
+LONGER = ["--config.epochs=3", "--config.data.train_examples=3200", "--config.run.log_every=5"]  # 300 steps
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +43,15 @@ def cluster(tmp_path_factory) -> Iterator[Slurm]:
 
 @pytest.fixture
 def project(tmp_path) -> Path:
+    return project_at(tmp_path)
+
+
+def project_at(folder: Path) -> Path:
     """A folder with the project's names in it, from which jobs are submitted, so that their runs stay apart."""
     for name in ("recipe", "launch"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / ".venv").symlink_to(BIN.parent)
-    return tmp_path
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(BIN.parent)
+    return folder
 
 
 def submit(cluster: Slurm, project: Path, *words: str, **extra: str) -> str:
@@ -89,17 +94,17 @@ def preempt(cluster: Slurm) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> list[str]:
-    """The weights that LONGER ends with."""
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = launch(2, ["-m", "recipe.train", *TINY, *LONGER, f"--run_dir={run}"])
-    assert done.returncode == 0, done.stdout
-    return weights(run)
+def undisturbed(cluster, tmp_path_factory) -> list[str]:
+    """The weights that LONGER ends with, on the same nodes: torch's threads, as many as cores a rank, round too."""
+    project = project_at(tmp_path_factory.mktemp("undisturbed"))
+    job = submit(cluster, project, TEMPLATE, *TINY, *LONGER)
+    assert cluster.ends(job) == "COMPLETED", log(project, job)
+    return weights(project / f"runs/imagenet-1hr-{job}")
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "srun", "srun-gloo"])
 def test_a_preempted_job_goes_on_and_ends_the_same(cluster, project, undisturbed, launcher):
-    job = submit(cluster, project, TEMPLATE, *TINY, *LONGER, "--config.run.log_every=5", LAUNCHER=launcher)
+    job = submit(cluster, project, TEMPLATE, *TINY, *LONGER, LAUNCHER=launcher)
     run = project / f"runs/imagenet-1hr-{job}"
     cluster.until(lambda: (run / "metrics.jsonl").exists() and runlog.read_lines(run, "step"), 60)
     preempt(cluster)
@@ -109,15 +114,60 @@ def test_a_preempted_job_goes_on_and_ends_the_same(cluster, project, undisturbed
     assert weights(run) == undisturbed
 
 
+def test_a_job_preempted_before_its_run_began_begins_it_later(cluster, project):
+    job = submit(cluster, project, TEMPLATE, *TINY)
+    cluster.until(lambda: (project / f"imagenet-1hr-{job}.log").exists() and log(project, job), 60)
+    preempt(cluster)
+    assert cluster.ends(job, 200) == "COMPLETED", log(project, job)
+    assert log(project, job).count("env -i ") == 2 and "--resume" not in log(project, job)
+
+
+def test_a_cancelled_job_stays_cancelled(cluster, project):
+    job = submit(cluster, project, TEMPLATE, *TINY, *LONGER)
+    run = project / f"runs/imagenet-1hr-{job}"
+    cluster.until(lambda: (run / "metrics.jsonl").exists() and runlog.read_lines(run, "step"), 60)
+    cluster.run("scancel", job)
+    cluster.until(lambda: not cluster.run("squeue", "-h").stdout, 60)
+    assert cluster.state(job) == "CANCELLED", log(project, job)
+
+
+def test_a_job_that_may_not_queue_again_says_how_to_go_on(cluster, project):
+    """A run with all its epochs done, taken up once more, ends at once, too."""
+    job = submit(cluster, project, "--no-requeue", TEMPLATE, *TINY, *LONGER)
+    run = f"runs/imagenet-1hr-{job}"
+    cluster.until(lambda: (project / run / "metrics.jsonl").exists() and runlog.read_lines(project / run, "step"), 60)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.ends(job) == "FAILED"
+    assert f"Go on by: RUN={run} sbatch launch/slurm/train.sbatch --config=quick" in log(project, job)
+    for _ in range(2):
+        job = submit(cluster, project, TEMPLATE, *TINY, *LONGER, RUN=run)
+        assert cluster.ends(job) == "COMPLETED", log(project, job)
+    assert "epoch 3 of 3" not in log(project, job)
+
+
 def test_an_array_of_seeds_and_its_summary(cluster, project):
-    job = submit(cluster, project, "--array=0-1", TEMPLATE, *TINY)
-    wrap = f"{BIN}/python -m recipe.report runs/imagenet-1hr-{job}-*"
-    options = ["--chdir", str(project), f"--dependency=afterok:{job}", "--output=report.log"]
-    report = cluster.submit(*options, "--wrap", wrap)
+    """Each seed on one node, side by side."""
+    job = submit(cluster, project, "--nodes=1", "--array=0-1", TEMPLATE, *TINY)
+    commands = [line for line in Path(TEMPLATE).read_text().splitlines() if "recipe.report" in line]
+    words = shlex.split(commands[0].removeprefix("#   sbatch ").replace("$job", job))
+    report = cluster.submit("--chdir", str(project), "--output=report.log", *words)
     assert cluster.ends(report, 200) == "COMPLETED", cluster.state(job)
     assert "2 runs:" in (project / "report.log").read_text()
     seeds = [runlog.read_recipe(project / f"runs/imagenet-1hr-{job}-seed{seed}").seed for seed in (0, 1)]
     assert seeds == [0, 1]
+
+
+def test_nodes_that_are_down_drop_out_of_an_elastic_run(cluster):
+    allocation = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "4(x2)"}
+    discover = [str(BIN / "python"), "-m", "launch.hostfile", "discover"]
+    assert cluster.run(*discover, **allocation).stdout == "n1:4\nn2:4\n"
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    try:
+        assert cluster.run(*discover, **allocation).stdout == "n1:4\n"
+    finally:
+        cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    done = cluster.run(*discover, **allocation, SLURM_CONF="/none")
+    assert (done.returncode, done.stdout) == (1, "") and "error: sinfo doesn't tell" in done.stderr
 
 
 def test_a_k_that_the_tasks_cannot_share_fails_at_once(cluster, project):
@@ -138,20 +188,10 @@ def test_a_slurm_without_pmix_is_told(cluster, project, tmp_path):
     conf = tmp_path / "slurm.conf"
     conf.write_text(cluster.conf.read_text() + f"PluginDir={tmp_path / 'plugins'}\n")
     shutil.copy(cluster.conf.with_name("cgroup.conf"), tmp_path)
-    allocation = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "1(x2)"}
-    done = cluster.run(
-        str(BIN / "python"),
-        "-m",
-        "launch.run",
-        "--dry-run",
-        "--launcher",
-        "srun",
-        "x",
-        **allocation,
-        SLURM_CONF=str(conf),
-    )
+    words = [str(BIN / "python"), "-m", "launch.run", "--launcher", "srun", "x"]
+    done = cluster.run("salloc", "--quiet", *TWO_NODES, *words, SLURM_CONF=str(conf))
     assert done.returncode == 2
-    assert "this Slurm has no PMIx plugin that loads" in done.stderr, done.stderr
+    assert "error: srun --mpi=pmix does not work here (" in done.stderr, done.stderr
 
 
 def test_the_gloo_step_outside_of_slurm_says_so():
