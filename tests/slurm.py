@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -11,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.ranks import ROOT, environment
@@ -95,16 +95,16 @@ class Slurm:
         self.until(lambda: self.run("sinfo", "-h", "-o", "%T %D").stdout == "idle 2\n", 20)
 
     def stop(self) -> None:
-        self.run("scancel", "--full", "--signal=KILL", "--state=RUNNING")
-        self.run("scancel", "--user=root")
-        with contextlib.suppress(AssertionError):
+        """Daemons and whatever they started, also when they don't answer."""
+        with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+            self.run("scancel", "--user=root")
             self.until(lambda: not self.run("squeue", "-h").stdout, 10)
-        for daemon in reversed(self._daemons):
-            daemon.send_signal(signal.SIGTERM)
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURM_CONF") == str(self.conf):
+                    process.kill()
         for daemon in self._daemons:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                daemon.wait(10)
-            daemon.kill()
+            daemon.wait()
 
     def environment(self, **extra: str) -> dict[str, str]:
         kept = {name: value for name, value in environment().items() if not name.startswith("SLURM_")}
