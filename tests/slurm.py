@@ -45,7 +45,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
+SlurmctldParameters={parameters}
 KillWait=2
 SlurmdTimeout=30
 ReturnToService=2
@@ -78,12 +78,23 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.conf = folder / "slurm.conf"
+        self._ports = free_ports(3)
         self._daemons: list[subprocess.Popen] = []
+
+    def preempt_with(self, signal: str) -> None:
+        """USR1 to the batch shell, as its --signal asks for, or TERM to the steps, as Slurm does unless told."""
+        self._write(signal)
+        assert self.run("scontrol", "reconfigure").returncode == 0
+
+    def _write(self, signal: str) -> None:
+        parameters = "preempt_send_user_signal" if signal == "USR1" else ""
+        host, ports = socket.gethostname(), self._ports
+        self.conf.write_text(CONF.format(host=host, folder=self.folder, ports=ports, parameters=parameters))
 
     def start(self) -> None:
         for name in ("log", "state", "spool/n1", "spool/n2", "tmp/n1", "tmp/n2"):
             (self.folder / name).mkdir(parents=True)
-        self.conf.write_text(CONF.format(host=socket.gethostname(), folder=self.folder, ports=free_ports(3)))
+        self._write("USR1")
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         for number in range(8):
             os.mknod(self.folder / f"gpu{number}", stat.S_IFCHR, os.makedev(1, 3))  # /dev/null by another name
