@@ -268,9 +268,7 @@ def _networks(interface: str) -> dict[str, str]:
 
     Docker's bridge has the same address on every host."""
     kind, names = ("include", interface) if interface else ("exclude", "lo,docker0")
-    said = [
-        part for part in ("oob", "btl") for k in ("include", "exclude") if f"OMPI_MCA_{part}_tcp_if_{k}" in os.environ
-    ]
+    said = {name[9:12] for name in os.environ if re.fullmatch(r"OMPI_MCA_(oob|btl)_tcp_if_(in|ex)clude", name)}
     return {f"{part}_tcp_if_{kind}": names for part in ("oob", "btl") if part not in said}
 
 
