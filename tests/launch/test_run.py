@@ -13,7 +13,7 @@ from tests.ranks import ROOT, environment
 HELLO = (
     "import os, socket, numpy, horovod.torch as hvd, torch; hvd.init(); "
     "total = hvd.allreduce(torch.ones(1), op=hvd.Sum).item(); "
-    "secrets = [name for name, value in os.environ.items() if 'secret' in value]; "
+    "secrets = [name for name, value in os.environ.items() if value == 'secret']; "
     "print(f'rank {hvd.rank()} of {total:.0f} on {socket.gethostname()}, secrets {secrets}', "
     "os.environ.get('HOROVOD_FUSION_THRESHOLD'), flush=True)"
 )
