@@ -45,7 +45,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters={parameters}
+{parameters}
 KillWait=2
 SlurmdTimeout=30
 ReturnToService=2
@@ -87,7 +87,7 @@ class Slurm:
         assert self.run("scontrol", "reconfigure").returncode == 0
 
     def _write(self, signal: str) -> None:
-        parameters = "preempt_send_user_signal" if signal == "USR1" else ""
+        parameters = "SlurmctldParameters=preempt_send_user_signal" if signal == "USR1" else ""
         host, ports = socket.gethostname(), self._ports
         self.conf.write_text(CONF.format(host=host, folder=self.folder, ports=ports, parameters=parameters))
 
