@@ -164,7 +164,7 @@ def test_nodes_that_are_down_drop_out_of_an_elastic_run(cluster):
         assert cluster.run(*discover, **allocation).stdout == "n1:4\n"
     finally:
         cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
-    done = cluster.run(*discover, **allocation, SLURM_CONF="/none")
+    done = cluster.run(*discover, **allocation, PATH="/none")
     assert (done.returncode, done.stdout) == (1, "") and "error: sinfo doesn't tell" in done.stderr
 
 
