@@ -5,6 +5,8 @@
     horovodrun -H "$(python -m launch.hostfile convert hosts --to horovod)" …
     python -m launch.hostfile write 'bb[01-32]:8' > hosts               # from a list
     python -m launch.hostfile write > hosts                             # from Slurm's allocation, a slot a task
+    horovodrun --min-np 8 --host-discovery-script "python -m launch.hostfile discover hosts" …     # a file that changes
+    horovodrun --min-np 8 --host-discovery-script "python -m launch.hostfile discover" …   # the allocation's live nodes
 
 A line is a host with its slots, which are the ranks it runs, one a GPU: `bb01 slots=8` (Open MPI, and what horovodrun
 --hostfile reads), `bb01:8` (MPICH), or several with commas (horovodrun -H). `bb[01-03,07]` stands for bb01, bb02, bb03
@@ -15,13 +17,14 @@ What only one launcher knows (`user@`, `binding=`) is refused, and so are IPv6 a
 import ipaddress
 import os
 import re
+import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from launch.command import Parser, run
-from recipe.errors import UsageError
+from recipe.errors import RunError, UsageError
 
 LIMIT = 65536  # hosts in a file, and slots of a host: a slip of the keyboard must not eat the memory
 RANGES = 4  # in one name; Slurm knows fewer
@@ -106,6 +109,21 @@ def from_slurm(environ: Mapping[str, str]) -> list[Host]:
     return parse("\n".join(f"{name}:{count}" for name, count in pairs), "SLURM_JOB_NODELIST")
 
 
+def alive(hosts: list[Host]) -> list[Host]:
+    """Without the nodes that Slurm calls down, failed or silent. Raises RunError when it won't say, or none is left.
+
+    A job outlives a node only if it was submitted with --no-kill."""
+    command = ["sinfo", "--noheader", "--Node", "--nodes", ",".join(host.name for host in hosts), "--format=%N %T"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RunError(f"sinfo doesn't tell which nodes are up: {error}; see whether Slurm's controller runs")
+    dead = {name for name, state in map(str.split, said.splitlines()) if re.match(r"down|fail|.*\*$", state)}
+    if not (living := [host for host in hosts if host.name not in dead]):
+        raise RunError(f"all nodes of the allocation are down: {', '.join(sorted(dead))}")
+    return living
+
+
 def expand(pattern: str) -> list[str]:
     """The names that `bb[01-03,07]` stands for, zeros kept; a name without brackets stands for itself.
 
@@ -130,6 +148,9 @@ def main(argv: list[str]) -> None:
         hosts = read(options.file, options.gpus)
         counts = {"host": len(hosts), "slot": sum(host.slots for host in hosts)}
         print(f"{options.file}: " + ", ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in counts.items()))
+        return
+    if options.command == "discover":
+        print(render(read(options.file) if options.file else alive(from_slurm(os.environ)), "mpich"), end="")
         return
     if options.command == "convert":
         hosts = read(options.file)
@@ -261,6 +282,8 @@ def _parser() -> Parser:
     write = commands.add_parser("write", help="write a hostfile from a list, or from the Slurm allocation")
     write.add_argument("hosts", nargs="*", help="such as bb[01-32]:8; none: the Slurm allocation's")
     write.add_argument("--to", choices=NOTATIONS, default="openmpi")
+    discover = commands.add_parser("discover", help="print host:slots lines, for an elastic horovodrun")
+    discover.add_argument("file", nargs="?", help="may change while the run goes on; none: the Slurm allocation")
     return parser
 
 

@@ -1,8 +1,10 @@
-"""Starts a program on all ranks by mpirun, horovodrun or srun: prints the whole command, then runs it.
+"""Starts a program on all ranks by mpirun, horovodrun or Slurm's srun: prints the whole command, then runs it.
 
     python -m launch.run --hostfile hostfiles/bigbasin-32 python -m recipe.train --config=imagenet_1hr
     python -m launch.run --launcher horovodrun -np 2 python -m recipe.train --config=quick       # this machine
-    python -m launch.run --launcher srun python -m recipe.train --config=imagenet_1hr            # in a Slurm allocation
+    python -m launch.run --launcher horovodrun --elastic 8:256 --hostfile hosts python -m recipe.train …    # may change
+    python -m launch.run --launcher srun python -m recipe.train --config=imagenet_1hr       # in a Slurm allocation
+    python -m launch.run --launcher srun-gloo python -m recipe.train --config=imagenet_1hr  # the same without MPI
 
 The ranks get the environment's variables below and no others, so that no secret travels; HOROVOD_… and NCCL_… ones
 that are set win over the settings chosen here.
@@ -10,7 +12,10 @@ that are set win over the settings chosen here.
 
 import argparse
 import os
+import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,6 +50,8 @@ LOCAL = (
     "SLURM_",
     "PMIX_",
 )  # beginnings; the launcher's
+OURS = (Path(sys.prefix) / "bin" / "orted").exists()  # Open MPI is the environment's, not the system's
+PATIENCE = 120  # seconds until srun must have started something
 # A lost host is noticed after 10 + 3 · 5 seconds: Open MPI's own 8 minutes, or for ever.
 KEEPALIVE = {"oob_tcp_keepalive_time": "10", "oob_tcp_keepalive_intvl": "5", "oob_tcp_keepalive_probes": "3"}
 
@@ -57,6 +64,8 @@ class Job:
     hosts: list[Host]  # empty in a Slurm allocation, whose hosts mpirun and srun know
     ranks: int
     interface: str  # the network that the hosts talk by; empty: the launcher's choice
+    log_dir: str  # for a file of each rank's output; empty: none
+    elastic: list[str]  # horovodrun's options when hosts may come and go; empty: they may not
     environment: dict[str, str]  # of the ranks
 
     @property
@@ -72,6 +81,7 @@ def main(argv: list[str]) -> None:
     text = shlex.join(["env", "-i", *(f"{name}={value}" for name, value in variables.items()), *command])
     print(text, file=sys.stdout if options.dry_run else sys.stderr, flush=True)
     if not options.dry_run:
+        _ready(command, job, variables)
         os.execvpe(command[0], command, variables)
 
 
@@ -81,32 +91,44 @@ def mpirun(job: Job) -> list[str]:
     words = ["mpirun", "-np", str(job.ranks), *place, "--bind-to", "none", "--map-by", "slot"]
     if os.geteuid() == 0:
         words.append("--allow-run-as-root")
-    if (Path(sys.prefix) / "bin" / "orted").exists():
+    if OURS:
         words += ["--prefix", sys.prefix]  # where the other hosts find Open MPI
     if job.servers > 1:
         for name, value in (KEEPALIVE | _networks(job.interface)).items():
             words += ["--mca", name, value]
+    words += ["--output-filename", job.log_dir] if job.log_dir else []
     return words + [word for name in job.environment for word in ("-x", name)] + job.program
 
 
 def horovodrun(job: Job) -> list[str]:
     """Horovod's own launcher by Gloo: ssh, and no MPI."""
-    words = ["horovodrun", "--gloo", "-np", str(job.ranks), "-H", hostfile.render(job.hosts, "horovod")]
+    words = ["horovodrun", "--gloo", "-np", str(job.ranks)]
+    words += job.elastic or ["-H", hostfile.render(job.hosts, "horovod")]
     if job.interface:
         words += ["--network-interfaces", job.interface]
+    words += ["--output-filename", job.log_dir] if job.log_dir else []
     return words + job.program
 
 
 def srun(job: Job) -> list[str]:
-    """Slurm, with PMIx, in an allocation."""
+    """Slurm, with PMIx."""
+    return _srun(job, "pmix") + job.program
+
+
+def srun_gloo(job: Job) -> list[str]:
+    """Slurm, without MPI."""
+    return [*_srun(job, "none"), sys.executable, "-m", "launch.gloo", *job.program]
+
+
+LAUNCHERS = {"mpirun": mpirun, "horovodrun": horovodrun, "srun": srun, "srun-gloo": srun_gloo}
+MPI = ("mpirun", "srun")
+
+
+def _srun(job: Job, mpi: str) -> list[str]:
     if "SLURM_JOB_ID" not in os.environ:
-        raise UsageError(
-            "--launcher=srun needs a Slurm allocation, of salloc or sbatch; elsewhere take mpirun or horovodrun"
-        )
-    return ["srun", "--mpi=pmix", f"--ntasks={job.ranks}", "--kill-on-bad-exit=1", "--cpu-bind=none", *job.program]
-
-
-LAUNCHERS = {"mpirun": mpirun, "horovodrun": horovodrun, "srun": srun}
+        raise UsageError("srun needs a Slurm allocation, of salloc or sbatch; elsewhere take --launcher=horovodrun")
+    words = ["srun", f"--mpi={mpi}", f"--ntasks={job.ranks}", "--distribution=block", "--kill-on-bad-exit=1"]
+    return [*words, "--cpu-bind=none", *(["--output", f"{job.log_dir}/rank.%t"] if job.log_dir else [])]
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
@@ -120,7 +142,7 @@ def settings(servers: int, ranks: int, interface: str, launcher: str) -> dict[st
     Several servers of several GPUs each reduce in three phases, as in the paper (sec. 4): inside a server by NCCL,
     between servers by MPI, inside again."""
     found = {}
-    if servers > 1 and ranks > servers and launcher != "horovodrun":  # the phase between servers is MPI's
+    if servers > 1 and ranks > servers and launcher in MPI:  # the phase between servers is MPI's
         found["HOROVOD_HIERARCHICAL_ALLREDUCE"] = "1"
     if servers > 1:
         # ResNet-50's 102 MB of gradients in several pieces: the first travels while backprop makes the next.
@@ -136,7 +158,9 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--launcher", choices=list(LAUNCHERS), default="mpirun")
     parser.add_argument("--hostfile", help="default: the Slurm allocation, or this machine")
     parser.add_argument("-np", type=int, metavar="RANKS", help="default: all slots")
+    parser.add_argument("--elastic", type=_range, metavar="MIN:MAX", help="horovodrun: ranks; the hosts may change")
     parser.add_argument("--interface", default="", help="the network between the hosts, such as eth0")
+    parser.add_argument("--log-dir", default="", help="a folder for a file of each rank's output")
     parser.add_argument("--dry-run", action="store_true", help="print the command only")
     parser.add_argument("program", nargs=argparse.REMAINDER, help="what to run, such as python -m recipe.train …")
     return parser.parse_args(argv)
@@ -148,13 +172,21 @@ def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
         raise UsageError("nothing to run: end the command with one, such as python -m recipe.train --config=quick")
     hosts = _hosts(options, environ)
     slots = sum(host.slots for host in hosts)
-    ranks = options.np or slots
+    ranks = options.np or (min(options.elastic[1], slots) if options.elastic else slots)
     if not 1 <= ranks <= slots:
         raise UsageError(f"-np {ranks} ranks don't fit into {slots} slots; lower -np or add hosts")
-    _check_k(program, ranks)
+    _check_k(program, ranks, options.elastic)
     chosen = settings(len(hosts), ranks, options.interface, options.launcher)
     in_slurm = not options.hostfile and "SLURM_JOB_ID" in environ and options.launcher != "horovodrun"
-    return Job(program, [] if in_slurm else hosts, ranks, options.interface, chosen | forwarded(environ))
+    return Job(
+        program=program,
+        hosts=[] if in_slurm else hosts,
+        ranks=ranks,
+        interface=options.interface,
+        log_dir=options.log_dir,
+        elastic=_elastic(options, ranks),
+        environment=chosen | forwarded(environ),
+    )
 
 
 def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host]:
@@ -167,24 +199,82 @@ def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host
     return [Host("localhost", options.np)]
 
 
-def _check_k(program: list[str], ranks: int) -> None:
+def _range(text: str) -> tuple[int, int]:
+    """Of MIN:MAX."""
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX ranks, such as 8:256")
+    return int(match[1]), int(match[2])
+
+
+def _elastic(options: argparse.Namespace, ranks: int) -> list[str]:
+    """horovodrun's options. Raises UsageError when there can be no such run."""
+    if options.elastic is None:
+        return []
+    if options.launcher != "horovodrun":
+        raise UsageError(f"--elastic needs --launcher=horovodrun; {options.launcher} keeps its ranks to the end")
+    if not options.hostfile and "SLURM_JOB_ID" not in os.environ:
+        raise UsageError("--elastic needs --hostfile, a file that may then change, or a Slurm allocation")
+    least, most = options.elastic
+    if not least <= ranks <= most:
+        raise UsageError(f"{ranks} ranks to begin with are not among --elastic={least}:{most}; change -np or the hosts")
+    discovery = [sys.executable, "-m", "launch.hostfile", "discover", *([options.hostfile] if options.hostfile else [])]
+    limits = ["--min-np", str(least), "--max-np", str(most)]
+    return [*limits, "--host-discovery-script", shlex.join(discovery)]
+
+
+def _check_k(program: list[str], ranks: int, elastic: tuple[int, int] | None) -> None:
     """Raises UsageError when the program is the recipe and its k workers can't be shared by so many ranks."""
     if "recipe.train" in program:
         from recipe import cli, sharding  # the recipe's flags take half a second
 
         recipe, *_ = cli.parse_recipe(program[program.index("recipe.train") + 1 :])
-        sharding.check_size(recipe.k, ranks, recipe.run.workers_at_once)
+        if elastic is None:
+            sharding.check_size(recipe.k, ranks, recipe.run.workers_at_once)
+        elif elastic[1] > recipe.k:
+            raise UsageError(
+                f"--elastic up to {elastic[1]} ranks: config.k={recipe.k} workers have work for {recipe.k}"
+            )
+
+
+def _ready(command: list[str], job: Job, variables: dict[str, str]) -> None:
+    """Raises UsageError when the command can't be run here; makes the folder for the ranks' output."""
+    if not shutil.which(command[0], path=variables.get("PATH")):
+        raise UsageError(f"{command[0]} is not on the PATH: put .venv/bin there, or take another --launcher")
+    if "--mpi=pmix" in command:
+        _try_pmix(job.servers, variables)
+    if job.log_dir:
+        Path(job.log_dir).mkdir(parents=True, exist_ok=True)
+
+
+def _try_pmix(servers: int, variables: dict[str, str]) -> None:
+    """Raises UsageError when srun can't start MPI ranks on a host. `srun --mpi=list` lists what doesn't load, too."""
+    one_each = [f"--nodes={servers}", f"--ntasks={servers}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    words = ["srun", "--mpi=pmix", "--input=none", *one_each, "true"]
+    others = "take --launcher=mpirun or srun-gloo"
+    try:
+        done = subprocess.run(words, env=variables, timeout=PATIENCE, capture_output=True, text=True, check=False)
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"`{shlex.join(words)}` did not end in {PATIENCE} s: {others}")
+    if done.returncode:
+        raise UsageError(
+            f"srun --mpi=pmix does not work here ({'; '.join(done.stderr.splitlines())}): {others}, or have Slurm's "
+            "PMIx plugin and libpmix.so (Debian: libpmix-dev) installed on all nodes"
+        )
 
 
 def _networks(interface: str) -> dict[str, str]:
-    """Open MPI's networks for its daemons and its messages. Docker's bridge has the same address on every host."""
+    """Open MPI's networks for its daemons and its messages, but for what the environment says of them.
+
+    Docker's bridge has the same address on every host."""
     kind, names = ("include", interface) if interface else ("exclude", "lo,docker0")
-    return {f"{part}_tcp_if_{kind}": names for part in ("oob", "btl")}
+    said = {name[9:12] for name in os.environ if re.fullmatch(r"OMPI_MCA_(oob|btl)_tcp_if_(in|ex)clude", name)}
+    return {f"{part}_tcp_if_{kind}": names for part in ("oob", "btl") if part not in said}
 
 
 def _local(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the launcher itself needs."""
-    return {name: value for name, value in environ.items() if name.startswith(LOCAL)}
+    """What the launcher itself needs; SLURM_JWT is a key."""
+    return {name: value for name, value in environ.items() if name.startswith(LOCAL) and name != "SLURM_JWT"}
 
 
 if __name__ == "__main__":

@@ -13,9 +13,14 @@ from tests.ranks import ROOT, environment
 HELLO = (
     "import os, socket, numpy, horovod.torch as hvd, torch; hvd.init(); "
     "total = hvd.allreduce(torch.ones(1), op=hvd.Sum).item(); "
-    "print(f'rank {hvd.rank()} of {total:.0f} on {socket.gethostname()}', os.environ.get('API_TOKEN', 'no token'), "
+    "secrets = [name for name, value in os.environ.items() if value == 'secret']; "
+    "print(f'rank {hvd.rank()} of {total:.0f} on {socket.gethostname()}, secrets {secrets}', "
     "os.environ.get('HOROVOD_FUSION_THRESHOLD'), flush=True)"
 )
+
+
+SECRETS = dict.fromkeys(("API_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "SLURM_JWT"), "secret")
+ELASTIC = ["--launcher", "horovodrun", "--hostfile", "hostfiles/localhost", "--elastic"]
 
 
 def launch_run(*words: str, **extra: str) -> subprocess.CompletedProcess:
@@ -26,7 +31,7 @@ def launch_run(*words: str, **extra: str) -> subprocess.CompletedProcess:
         cwd=ROOT,
         timeout=120,
         check=False,
-        env=environment(API_TOKEN="secret", **extra),
+        env=environment(**SECRETS, **extra),
     )
 
 
@@ -50,7 +55,7 @@ def test_mpirun_on_32_servers():
     assert command[-3:] == ["python", "-m", "x"]
     sent = [command[i + 1] for i, word in enumerate(command) if word == "-x"]
     assert {"PATH", "PYTHONPATH", "NCCL_SOCKET_IFNAME", "HOROVOD_HIERARCHICAL_ALLREDUCE"} <= set(sent) <= set(variables)
-    assert "API_TOKEN" not in variables
+    assert not SECRETS.keys() & variables.keys()
 
 
 def test_what_the_user_sets_wins_and_is_sent():
@@ -62,16 +67,24 @@ def test_what_the_user_sets_wins_and_is_sent():
 def test_horovodrun_on_this_machine():
     variables, command = dry("--launcher", "horovodrun", "-np", "2", "python", "-c", "print('a b')")
     assert command == ["horovodrun", "--gloo", "-np", "2", "-H", "localhost:2", "python", "-c", "print('a b')"]
-    assert "API_TOKEN" not in variables and "HOROVOD_HIERARCHICAL_ALLREDUCE" not in variables
+    assert not SECRETS.keys() & variables.keys() and "HOROVOD_HIERARCHICAL_ALLREDUCE" not in variables
 
 
 def test_srun_in_an_allocation():
     slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "bb[01-02]", "SLURM_TASKS_PER_NODE": "8(x2)"}
     variables, command = dry("--launcher", "srun", "x", **slurm)
-    assert command == ["srun", "--mpi=pmix", "--ntasks=16", "--kill-on-bad-exit=1", "--cpu-bind=none", "x"]
+    assert "--mpi=pmix --ntasks=16 --distribution=block --kill-on-bad-exit=1" in " ".join(command)
     assert variables["SLURM_JOB_ID"] == "1"
     _, command = dry("x", **slurm)
     assert command[:3] == ["mpirun", "-np", "16"] and "-H" not in command, "mpirun asks Slurm for the hosts"
+
+
+def test_an_elastic_run_asks_for_the_hosts_again_and_again():
+    words = ["--launcher", "horovodrun", "--elastic", "8:64", "--hostfile", "hostfiles/bigbasin-4"]
+    _, command = dry(*words, "python", "-m", "recipe.train", "--config=imagenet_1hr")
+    discovery = f"{sys.executable} -m launch.hostfile discover hostfiles/bigbasin-4"
+    elastic = ["--min-np", "8", "--max-np", "64", "--host-discovery-script", discovery]
+    assert command[: 4 + len(elastic)] == ["horovodrun", "--gloo", "-np", "32", *elastic]
 
 
 def test_settings_follow_the_topology():
@@ -88,7 +101,12 @@ def test_settings_follow_the_topology():
         (["python"], "how many ranks? Give -np for this machine, or --hostfile"),
         (["--hostfile", "hostfiles/localhost", "-np", "3", "x"], "-np 3 ranks don't fit into 2 slots"),
         (["--hostfile", "hostfiles/none", "x"], "hostfiles/none"),
-        (["--launcher", "srun", "-np", "2", "x"], "--launcher=srun needs a Slurm allocation"),
+        (["--launcher", "srun", "-np", "2", "x"], "srun needs a Slurm allocation"),
+        (["--elastic", "1:2", "--hostfile", "hostfiles/localhost", "x"], "--elastic needs --launcher=horovodrun"),
+        (["--launcher", "horovodrun", "--elastic", "1:2", "-np", "2", "x"], "--elastic needs --hostfile"),
+        (["--elastic", "2", "x"], "'2' is not MIN:MAX ranks"),
+        ([*ELASTIC, "8:9", "x"], "2 ranks to begin with are not among --elastic=8:9"),
+        ([*ELASTIC, "1:3", "python", "-m", "recipe.train", "--config=quick"], "config.k=2 workers have work for 2"),
         (["--launcher", "pbs", "x"], "invalid choice: 'pbs'"),
         (["-np", "3", "python", "-m", "recipe.train", "--config=imagenet_8gpu"], "config.k=8 workers can't be shared"),
         (["-np", "8", "python", "-m", "recipe.train", "--config=imagenet_8"], "did you mean --config=imagenet_8gpu?"),
@@ -106,7 +124,7 @@ def test_ranks_of_this_machine(launcher):
     done = launch_run("--launcher", launcher, "-np", "2", sys.executable, "-c", HELLO)
     assert done.returncode == 0, done.stderr
     assert "rank 0 of 2 on" in done.stdout and "rank 1 of 2 on" in done.stdout
-    assert done.stdout.count("no token") == 2
+    assert done.stdout.count("secrets []") == 2
 
 
 def test_the_exit_status_is_the_programs():
@@ -122,7 +140,7 @@ def test_ranks_of_three_hosts(tmp_path, launcher):
     with hosts(tmp_path / "hosts", 3) as made:
         command = [sys.executable, "-m", "launch.run", "--launcher", launcher, "--hostfile", str(file)]
         command += ["--interface", "eth0", sys.executable, "-c", HELLO]
-        done = made.run("h1", command, API_TOKEN="secret")
+        done = made.run("h1", command, **SECRETS)
     assert done.returncode == 0, done.stdout
     for host in ("h1", "h2", "h3"):
-        assert f"of 3 on {host} no token {32 * 2**20}" in done.stdout
+        assert f"of 3 on {host}, secrets [] {32 * 2**20}" in done.stdout

@@ -42,13 +42,30 @@ LOSS_BOUND = 1e-3
 
 
 class Elastic:
-    """An elastic job on the hosts that its file names; `printed` is what it has said so far."""
+    """An elastic job on the hosts that its hostfile names; `printed` is what it has said so far.
+
+    With Keras by launch.run, with PyTorch by horovodrun."""
 
     def __init__(self, folder: Path, framework: str, *options: str) -> None:
         self.hosts, self.log, self.run = folder / "hosts", folder / "log", folder / "run"
         self.set_hosts("localhost")
-        elastic = ["--min-np", "1", "--max-np", "2", "--host-discovery-script", f"cat {self.hosts}"]
-        command = [str(BIN / "horovodrun"), "-np", "1", *elastic, "--network-interfaces", "lo", sys.executable, *RUN]
+        if framework == "keras":
+            front = [sys.executable, "-m", "launch.run", "--launcher", "horovodrun", "--elastic", "1:2"]
+            front += ["--hostfile", str(self.hosts), "--interface", "lo"]
+        else:
+            front = [
+                str(BIN / "horovodrun"),
+                "-np",
+                "1",
+                "--min-np",
+                "1",
+                "--max-np",
+                "2",
+                "--network-interfaces",
+                "lo",
+            ]
+            front += ["--host-discovery-script", f"{sys.executable} -m launch.hostfile discover {self.hosts}"]
+        command = [*front, sys.executable, *RUN]
         command += [f"--config.framework={framework}", f"--run_dir={self.run}", *options]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -61,8 +78,11 @@ class Elastic:
 
     def set_hosts(self, *names: str) -> None:
         """Two names of this machine, since horovodrun never comes back to one on which a rank died."""
+        self.write("".join(f"{name} slots=1\n" for name in names))
+
+    def write(self, text: str) -> None:
         new = self.hosts.with_suffix(".new")
-        new.write_text("".join(f"{name}:1\n" for name in names))
+        new.write_text(text)
         new.rename(self.hosts)
 
     def step(self) -> int:
@@ -113,6 +133,8 @@ def losses(run: Path) -> np.ndarray:
 def test_a_rank_joins_and_rank_0_dies(tmp_path, job, framework):
     elastic = job(tmp_path, framework)
     elastic.until(lambda: elastic.step() >= 5)
+    elastic.write("localhost slots=none\n")  # a slip while the run goes on costs nothing
+    elastic.until(lambda: f"error: {elastic.hosts}:1: slots=none is not a whole number" in elastic.printed)
     elastic.set_hosts("localhost", "127.0.0.1")
     elastic.until(lambda: "on 2 ranks now" in elastic.printed)
     joined = elastic.step()
@@ -130,6 +152,14 @@ def test_a_rank_joins_and_rank_0_dies(tmp_path, job, framework):
     print(framework, "losses apart by at most", (worst := np.abs(disturbed / undisturbed - 1).max()))
     assert worst < LOSS_BOUND
     assert resumed < EPOCHS * STEPS - COMMIT, "the rank was lost too late to show anything"
+
+
+def test_a_broken_hostfile_at_the_start_is_an_error(tmp_path, job, monkeypatch):
+    monkeypatch.setattr(Elastic, "set_hosts", lambda self, *names: self.write("localhost\n"))
+    for framework, status in (("torch", 1), ("keras", 2)):
+        elastic = job(tmp_path, framework)
+        assert elastic.process.wait(30) == status
+        assert f"error: {elastic.hosts}:1: localhost has no slots" in elastic.printed
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,200 @@
+"""The sbatch template under a real Slurm of two nodes: every launcher, preemption, seeds, mistakes."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from recipe import runlog
+from tests.ranks import BIN, ROOT
+from tests.slurm import Slurm, needs_pmix, needs_slurm, slurm
+
+pytestmark = [pytest.mark.ranks, needs_slurm]
+
+TEMPLATE = str(ROOT / "launch/slurm/train.sbatch")
+TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=10"]
+TINY = [
+    "--config=quick",
+    "--config.n=16",
+    "--config.epochs=2",
+    "--config.schedule.warmup_epochs=1.0",
+    "--config.schedule.decay_epochs=()",
+    "--config.data.name=synthetic",
+    "--config.data.train_examples=128",
+    "--config.data.eval_examples=20",
+    "--config.model.blocks=(1,)",
+    "--config.model.width=8",
+    "--config.framework=torch",
+]
+LONGER = ["--config.data.train_examples=3200", "--config.run.log_every=5"]  # 200 steps
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Slurm]:
+    with slurm(tmp_path_factory.mktemp("slurm") / "d") as made:
+        yield made
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    return project_at(tmp_path)
+
+
+def project_at(folder: Path) -> Path:
+    """A folder with the project's names in it, from which jobs are submitted, so that their runs stay apart."""
+    for name in ("recipe", "launch"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(BIN.parent)
+    return folder
+
+
+def submit(cluster: Slurm, project: Path, *words: str, **extra: str) -> str:
+    return cluster.submit("--chdir", str(project), *TWO_NODES, *words, **extra)
+
+
+def log(project: Path, job: str) -> str:
+    return (project / f"imagenet-1hr-{job}.log").read_text()
+
+
+def weights(run: Path) -> list[str]:
+    """Digests of the weights after each epoch."""
+    return [line["weights"] for line in runlog.read_epochs(run)]
+
+
+def output(ranks: Path) -> str:
+    """What the ranks have said."""
+    return "".join(path.read_text() for path in ranks.rglob("*") if path.is_file())
+
+
+def preempt(cluster: Slurm) -> None:
+    """A job that needs all nodes and goes before: gone again after a second."""
+    high = cluster.submit("--partition=high", "--exclusive", "--nodes=2", "--wrap", "sleep 1", "--output=/dev/null")
+    cluster.until(lambda: cluster.state(high) != "PENDING", 60)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tmp_path_factory) -> list[str]:
+    """The weights that LONGER ends with, on the same nodes: how many threads torch has for a rank rounds, too."""
+    project = project_at(tmp_path_factory.mktemp("undisturbed"))
+    job = submit(cluster, project, TEMPLATE, *TINY, *LONGER)
+    assert cluster.ends(job) == "COMPLETED", log(project, job)
+    return weights(project / f"runs/imagenet-1hr-{job}")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "signal"), [("mpirun", "TERM"), pytest.param("srun", "USR1", marks=needs_pmix), ("srun-gloo", "TERM")]
+)
+def test_a_preempted_job_goes_on_and_ends_the_same(cluster, project, undisturbed, launcher, signal):
+    cluster.preempt_with(signal)
+    job = submit(cluster, project, TEMPLATE, *TINY, *LONGER, LAUNCHER=launcher)
+    run = project / f"runs/imagenet-1hr-{job}"
+    cluster.until(lambda: (run / "metrics.jsonl").exists() and runlog.read_lines(run, "step"), 60)
+    preempt(cluster)
+    assert cluster.ends(job, 200) == "COMPLETED", log(project, job)
+    assert "--resume" in log(project, job)
+    if launcher != "mpirun":  # with TERM a race: Slurm ends its daemons, too
+        assert "preempted: told to leave after step" in output(run / f"ranks/{job}-0")
+        assert " step 5 of 200" not in output(run / f"ranks/{job}-1")
+    assert json.loads((run / "environment.json").read_text())["hosts"] == [socket.gethostname()] * 2
+    assert weights(run) == undisturbed  # two ranks: a + b is the same in any order, whoever adds
+
+
+def test_a_job_told_to_leave_before_its_run_began_begins_it_later(cluster, project):
+    job = submit(cluster, project, TEMPLATE, *TINY)
+    told = project / f"imagenet-1hr-{job}.log"
+
+    def begun_twice() -> bool:
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+        return told.exists() and log(project, job).count("env -i ") == 2
+
+    cluster.until(begun_twice, 60)
+    assert cluster.ends(job) == "COMPLETED", log(project, job)
+    assert len(weights(project / f"runs/imagenet-1hr-{job}")) == 2
+
+
+def test_a_cancelled_job_stays_cancelled(cluster, project):
+    job = submit(cluster, project, TEMPLATE, *TINY, *LONGER)
+    run = project / f"runs/imagenet-1hr-{job}"
+    cluster.until(lambda: (run / "metrics.jsonl").exists() and runlog.read_lines(run, "step"), 60)
+    cluster.run("scancel", job)
+    cluster.until(lambda: not cluster.run("squeue", "-h").stdout, 60)
+    assert cluster.state(job) == "CANCELLED", log(project, job)
+
+
+def test_a_job_that_may_not_queue_again_says_how_to_go_on(cluster, project):
+    """A run with all its epochs done, taken up once more, ends at once, too."""
+    job = submit(cluster, project, "--no-requeue", TEMPLATE, *TINY, *LONGER)
+    run = f"runs/imagenet-1hr-{job}"
+    cluster.until(lambda: (project / run / "metrics.jsonl").exists() and runlog.read_lines(project / run, "step"), 60)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.ends(job) == "FAILED"
+    assert "preempted: told to leave after step" in log(project, job)
+    assert f"Go on by: RUN_DIR={run} sbatch launch/slurm/train.sbatch --config=quick" in log(project, job)
+    for ends in (True, False):
+        job = submit(cluster, project, TEMPLATE, *TINY, *LONGER, RUN_DIR=run)
+        assert cluster.ends(job) == "COMPLETED", log(project, job)
+        assert ("epoch 2 of 2" in log(project, job)) == ends
+
+
+def test_an_array_of_seeds_and_its_summary(cluster, project):
+    """Each seed on one node, side by side."""
+    job = submit(cluster, project, "--nodes=1", "--array=0-1", TEMPLATE, *TINY)
+    commands = [line for line in Path(TEMPLATE).read_text().splitlines() if "recipe.report" in line]
+    words = shlex.split(commands[0].removeprefix("#   sbatch ").replace("$job", job))
+    report = cluster.submit("--chdir", str(project), "--output=report.log", *words)
+    assert cluster.ends(report, 200) == "COMPLETED", cluster.state(job)
+    assert "2 runs:" in (project / "report.log").read_text()
+    seeds = [runlog.read_recipe(project / f"runs/imagenet-1hr-{job}-seed{seed}").seed for seed in (0, 1)]
+    assert seeds == [0, 1]
+
+
+def test_nodes_that_are_down_drop_out_of_an_elastic_run(cluster):
+    allocation = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "4(x2)"}
+    discover = [str(BIN / "python"), "-m", "launch.hostfile", "discover"]
+    assert cluster.run(*discover, **allocation).stdout == "n1:4\nn2:4\n"
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+    try:
+        assert cluster.run(*discover, **allocation).stdout == "n1:4\n"
+    finally:
+        cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    done = cluster.run(*discover, **allocation, PATH="/none")
+    assert (done.returncode, done.stdout) == (1, "") and "error: sinfo doesn't tell" in done.stderr
+
+
+def test_a_k_that_the_tasks_cannot_share_fails_at_once(cluster, project):
+    job = submit(cluster, project, TEMPLATE, *TINY, "--config.k=3")
+    assert cluster.ends(job, 60) == "FAILED"
+    assert "error: config.k=3 workers can't be shared evenly by 2 ranks" in log(project, job)
+    assert not list((project / "runs").rglob("config.json"))
+
+
+def test_a_slurm_without_pmix_is_told(cluster, project, tmp_path):
+    """Its plugin folder, but for the plugins of PMIx."""
+    config = cluster.run("scontrol", "show", "config").stdout
+    plugins = Path(re.search(r"PluginDir\s*= (\S+)", config)[1])
+    (tmp_path / "plugins").mkdir()
+    for file in plugins.iterdir():
+        if "pmix" not in file.name:
+            (tmp_path / "plugins" / file.name).symlink_to(file)
+    conf = tmp_path / "slurm.conf"
+    conf.write_text(cluster.conf.read_text() + f"PluginDir={tmp_path / 'plugins'}\n")
+    shutil.copy(cluster.conf.with_name("cgroup.conf"), tmp_path)
+    words = [str(BIN / "python"), "-m", "launch.run", "--launcher", "srun", "x"]
+    done = cluster.run("salloc", "--quiet", *TWO_NODES, *words, SLURM_CONF=str(conf))
+    assert done.returncode == 2
+    assert "error: srun --mpi=pmix does not work here (" in done.stderr, done.stderr
+
+
+def test_the_gloo_step_outside_of_slurm_says_so():
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run(
+        [BIN / "python", "-m", "launch.gloo", "x"], env=kept, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "this is no task of Slurm's" in done.stderr
