@@ -1,0 +1,121 @@
+"""Starts preflight.rank on every host, by launch.run's mpirun as a real job would be, and never waits for ever."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.hostfile import Host, render
+from launch.preflight.rank import MARK
+from launch.preflight.reach import ROOT
+from launch.preflight.verdicts import Finding
+
+LEAVES = 5  # seconds for mpirun to end its ranks
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the ranks found: `parts` by name, as preflight.rank emits them; fewer when it ended early, for `faults`."""
+
+    parts: dict[str, Any]
+    faults: list[Finding]
+    seconds: float
+
+
+def measure(names: list[str], interface: str, data_dir: str, limit: float) -> Measured:
+    """One rank a host. Takes `limit` seconds at most, and some to end what hangs."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)  # files, not pipes: an orphan would hold a pipe, and its reader, for ever
+        hostfile, out, err = (folder / name for name in ("hosts", "out", "err"))
+        hostfile.write_text(render([Host(name, 1) for name in names], "openmpi"))
+        asked = json.dumps({"names": names, "data_dir": data_dir, "limit": limit})
+        command = [sys.executable, "-m", "launch.run", "--hostfile", str(hostfile), "--interface", interface]
+        command += ["--", sys.executable, "-m", "launch.preflight.rank", asked]
+        began = time.monotonic()
+        with out.open("wb") as stdout, err.open("wb") as stderr:
+            process = subprocess.Popen(command, stdout=stdout, stderr=stderr, cwd=ROOT, start_new_session=True)
+            with _ended(process):
+                status = _wait(process, limit)
+        seconds = time.monotonic() - began
+        printed, said = (path.read_text(errors="replace") for path in (out, err))
+    parts = parse(printed)
+    if status is None:
+        return Measured(parts, [hung(names, said, limit)], seconds)
+    return Measured(parts, [failed(names, said, status)] if status else [], seconds)
+
+
+def parse(printed: str) -> dict[str, Any]:
+    """The parts on rank 0's stdout; of a line that isn't whole, nothing."""
+    parts = {}
+    for line in printed.splitlines():
+        with contextlib.suppress(ValueError):
+            parts |= dict(json.loads(line))
+    return parts
+
+
+def hung(names: list[str], said: str, limit: float) -> Finding:
+    """Who came least far, and where."""
+    slowest = behind(names, said)
+    where = "; ".join(f"{name} in {part}" for name, part in slowest.items())
+    fix = "look at these hosts (disk, memory, firewall) and at the links between them, or give --timeout more seconds"
+    if len(slowest) == len(names) > 1:
+        where = f"all hosts, in {next(iter(slowest.values()))}"
+    return Finding(", ".join(slowest), f"no end after {limit:.0f} s: the job hung: {where}", fix)
+
+
+def behind(names: list[str], said: str) -> dict[str, str]:
+    """The hosts that came least far by what the ranks said, and the part they were in."""
+    reached = dict.fromkeys(range(len(names)), (-1, "its start"))
+    for rank, order, part in re.findall(rf"^{MARK} (\d+) (\d+) (.*?)\r?$", said, re.MULTILINE):
+        if int(rank) in reached:
+            reached[int(rank)] = max(reached[int(rank)], (int(order), part))
+    least = min(order for order, _ in reached.values())
+    return {names[rank]: part for rank, (order, part) in reached.items() if order == least}
+
+
+def failed(names: list[str], said: str, status: int) -> Finding:
+    """Why the job ended early: by a rank's own word, by mpirun's, or the last that was said."""
+    if match := re.search(rf"^{MARK} (\d+) error (.*?)\r?$", said, re.MULTILINE):
+        host, what = names[int(match[1])], match[2]
+        return Finding(host, f"the check failed there: {what}", "mend the environment on it: launch/install/install")
+    if match := re.search(r"on node (\S+) exited on (signal \d+[^.]*)", said):
+        host, what = match[1], " ".join(match[2].split())
+        return Finding(host, f"its process was ended by {what}", "who kills there? See dmesg for a lack of memory")
+    if match := re.search(
+        r"lost communication with a remote daemon.*?Remote daemon:[^\n]*? on node (\S+)", said, re.DOTALL
+    ):
+        return Finding(match[1], "the host or its link died in the middle", "see its power, its network and its log")
+    text = [line.strip() for line in said.splitlines() if re.search(r"\w", line) and not line.startswith(MARK)]
+    last = " ".join(text[-4:])[-500:] or "it said nothing"
+    where = "; ".join(f"{name} in {part}" for name, part in behind(names, said).items())
+    return Finding("", f"mpirun ended with status {status} ({where}): {last}", "mend what it says, then run this again")
+
+
+def _wait(process: subprocess.Popen, limit: float) -> int | None:
+    """The exit status; None when there is none within `limit` seconds."""
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen) -> Iterator[None]:
+    """mpirun and its ssh have ended afterwards, also when this program is told to leave."""
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                _wait(process, LEAVES)
