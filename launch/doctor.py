@@ -25,7 +25,6 @@ from launch import hostfile
 from launch.command import Parser, run
 from launch.hostfile import Host
 from launch.preflight import job, verdicts
-from launch.preflight.facts import PIECE, SAMPLED
 from launch.preflight.network import GRADIENTS
 from launch.preflight.reach import Reach, reach_all
 from launch.preflight.verdicts import Finding, rate
@@ -213,9 +212,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m launch.doctor", description=__doc__)
     parser.add_argument("--hostfile", help="default: the Slurm allocation")
     parser.add_argument("--interface", default="", help="the network between the hosts, such as eth0")
-    data = (
-        f"what all hosts should see alike; names, sizes, and {PIECE} bytes at 3 places of {SAMPLED} files are compared"
-    )
+    data = "what all hosts should see alike; names, sizes and samples of contents are compared"
     parser.add_argument("--data_dir", default="", help=f"{data}; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for the job of MPI (default: 120)")
     parser.add_argument("--json", action="store_true", help="for programs")

@@ -41,7 +41,7 @@ def gather(comm: "MPI.Comm", value: Any) -> list[Any]:
     from mpi4py import MPI
 
     if comm.rank:
-        comm.Send(json.dumps(value).encode())
+        comm.Send(json.dumps(value).encode(), 0)
         return []
     found, status = [value], MPI.Status()
     for rank in range(1, comm.size):

@@ -56,4 +56,4 @@ if __name__ == "__main__":
         main(**json.loads(sys.argv[1]))
     except Exception as error:  # whatever it is, the doctor names the host
         print(f"{MARK} {_rank()} error {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        os._exit(1)  # MPI's own end would wait for the others
