@@ -113,7 +113,8 @@ def table(report: Mapping[str, Any]) -> str:
     lines += ["", *(f"{'FAULT' if finding.fault else 'note '}  {finding}" for finding in findings)]
     count = sum(finding.fault for finding in findings)
     said = f"{count} fault{'s' * (count > 1)}" if count else "all is well"
-    return "\n".join([*lines, f"{said} ({len(report['hosts'])} hosts, {report['seconds']:.1f} s)"])
+    hosts = len(report["hosts"])
+    return "\n".join([*lines, f"{said} ({hosts} host{'s' * (hosts > 1)}, {report['seconds']:.1f} s)"])
 
 
 HEAD = ["host", "reached", "slots", "GPUs", "cores", "memory", "disk", "files", "locked", "address", "clock"]
@@ -159,7 +160,7 @@ def _links(report: Mapping[str, Any], name: str) -> list[str]:
 
 def _versions(facts: Mapping[str, Any]) -> str:
     first = next(iter(facts.values()))
-    found = {name: version for name, version in first["packages"].items() if name.startswith(verdicts.KEY_PACKAGES)}
+    found = {name: version for name, version in first["packages"].items() if verdicts.KEY_PACKAGES.fullmatch(name)}
     drivers = {gpu["driver"] for gpu in first["gpus"]}
     words = [f"Python {first['python']}", f"recipe {first['recipe']}", *(f"{n} {v}" for n, v in sorted(found.items()))]
     return ", ".join([*words, *(f"GPU driver {driver}" for driver in drivers)])

@@ -48,9 +48,9 @@ def measure(names: list[str], interface: str, data_dir: str, limit: float) -> Me
         seconds = time.monotonic() - began
         printed, said = (path.read_text(errors="replace") for path in (out, err))
     parts = parse(printed)
-    if status is None:
-        return Measured(parts, [hung(names, said, limit)], seconds)
-    return Measured(parts, [failed(names, said, status)] if status else [], seconds)
+    if status == 0:
+        return Measured(parts, [], seconds)
+    return Measured(parts, [hung(names, said, limit) if status is None else failed(names, said, status)], seconds)
 
 
 def parse(printed: str) -> dict[str, Any]:

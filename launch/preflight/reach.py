@@ -46,7 +46,7 @@ NOT_REACHED = (  # what ssh says, what that means, and the fix; the first match 
         "no route to the host",
         "is {host} up, and on this network? Is its address right?",
     ),
-    (r"timed out", f"no answer in {CONNECT} s", "is {{host}} up? Does a firewall drop port 22?"),
+    (r"timed out", f"no answer in {CONNECT} s", "is {host} up? Does a firewall drop port 22?"),
     (
         r"kex_exchange_identification|Connection (?:closed|reset)",
         "sshd closed the connection",

@@ -1,6 +1,7 @@
 """What is wrong, by facts and measurements: pure functions, each fault with its fix in one line."""
 
 import ipaddress
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -9,12 +10,13 @@ from typing import Any
 
 Facts = Mapping[str, Mapping[str, Any]]  # of facts.collect, by the hosts' names in the hostfile
 
-KEY_PACKAGES = ("horovod", "tensorflow", "tensorflow-cpu", "keras", "torch", "numpy", "mpi4py", "nvidia-nccl")
+KEY_PACKAGES = re.compile("horovod|tensorflow|tensorflow-cpu|keras|torch|numpy|mpi4py|nvidia-nccl.*")
 SKEW = 1.0  # seconds: beyond, logs of several hosts can't be read together and files seem to come from the future
 DISK = 2e9  # bytes: checkpoints, logs, temporary files
 MEMORY = 2e9  # bytes a rank: a framework and its input pipeline
 FILES = 2048  # ImageNet has 1024 files, all open at once; sockets to all ranks come on top
 SLOW, SLOWER = 0.5, 0.25  # of what both ends of a link do with others: worth a note, a fault
+ENDS = ("from", "to")  # of a link
 SHOWN = 4  # hosts or packages in one sentence
 
 
@@ -66,7 +68,7 @@ def versions(facts: Facts) -> list[Finding]:
     found += difference("Horovod's compiled library", _each(facts, lambda f: f["horovod_build"]), fix)
     names = {name for f in facts.values() for name in f["packages"]}
     different = [name for name in sorted(names) if odd(_package(facts, name))[1]]
-    keys = [name for name in different if name.startswith(KEY_PACKAGES)]
+    keys = [name for name in different if KEY_PACKAGES.fullmatch(name)]
     for name in keys:
         found += difference(name, _package(facts, name), fix)
     if rest := [name for name in different if name not in keys]:
@@ -146,7 +148,7 @@ def names(facts: Facts, in_slurm: bool) -> list[Finding]:
             continue
         # A host's word on itself may be a loopback address, of which `addresses` speaks.
         seen = {host: f["names"][name] or "unknown" for host, f in facts.items() if host != name}
-        found += difference(f"{name} is", seen, f"give {name} one address in /etc/hosts or DNS")
+        found += difference(f"the address of {name}", seen, f"give {name} one address in /etc/hosts or DNS")
         common, _ = odd(seen)
         if common == "unknown":
             fix = "horovodrun and Gloo need it; mpirun and srun do not" if in_slurm else "add it to /etc/hosts or DNS"
@@ -210,9 +212,6 @@ def links(rows: list[Mapping[str, Any]]) -> list[Finding]:
     return found
 
 
-ENDS = ("from", "to")
-
-
 def slowest(rows: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], str] | None:
     """The slowest link, and the host whose links are the slowest by their median; None without links."""
     if not rows:
@@ -237,7 +236,7 @@ def describe_data(found: Mapping[str, Any]) -> str:
 
 
 def size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def rate(count: float) -> str:
