@@ -163,7 +163,8 @@ def _versions(facts: Mapping[str, Any]) -> str:
     found = {name: version for name, version in first["packages"].items() if verdicts.KEY_PACKAGES.fullmatch(name)}
     drivers = {gpu["driver"] for gpu in first["gpus"]}
     words = [f"Python {first['python']}", f"recipe {first['recipe']}", *(f"{n} {v}" for n, v in sorted(found.items()))]
-    return ", ".join([*words, *(f"GPU driver {driver}" for driver in drivers)])
+    words += [f"GPU driver {driver}" for driver in sorted(drivers)]
+    return ", ".join([*words, f"in {first['prefix']} on {first['disk_of_prefix'] or 'an unknown disk'}"])
 
 
 def _data(facts: Mapping[str, Any]) -> str:

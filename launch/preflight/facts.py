@@ -117,10 +117,12 @@ def resolve(name: str) -> str:
 
 
 def mount_of(folder: Path) -> str:
-    """The disk that a folder lies on, such as "server:/home (nfs4)"; "" if that can't be said."""
+    """The network disk that a folder lies on, as "server:/home", or a local one's kind, as "ext4"; "" if unknown."""
     inside = [p for p in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(p.mountpoint)]
     found = max(inside, key=lambda p: len(p.mountpoint), default=None)
-    return f"{found.device} ({found.fstype})" if found else ""
+    if found is None:
+        return ""
+    return found.device if ":" in found.device else found.fstype
 
 
 def _resolve_all(names: list[str]) -> dict[str, str]:

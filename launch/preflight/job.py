@@ -17,7 +17,7 @@ from typing import Any
 from launch.hostfile import Host, render
 from launch.preflight.rank import MARK
 from launch.preflight.reach import ROOT
-from launch.preflight.verdicts import Finding
+from launch.preflight.verdicts import Finding, listed
 
 LEAVES = 5  # seconds for mpirun to end its ranks
 
@@ -65,11 +65,9 @@ def parse(printed: str) -> dict[str, Any]:
 def hung(names: list[str], said: str, limit: float) -> Finding:
     """Who came least far, and where."""
     slowest = behind(names, said)
-    where = "; ".join(f"{name} in {part}" for name, part in slowest.items())
+    who = "" if len(slowest) == len(names) else listed(list(slowest))
     fix = "look at these hosts (disk, memory, firewall) and at the links between them, or give --timeout more seconds"
-    if len(slowest) == len(names) > 1:
-        where = f"all hosts, in {next(iter(slowest.values()))}"
-    return Finding(", ".join(slowest), f"no end after {limit:.0f} s: the job hung: {where}", fix)
+    return Finding(who, f"no end after {limit:g} s: the job hung: {_where(names, slowest)}", fix)
 
 
 def behind(names: list[str], said: str) -> dict[str, str]:
@@ -95,9 +93,15 @@ def failed(names: list[str], said: str, status: int) -> Finding:
     ):
         return Finding(match[1], "the host or its link died in the middle", "see its power, its network and its log")
     text = [line.strip() for line in said.splitlines() if re.search(r"\w", line) and not line.startswith(MARK)]
-    last = " ".join(text[-4:])[-500:] or "it said nothing"
-    where = "; ".join(f"{name} in {part}" for name, part in behind(names, said).items())
-    return Finding("", f"mpirun ended with status {status} ({where}): {last}", "mend what it says, then run this again")
+    last = " ".join(text[-6:])[-500:] or "it said nothing"
+    where = _where(names, behind(names, said))
+    return Finding("", f"mpirun ended with status {status}, {where}: {last}", "mend what it says, then run this again")
+
+
+def _where(names: list[str], slowest: dict[str, str]) -> str:
+    if len(slowest) == len(names) > 1:
+        return f"all hosts in {next(iter(slowest.values()))}"
+    return listed([f"{name} in {part}" for name, part in slowest.items()])
 
 
 def _wait(process: subprocess.Popen, limit: float) -> int | None:

@@ -5,7 +5,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Facts = Mapping[str, Mapping[str, Any]]  # of facts.collect, by the hosts' names in the hostfile
@@ -61,7 +61,7 @@ def difference(what: str, values: Mapping[str, Any], fix: str) -> list[Finding]:
 
 
 def versions(facts: Facts) -> list[Finding]:
-    """Python, the project's source, Horovod's build, the GPU driver, and every package of the environment."""
+    """Python, the project's source, Horovod's build, every package of the environment, and the disk it lies on."""
     fix = "share one environment, or install there again (launch/install/install)"
     found = difference("Python", _each(facts, lambda f: f["python"]), fix)
     found += difference("this project's source", _each(facts, lambda f: f["recipe"]), "share it, or copy it again")
@@ -73,7 +73,8 @@ def versions(facts: Facts) -> list[Finding]:
         found += difference(name, _package(facts, name), fix)
     if rest := [name for name in different if name not in keys]:
         found += difference(f"the versions of {listed(rest)}:", _each(facts, lambda f: _several(f, rest)), fix)
-    return found
+    disks = difference("the environment's disk", _each(facts, lambda f: f["disk_of_prefix"]), "")
+    return found + [replace(finding, fault=False) for finding in disks]
 
 
 def gpus(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:

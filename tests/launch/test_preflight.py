@@ -21,6 +21,7 @@ def a_host(**changed) -> dict:
         "recipe": "abc",
         "packages": {"torch": "2.13.0", "horovod": "0.28.1", "pip": "24"},
         "horovod_build": "def",
+        "disk_of_prefix": "server:/home",
         "gpus": [],
         "cores": 8,
         "memory": 64e9,
@@ -82,6 +83,8 @@ def test_versions_that_matter_are_named_and_the_others_together():
         "h2: this project's source x, the others abc",
         "h2: Horovod's compiled library y, the others def",
     ]
+    disks = said(verdicts.versions({"h1": a_host(), "h2": a_host(disk_of_prefix="ext4"), "h3": a_host()}))
+    assert disks == ["note h2: the environment's disk ext4, the others server:/home"]
 
 
 def test_gpus_against_slots_kinds_and_drivers():
@@ -259,6 +262,7 @@ def test_who_hangs_is_who_came_least_far():
     assert job.behind(names, "".join(lines)) == {"h1": "the clocks", "h3": "the clocks"}
     assert job.behind(names, f"mpirun says this\n{lines[0]}{MARK} 7 9 no rank of ours\n").keys() == {"h2", "h3"}
     assert "the job hung: h2 in its start" in job.hung(names, lines[0] + lines[2], 5).what
+    assert "the job hung: all hosts in its start" in job.hung(names, "", 5).what
 
 
 def test_why_a_job_ended_early():
