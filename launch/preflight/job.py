@@ -58,7 +58,8 @@ def parse(printed: str) -> dict[str, Any]:
     parts = {}
     for line in printed.splitlines():
         with contextlib.suppress(ValueError):
-            parts |= dict(json.loads(line))
+            part = json.loads(line)
+            parts |= part if isinstance(part, dict) else {}
     return parts
 
 
