@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from launch import hostfile
@@ -109,7 +110,7 @@ def table(report: Mapping[str, Any]) -> str:
         lines += [f"network    {line}" for line in _network(report["network"])]
     if "together" in report:
         lines.append(f"allreduce  {_together(report['together'], len(facts))}")
-    findings = [Finding(**finding) for finding in report["findings"]]
+    findings = verdicts.merged([Finding(**finding) for finding in report["findings"]])
     lines += ["", *(f"{'FAULT' if finding.fault else 'note '}  {finding}" for finding in findings)]
     count = sum(finding.fault for finding in findings)
     said = f"{count} fault{'s' * (count > 1)}" if count else "all is well"
@@ -219,6 +220,8 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for the job of MPI (default: 120)")
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(argv)
+    if options.data_dir:  # the ranks start in another folder
+        options.data_dir = str(Path(options.data_dir).expanduser().absolute())
     if not 1 <= options.timeout <= 86400:
         raise UsageError(f"--timeout={options.timeout:g} is not from 1 to 86400 seconds")
     return options

@@ -36,7 +36,7 @@ def collect(names: list[str], data_dir: str) -> dict[str, Any]:
         "horovod_build": _horovod_build(),
         "prefix": sys.prefix,
         "disk_of_prefix": mount_of(Path(sys.prefix)),
-        "gpus": gpus(),
+        **gpus(),
         "cores": len(os.sched_getaffinity(0)),
         "memory": psutil.virtual_memory().available,
         "disk": {folder: shutil.disk_usage(folder).free for folder in (str(Path.cwd()), tempfile.gettempdir())},
@@ -84,14 +84,18 @@ def packages() -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found if name}
 
 
-def gpus() -> list[dict[str, str]]:
-    """What nvidia-smi lists; nothing where there is none, or where it fails."""
+def gpus() -> dict[str, Any]:
+    """{"gpus": what nvidia-smi lists, none where there is no such program, "gpu_error": why it fails}."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return parse_gpus(done.stdout) if done.returncode == 0 else []
+    except FileNotFoundError:
+        return {"gpus": [], "gpu_error": ""}
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"gpus": [], "gpu_error": str(error)}
+    if done.returncode:
+        return {"gpus": [], "gpu_error": (done.stdout + done.stderr).strip() or f"exit status {done.returncode}"}
+    return {"gpus": parse_gpus(done.stdout), "gpu_error": ""}
 
 
 def parse_gpus(printed: str) -> list[dict[str, str]]:

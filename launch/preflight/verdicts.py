@@ -60,6 +60,14 @@ def difference(what: str, values: Mapping[str, Any], fix: str) -> list[Finding]:
     ]
 
 
+def merged(findings: list[Finding]) -> list[Finding]:
+    """What several hosts have alike, once."""
+    alike: dict[Finding, list[str]] = {}
+    for finding in findings:
+        alike.setdefault(replace(finding, host=""), []).append(finding.host)
+    return [replace(finding, host=listed(hosts)) for finding, hosts in alike.items()]
+
+
 def versions(facts: Facts) -> list[Finding]:
     """Python, the project's source, Horovod's build, every package of the environment, and the disk it lies on."""
     fix = "share one environment, or install there again (launch/install/install)"
@@ -84,6 +92,8 @@ def gpus(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
     found += difference("the GPU's driver", drivers, "install one driver everywhere")
     for host, f in facts.items():
         have = len(f["gpus"])
+        if f["gpu_error"]:
+            found.append(Finding(host, f"nvidia-smi fails: {f['gpu_error'][:200]}", "mend the GPU's driver there"))
         if 0 < have < slots[host]:
             found.append(Finding(host, f"{slots[host]} slots and {have} GPUs", f"write slots={have} in the hostfile"))
         if not have and slots[host] > f["cores"]:

@@ -23,6 +23,7 @@ def a_host(**changed) -> dict:
         "horovod_build": "def",
         "disk_of_prefix": "server:/home",
         "gpus": [],
+        "gpu_error": "",
         "cores": 8,
         "memory": 64e9,
         "disk": {"/tmp": 50e9},
@@ -73,6 +74,12 @@ def test_differences_name_the_odd_host_or_both_sides():
     assert difference(h1="2.13", h2="2.13") == [] == difference(h1="2.13") == difference()
 
 
+def test_what_several_hosts_have_alike_is_said_once():
+    hosts = [verdicts.Finding(f"h{i}", "no data", "mount it") for i in range(1, 7)]
+    other = verdicts.Finding("h7", "no data", "mount it", fault=False)
+    assert said(verdicts.merged([*hosts, other])) == ["h1, h2, h3, h4 and 2 more: no data", "note h7: no data"]
+
+
 def test_versions_that_matter_are_named_and_the_others_together():
     odd = a_host(packages={"torch": "2.12.0", "horovod": "0.28.1", "pip": "23", "wheel": "1"})
     assert said(verdicts.versions({"h1": a_host(), "h2": odd, "h3": a_host()})) == [
@@ -94,6 +101,8 @@ def test_gpus_against_slots_kinds_and_drivers():
         "h3: the GPU's driver 470.2, the others 535.1",
         "h2: 8 slots and 7 GPUs",
     ]
+    broken = a_host(gpu_error="Driver/library version mismatch")
+    assert said(verdicts.gpus({"h1": broken}, {"h1": 8})) == ["h1: nvidia-smi fails: Driver/library version mismatch"]
     cores = said(verdicts.gpus({"h1": a_host()}, {"h1": 9}))
     assert cores == ["note h1: 9 slots, 8 cores and no GPU: the ranks share cores"]
     assert verdicts.gpus({"h1": a_host()}, {"h1": 8}) == []
