@@ -162,8 +162,11 @@ def names(facts: Facts, in_slurm: bool) -> list[Finding]:
         found += difference(f"the address of {name}", seen, f"give {name} one address in /etc/hosts or DNS")
         common, _ = odd(seen)
         if common == "unknown":
-            fix = "horovodrun and Gloo need it; mpirun and srun do not" if in_slurm else "add it to /etc/hosts or DNS"
-            found.append(Finding("", f"the name {name} is unknown to the other hosts", fix, fault=not in_slurm))
+            what = f"the name {name} is unknown to the other hosts"
+            if in_slurm:
+                found.append(Finding("", f"{what}: horovodrun and Gloo need it, mpirun and srun do not", "", False))
+            else:
+                found.append(Finding("", what, "add it to /etc/hosts or DNS"))
         elif common and common not in _own(facts[name]):
             what = f"the others know {name} as {common}, an address that it does not have"
             found.append(Finding(name, what, "correct /etc/hosts or DNS, or the hostfile"))
