@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.hostfile import Host, render
-from launch.preflight.rank import MARK
+from launch.preflight.rank import LISTENS, MARK
 from launch.preflight.reach import ROOT
 from launch.preflight.verdicts import Finding, listed
 
@@ -45,12 +45,15 @@ def measure(names: list[str], interface: str, data_dir: str, limit: float) -> Me
             process = subprocess.Popen(command, stdout=stdout, stderr=stderr, cwd=ROOT, start_new_session=True)
             with _ended(process):
                 status = _wait(process, limit)
+                heard = _listen(err) if status is None else ""
         seconds = time.monotonic() - began
         printed, said = (path.read_text(errors="replace") for path in (out, err))
     parts = parse(printed)
     if status == 0:
         return Measured(parts, [], seconds)
-    return Measured(parts, [hung(names, said, limit) if status is None else failed(names, said, status)], seconds)
+    return Measured(
+        parts, [hung(names, said, heard, limit) if status is None else failed(names, said, status)], seconds
+    )
 
 
 def parse(printed: str) -> dict[str, Any]:
@@ -63,22 +66,33 @@ def parse(printed: str) -> dict[str, Any]:
     return parts
 
 
-def hung(names: list[str], said: str, limit: float) -> Finding:
-    """Who came least far, and where."""
+def hung(names: list[str], said: str, heard: str, limit: float) -> Finding:
+    """Who no longer lives by what is `heard` after the limit; else, who came least far."""
+    alive = {names[int(rank)] for rank in re.findall(rf"^{MARK} (\d+) alive\r?$", heard, re.MULTILINE)}
+    fix = "look at these hosts (disk, memory, firewall) and at the links between them, or give --timeout more seconds"
+    if silent := [name for name in names if alive and name not in alive]:
+        parts = reached(names, said)
+        where = listed([f"{name} has been silent since {parts[name][1]}" for name in silent])
+        return Finding(listed(silent), f"no end after {limit:g} s: {where}", fix)
     slowest = behind(names, said)
     who = "" if len(slowest) == len(names) else listed(list(slowest))
-    fix = "look at these hosts (disk, memory, firewall) and at the links between them, or give --timeout more seconds"
-    return Finding(who, f"no end after {limit:g} s: the job hung: {_where(names, slowest)}", fix)
+    return Finding(who, f"no end after {limit:g} s: the job hung, {_where(names, slowest)}", fix)
+
+
+def reached(names: list[str], said: str) -> dict[str, tuple[int, str]]:
+    """The order and name of the last part that each host began."""
+    found = dict.fromkeys(names, (-1, "its start"))
+    for rank, order, part in re.findall(rf"^{MARK} (\d+) (\d+) (.*?)\r?$", said, re.MULTILINE):
+        if int(rank) < len(names):
+            found[names[int(rank)]] = max(found[names[int(rank)]], (int(order), part))
+    return found
 
 
 def behind(names: list[str], said: str) -> dict[str, str]:
-    """The hosts that came least far by what the ranks said, and the part they were in."""
-    reached = dict.fromkeys(range(len(names)), (-1, "its start"))
-    for rank, order, part in re.findall(rf"^{MARK} (\d+) (\d+) (.*?)\r?$", said, re.MULTILINE):
-        if int(rank) in reached:
-            reached[int(rank)] = max(reached[int(rank)], (int(order), part))
-    least = min(order for order, _ in reached.values())
-    return {names[rank]: part for rank, (order, part) in reached.items() if order == least}
+    """The hosts that came least far, and the part they were in."""
+    parts = reached(names, said)
+    least = min(order for order, _ in parts.values())
+    return {name: part for name, (order, part) in parts.items() if order == least}
 
 
 def failed(names: list[str], said: str, status: int) -> Finding:
@@ -93,7 +107,9 @@ def failed(names: list[str], said: str, status: int) -> Finding:
         r"lost communication with a remote daemon.*?Remote daemon:[^\n]*? on node (\S+)", said, re.DOTALL
     ):
         return Finding(match[1], "the host or its link died in the middle", "see its power, its network and its log")
-    text = [line.strip() for line in said.splitlines() if re.search(r"\w", line) and not line.startswith(MARK)]
+    text = [
+        line.strip() for line in said.splitlines() if re.search(r"\w", line) and not line.startswith((MARK, "env -i "))
+    ]
     last = " ".join(text[-6:])[-500:] or "it said nothing"
     where = _where(names, behind(names, said))
     return Finding("", f"mpirun ended with status {status}, {where}: {last}", "mend what it says, then run this again")
@@ -103,6 +119,13 @@ def _where(names: list[str], slowest: dict[str, str]) -> str:
     if len(slowest) == len(names) > 1:
         return f"all hosts in {next(iter(slowest.values()))}"
     return listed([f"{name} in {part}" for name, part in slowest.items()])
+
+
+def _listen(err: Path) -> str:
+    """What comes on stderr in the next seconds."""
+    before = err.stat().st_size
+    time.sleep(LISTENS)
+    return err.read_bytes()[before:].decode(errors="replace")
 
 
 def _wait(process: subprocess.Popen, limit: float) -> int | None:

@@ -8,16 +8,20 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from typing import Any
 
 from launch.preflight import network
 
-MARK = "launch.doctor:"  # begins a line on stderr: MARK rank order part, or MARK rank error what
+MARK = "launch.doctor:"  # begins a line on stderr: MARK rank order part, MARK rank error what, MARK rank alive
+LISTENS = 3.0  # seconds that the doctor listens, after the limit, for who is alive
 
 
 def main(names: list[str], data_dir: str, limit: float) -> None:
     """`names`: the hosts in the order of the ranks; `limit`: seconds after which this process ends, come what may."""
-    signal.alarm(int(limit) + 1)
+    signal.alarm(int(limit + LISTENS) + 2)
+    threading.Thread(target=_beat, daemon=True).start()
     say(0, "the facts of this host")
     from launch.preflight import facts  # here, so that a package that is missing is said with the host's name
 
@@ -39,12 +43,24 @@ def main(names: list[str], data_dir: str, limit: float) -> None:
 
 def say(order: int, part: str) -> None:
     """That this rank begins a part; whoever has come least far is who the others wait for."""
-    print(f"{MARK} {_rank()} {order} {part}", file=sys.stderr, flush=True)
+    _tell(f"{order} {part}")
 
 
 def emit(comm: Any, part: str, value: Any) -> None:
     if comm.rank == 0:
         print(json.dumps({part: value}), flush=True)
+
+
+def _beat() -> None:
+    """Says that this process runs, also while it waits for another."""
+    while True:
+        time.sleep(1)
+        _tell("alive")
+
+
+def _tell(what: str) -> None:
+    sys.stderr.write(f"{MARK} {_rank()} {what}\n")  # at once: there are two threads
+    sys.stderr.flush()
 
 
 def _rank() -> str:
@@ -55,5 +71,5 @@ if __name__ == "__main__":
     try:
         main(**json.loads(sys.argv[1]))
     except Exception as error:  # whatever it is, the doctor names the host
-        print(f"{MARK} {_rank()} error {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        _tell(f"error {type(error).__name__}: {error}")
         os._exit(1)  # MPI's own end would wait for the others
