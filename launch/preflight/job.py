@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.hostfile import Host, render
-from launch.preflight.rank import LISTENS, MARK
+from launch.preflight.rank import LISTENS, MARK, MPI_STARTS
 from launch.preflight.reach import ROOT
 from launch.preflight.verdicts import Finding, listed
 
@@ -67,11 +67,12 @@ def parse(printed: str) -> dict[str, Any]:
 
 
 def hung(names: list[str], said: str, heard: str, limit: float) -> Finding:
-    """Who no longer lives by what is `heard` after the limit; else, who came least far."""
+    """Who is silent in what is `heard` after the limit; else, who came least far."""
     alive = {names[int(rank)] for rank in re.findall(rf"^{MARK} (\d+) alive\r?$", heard, re.MULTILINE)}
     fix = "look at these hosts (disk, memory, firewall) and at the links between them, or give --timeout more seconds"
-    if silent := [name for name in names if alive and name not in alive]:
-        parts = reached(names, said)
+    parts = reached(names, said)
+    silent = [name for name in names if name not in alive and parts[name][0] != MPI_STARTS]
+    if 0 < len(silent) < len(names):
         where = listed([f"{name} has been silent since {parts[name][1]}" for name in silent])
         return Finding(listed(silent), f"no end after {limit:g} s: {where}", fix)
     slowest = behind(names, said)
