@@ -1,0 +1,197 @@
+"""launch.doctor on real hosts: all is well; hosts that ssh doesn't reach; hosts that differ; one that hangs or dies."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import NETNS, Hosts, hosts, needs_hosts
+from tests.ranks import ROOT, environment
+
+DOCTOR = [sys.executable, "-m", "launch.doctor"]
+RANK = "-m launch.preflight.rank"
+
+
+def doctor(*options: str, **extra: str) -> subprocess.CompletedProcess:
+    """On this machine alone."""
+    return subprocess.run(
+        [*DOCTOR, *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+        env=environment(**extra),
+    )
+
+
+def examined(made: Hosts, file: Path, lines: str, *options: str) -> tuple[int, dict]:
+    """(exit status, the JSON) of a doctor on h1, of these lines of a hostfile."""
+    file.write_text(lines)
+    done = made.run("h1", [*DOCTOR, "--hostfile", str(file), "--interface", "eth0", "--json", *options])
+    assert done.stdout.startswith("{"), done.stdout
+    return done.returncode, json.loads(done.stdout)
+
+
+def faults(report: dict) -> dict[str, str]:
+    return {finding["host"]: finding["what"] for finding in report["findings"] if finding["fault"]}
+
+
+def etc(made: Hosts, host: str, file: str) -> Path:
+    return NETNS / made.namespace(host) / file
+
+
+def sshd(made: Hosts, host: str) -> int:
+    """The process of a host's sshd, whose mounts those have that ssh starts there."""
+    return next(pid for pid in made.pids(host) if b"/usr/sbin/sshd" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def mount(made: Hosts, host: str, *words: str) -> None:
+    """Only this host sees it."""
+    subprocess.run(["nsenter", "--mount", "-t", str(sshd(made, host)), "mount", *words], check=True)
+
+
+@pytest.mark.ranks
+def test_this_machine(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "file").write_text("photograph")
+    done = doctor("--hostfile", "hostfiles/localhost", "--data_dir", str(tmp_path / "data"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "localhost  this machine  2" in done.stdout
+    assert "1 files, 10 bytes" in done.stdout
+    assert "all is well (1 host, " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "which hosts? Give --hostfile, such as hostfiles/localhost, or run this in a Slurm allocation"),
+        (["--hostfile", "hostfiles/none"], "hostfiles/none"),
+        (["--hostfile", "hostfiles/localhost", "--timeout=0"], "--timeout=0 is not from 1 to 86400 seconds"),
+    ],
+)
+def test_a_mistake_is_one_sentence(options, says):
+    done = doctor(*options)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.ranks
+def test_an_environment_that_lacks_mpi_is_named(tmp_path):
+    """A module of mpi4py's name that can't be imported stands before the real one."""
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('libmpi.so.40: cannot open shared object file')\n")
+    done = doctor("--hostfile", "hostfiles/localhost", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 1
+    assert "FAULT  localhost: the check failed there: ImportError: libmpi.so.40: cannot open" in done.stdout
+
+
+@pytest.mark.ranks
+@needs_hosts
+def test_hosts_that_are_well(tmp_path):
+    with hosts(tmp_path / "hosts", 3) as made:
+        status, report = examined(made, tmp_path / "three", "h[1-3] slots=1")
+        assert (status, report["well"], faults(report)) == (0, True, {}), report
+        assert [host["how"] for host in report["hosts"]] == ["this machine", "ssh", "ssh"]
+        assert {f["address"] for f in report["facts"].values()} == {f"10.213.0.{i}" for i in (1, 2, 3)}
+        assert all(abs(clock["ahead"]) <= clock["bound"] + 1e-3 for clock in report["clocks"].values()), "one clock"
+        network = report["network"]
+        assert (len(network["links"]), network["rounds"]) == (6, 3)
+        assert network["seconds_for_32_hosts"] < 60
+        assert all(link["bandwidth"] > 0 < link["latency"] for link in network["links"])
+        assert report["together"]["bytes"] > 0
+        assert not any(made.commands(host) for host in made.names), "something is left"
+
+
+@pytest.mark.ranks
+@needs_hosts
+def test_each_reason_why_ssh_fails(tmp_path):
+    with hosts(tmp_path / "hosts", 8) as made:
+        os.kill(sshd(made, "h2"), signal.SIGKILL)
+        known = etc(made, "h1", "ssh/ssh_known_hosts")
+        lines = [line for line in known.read_text().splitlines() if not line.startswith(("h3 ", "h4 "))]
+        known.write_text("\n".join([*lines, f"h4 {(tmp_path / 'hosts' / 'user.pub').read_text()}"]))
+        etc(made, "h5", "ssh/user.pub").write_text("")
+        names = etc(made, "h1", "hosts")
+        names.write_text(names.read_text().replace("10.213.0.6 h6\n", ""))
+        made.cut("h7")
+        mount(made, "h8", "-t", "tmpfs", "none", sys.prefix)
+        status, report = examined(made, tmp_path / "eight", "h[1-8] slots=1", f"--data_dir={ROOT / 'hostfiles'}")
+        found = faults(report)
+    reasons = {
+        "h2": "connection refused",
+        "h3": "the host's key is unknown",
+        "h4": "the host's key has changed",
+        "h5": "permission denied",
+        "h6": "the name doesn't resolve",
+        "h7": "no ",  # "no route to the host" or, as long as h1 knows its Ethernet address, "no answer in 10 s"
+        "h8": f"{sys.executable} is not there",
+    }
+    assert status == 1 and found.keys() == reasons.keys(), report["findings"]
+    for host, reason in reasons.items():
+        assert reason in found[host]
+    assert report["facts"].keys() == {"h1"}, "the others are examined"
+
+
+@pytest.mark.ranks
+@needs_hosts
+def test_hosts_that_differ_are_named(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    data.mkdir()
+    (data / "train").write_text("a photograph")
+    shutil.copytree(data, other)
+    (other / "train").write_text("a photografh")
+    slots = (os.cpu_count() or 1) + 1
+    with hosts(tmp_path / "hosts", 3) as made:
+        mount(made, "h2", "--bind", str(other), str(data))
+        names = etc(made, "h2", "hosts")
+        names.write_text(names.read_text().replace("10.213.0.2 h2", "127.0.1.1 h2"))
+        slow = ["ip", "netns", "exec", made.namespace("h3"), "tc", "qdisc", "add", "dev", "eth0", "root", "tbf"]
+        subprocess.run([*slow, "rate", "200mbit", "burst", "64kb", "latency", "400ms"], check=True)
+        file = tmp_path / "three"
+        file.write_text(f"h1 slots=1\nh2 slots=1\nh3 slots={slots}\n")
+        done = made.run("h1", [*DOCTOR, "--hostfile", str(file), "--data_dir", str(data), "--interface", "eth0"])
+    assert done.returncode == 1
+    assert "FAULT  h2: data in " in done.stdout, done.stdout
+    assert "FAULT  h2: its own name h2 is 127.0.1.1 there" in done.stdout
+    assert "give h2 its address in h2's /etc/hosts: 10.213.0.2" in done.stdout
+    assert "FAULT  h3: sends 0." in done.stdout
+    assert "slowest link h3→" in done.stdout and "slowest host h3" in done.stdout
+    assert f"note   h3: {slots} slots" in done.stdout
+    assert "3 faults (3 hosts, " in done.stdout
+
+
+@pytest.mark.ranks
+@needs_hosts
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["hangs", "dies"])
+def test_a_host_that_hangs_or_dies_in_the_middle_is_named(tmp_path, number):
+    limit = 10
+    (tmp_path / "three").write_text("h[1-3] slots=1\n")
+    command = [*DOCTOR, "--hostfile", str(tmp_path / "three"), "--interface", "eth0", f"--timeout={limit}"]
+    with hosts(tmp_path / "hosts", 3) as made, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        options = {"stdout": subprocess.PIPE, "cwd": ROOT, "env": environment(TMPDIR=folder)}
+        process = made.popen("h1", command, **options)
+        until_heard(Path(folder), "round 1")
+        os.kill(next(pid for pid, command in made.commands("h2").items() if RANK in command), number)
+        printed, _ = process.communicate(timeout=limit + 30)
+        time.sleep(1)
+        assert not any(made.commands(host) for host in made.names), "something is left"
+    assert process.returncode == 1
+    what = (
+        f"no end after {limit} s: h2 has been silent since " if number == signal.SIGSTOP else "its process was ended by"
+    )
+    assert f"FAULT  h2: {what}" in printed, printed
+
+
+def until_heard(folder: Path, words: str) -> None:
+    """Until the ranks say so, in the file that the doctor keeps of it in its folder for temporary files."""
+    end = time.monotonic() + 30
+    while not any(words in path.read_text() for path in folder.glob("*/err")):
+        assert time.monotonic() < end, f"nobody says {words!r}"
+        time.sleep(0.01)
