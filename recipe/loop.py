@@ -222,7 +222,7 @@ class Loop:
             if element is None:
                 return
             if self.stands.step == 0:
-                workers = np.split(np.asarray(element[0]), self.recipe.run.workers_at_once)
+                workers = np.split(element[0], self.recipe.run.workers_at_once)
                 self._first_images += [zlib.crc32(np.ascontiguousarray(images)) for images in workers]
             yield element
 

@@ -40,12 +40,13 @@ def elements(settings: Recipe, steps: int = 1) -> list[tuple]:
     found, together = [], settings.run.workers_at_once
     for step in range(steps):
         draw = np.random.default_rng(step)
-        images = torch.from_numpy(draw.integers(0, 256, (K, N, SIZE, SIZE, 3), dtype=np.uint8))
-        labels = torch.from_numpy(draw.integers(0, 10, (K, N), dtype=np.int32))
+        images = draw.integers(0, 256, (K, N, SIZE, SIZE, 3), dtype=np.uint8)
+        labels = draw.integers(0, 10, (K, N), dtype=np.int32)
         mine = own_workers(K, collectives.rank(), collectives.size())
         for first in mine[::together]:
             part = slice(first, first + together)
-            found.append((images[part].flatten(0, 1), labels[part].flatten(), torch.ones(N * together)))
+            flat = images[part].reshape(-1, SIZE, SIZE, 3), labels[part].ravel()
+            found.append((*flat, np.ones(N * together, np.float32)))
     return found
 
 
