@@ -15,7 +15,7 @@
 #include <jerror.h>
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__)
-#define CLONES __attribute__((target_clones("avx2", "default"))) /* chosen when the library is loaded */
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default"))) /* chosen when the library is loaded */
 #else
 #define CLONES
 #endif
@@ -25,7 +25,7 @@ enum { MARGIN = 2 };              /* pixels beside the box that the chroma at it
 
 typedef float pixel __attribute__((vector_size(16), aligned(4))); /* R, G, B and padding */
 typedef int integers __attribute__((vector_size(16)));
-typedef unsigned char bytes __attribute__((vector_size(4)));
+typedef unsigned char bytes __attribute__((vector_size(16)));
 
 typedef struct { /* how one side of the box becomes one side of the image */
     int low, high;  /* the source's pixels that are read */
@@ -116,26 +116,19 @@ CLONES static void blend(float *restrict line, unsigned char *const *rows, const
     }
 }
 
-static inline bytes rounded(pixel value)
-{
-    return __builtin_convertvector(__builtin_convertvector(value + 0.5f, integers), bytes);
-}
-
 /* One row of the image from a blended row of the source. */
 CLONES static void narrow(unsigned char *out, const pixel *line, const axis *a, int size)
 {
-    bytes found;
     for (int i = 0; i < size; i++) {
         const pixel *from = line + a->first[i];
         const float *weights = a->weights + (size_t)i * a->taps;
         pixel sum = weights[0] * from[0] + weights[1] * from[1];
         for (int k = 2; k < a->taps; k++)
             sum += weights[k] * from[k];
-        found = rounded(sum);
-        if (i + 1 < size)
-            memcpy(out + 3 * i, &found, 4); /* the next pixel covers the padding */
+        bytes whole = (bytes)__builtin_convertvector(sum + 0.5f, integers);
+        whole = __builtin_shufflevector(whole, whole, 0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+        memcpy(out + 3 * i, &whole, i + 1 < size ? 4 : 3); /* the next pixel covers the padding */
     }
-    memcpy(out + 3 * (size - 1), &found, 3);
 }
 
 /* The next row of the source, as RGBX. */
