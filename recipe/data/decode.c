@@ -252,7 +252,7 @@ int recipe_decode(int count, const unsigned char *const *data, const size_t *siz
             free(j);
             return -1;
         }
-        memcpy(messages + (size_t)i * JMSG_LENGTH_MAX, problem, JMSG_LENGTH_MAX);
+        snprintf(messages + (size_t)i * JMSG_LENGTH_MAX, JMSG_LENGTH_MAX, "%s", problem);
         failures++, i++;
         jpeg_abort_decompress(&j->jpeg);
     } else

@@ -1,10 +1,10 @@
 """Boxes of encoded images, resized to size² uint8 pixels: by decode.c, or to the bit the same by Pillow and NumPy.
 
 A box (y, x, height, width, in source pixels) becomes an image by a separable triangle filter; pixels' centres are at
-halves. Bilinear: it reaches one source pixel each way, whatever the scale, and sees nothing outside of the box, as if
-that were cut out first. Smooth: where the box shrinks it reaches as much farther, a low-pass, also beyond the box: PIL's
-and torchvision's pixels but for the rounding between their passes. For the bilinear filter a JPEG whose box is to become
-half as large or less is decoded at 1/2, 1/4 or 1/8.
+halves. Bilinear: it reaches one source pixel each way, whatever the scale, and sees nothing outside of the box, as
+if that were cut out first. Smooth: where the box shrinks it reaches as much farther, a low-pass, also beyond the box:
+PIL's and torchvision's pixels but for the rounding between their passes. For the bilinear filter a JPEG whose box is to
+become half as large or less is decoded at 1/2, 1/4 or 1/8.
 """
 
 import ctypes
@@ -106,6 +106,8 @@ def _decode_by_pillow(image: bytes, box: np.ndarray, mirrored: bool, size: int, 
             scale = _scale(box, size) if kind == BILINEAR and opened.format == "JPEG" else 1
             opened.draft(None, (opened.width // scale, opened.height // scale))
             pixels, box = opened.convert("RGBX"), box / scale
+            if not (0 <= box[0] < pixels.height and 0 <= box[1] < pixels.width):
+                return "the box is not inside the image"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return str(error)
     pixels = np.asarray(pixels)

@@ -1,7 +1,8 @@
 """Builds decode.c with the libjpeg-turbo that Pillow brings: `python -m recipe.data.decode_build`.
 
-Of the standard library alone, as the installation asks it before there is an environment. What is built lies in the environment's site-packages, where relative paths lead to libjpeg-turbo, under a name that
-changes with the source and with libjpeg-turbo: several copies of the project can share an environment.
+Of the standard library alone, as the installation asks it before there is an environment. What is built lies in the
+environment's site-packages, where relative paths lead to libjpeg-turbo, under a name that changes with the source and
+with libjpeg-turbo: several copies of the project can share an environment.
 """
 
 import hashlib
