@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from recipe.errors import RunError
@@ -56,6 +55,8 @@ class FashionPhotos(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray
     ) -> Iterator[tuple[int, dict[str, Any]]]:
+        import tensorflow as tf  # here, as those who only read the data need none of it
+
         for i in chosen:
             rgb = np.repeat(images[i][:, :, None], 3, axis=2)
             # Quality 100 without chroma subsampling: at 28×28 a file is small anyway.
