@@ -23,9 +23,10 @@
 enum { PLAIN, BILINEAR, SMOOTH }; /* kinds of filter: none, the box as it is; without and with a low-pass */
 enum { MARGIN = 2 };              /* pixels beside the box that the chroma at its edges depends on */
 
-typedef float pixel __attribute__((vector_size(16), aligned(4))); /* R, G, B and padding */
-typedef int integers __attribute__((vector_size(16)));
-typedef unsigned char bytes __attribute__((vector_size(16)));
+typedef float pixel __attribute__((vector_size(16))); /* R, G, B and padding */
+typedef float pair __attribute__((vector_size(32), aligned(16)));
+typedef int integers __attribute__((vector_size(32)));
+typedef unsigned char bytes __attribute__((vector_size(32)));
 
 typedef struct { /* how one side of the box becomes one side of the image */
     int low, high;  /* the source's pixels that are read */
@@ -81,9 +82,9 @@ static void bound(axis *a, double begin, double extent, int length, int size, in
 }
 
 /* The weights. A pixel's filter ends where the pixels do, and is then the larger inside. */
-static void weigh(axis *a, double begin, double extent, int size, int filter, int mirrored)
+CLONES static void weigh(axis *a, double begin, double extent, int size, int filter, int mirrored)
 {
-    double step = extent / size, reach = filter == SMOOTH ? fmax(step, 1) : 1;
+    double step = extent / size, reach = filter == SMOOTH && step > 1 ? step : 1;
     for (int i = 0; i < size; i++) {
         double centre = begin + (i + 0.5) * step, sum = 0;
         int first = most((int)floor(centre - reach + 0.5), a->low), place = mirrored ? size - 1 - i : i;
@@ -91,7 +92,8 @@ static void weigh(axis *a, double begin, double extent, int size, int filter, in
         float *weights = a->weights + (size_t)place * a->taps;
         for (int pass = 0; pass < 2; pass++)
             for (int k = 0; k < a->taps; k++) {
-                double weight = first + k < last ? fmax(1 - fabs(first + k + 0.5 - centre) / reach, 0) : 0;
+                double distance = fabs(first + k + 0.5 - centre) / reach;
+                double weight = first + k < last && distance < 1 ? 1 - distance : 0;
                 if (pass)
                     weights[k] = (float)(weight / sum);
                 else
@@ -116,19 +118,35 @@ CLONES static void blend(float *restrict line, unsigned char *const *rows, const
     }
 }
 
-/* One row of the image from a blended row of the source. */
-CLONES static void narrow(unsigned char *out, const pixel *line, const axis *a, int size)
+/* Two neighbouring pixels of the image, in the bytes 0 to 3 and 16 to 19. */
+static inline __attribute__((always_inline)) integers weighed(const pixel *a, const pixel *b, const pixel *weights,
+                                                              int taps, int stride)
 {
-    for (int i = 0; i < size; i++) {
-        const pixel *from = line + a->first[i];
-        const float *weights = a->weights + (size_t)i * a->taps;
-        pixel sum = weights[0] * from[0] + weights[1] * from[1];
-        for (int k = 2; k < a->taps; k++)
-            sum += weights[k] * from[k];
-        bytes whole = (bytes)__builtin_convertvector(sum + 0.5f, integers);
-        whole = __builtin_shufflevector(whole, whole, 0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-        memcpy(out + 3 * i, &whole, i + 1 < size ? 4 : 3); /* the next pixel covers the padding */
+    pair sum = __builtin_shufflevector(a[0], b[0], 0, 1, 2, 3, 4, 5, 6, 7) * *(const pair *)weights;
+    for (int k = 1; k < taps; k++)
+        sum += __builtin_shufflevector(a[k], b[k], 0, 1, 2, 3, 4, 5, 6, 7) * *(const pair *)(weights + k * stride);
+    bytes whole = (bytes)__builtin_convertvector(sum + 0.5f, integers);
+    return (integers)__builtin_shufflevector(whole, whole, 0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 20, 24,
+                                             28, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16);
+}
+
+/* One row of the image from a blended row of the source. */
+CLONES static void narrow(unsigned char *out, const pixel *line, const int *first, const pixel *weights, int taps,
+                          int size)
+{
+    int i = 0, one, other;
+    for (; i + 2 < size; i += 2) {
+        const pixel *a = line + first[i], *b = line + first[i + 1];
+        integers found = taps == 2 ? weighed(a, b, weights + i, 2, size + 1) : weighed(a, b, weights + i, taps, size + 1);
+        one = found[0], other = found[4];
+        memcpy(out + 3 * i, &one, 4); /* with padding, which the next pixel covers */
+        memcpy(out + 3 * i + 3, &other, 4);
     }
+    integers found = weighed(line + first[i], line + first[i + 1], weights + i, taps, size + 1);
+    one = found[0], other = found[4];
+    memcpy(out + 3 * i, &one, 3);
+    if (i + 1 < size)
+        memcpy(out + 3 * i + 3, &other, 3);
 }
 
 /* The next row of the source, as RGBX. */
@@ -169,14 +187,15 @@ static void sweep(job *j, const double *box, int mirrored, int size, int filter,
     axis *v = &j->rows, *h = &j->columns;
     int width = h->high - h->low, slots = least(v->taps, v->high - v->low), taken = 0;
     size_t row = padded(j->stride), line = padded(sizeof(pixel) * (width + h->taps));
-    size_t firsts = padded(sizeof(int) * size), weights[2] = {padded(sizeof(float) * size * v->taps),
-                                                               padded(sizeof(float) * size * h->taps)};
+    size_t firsts = padded(sizeof(int) * (size + 1)), weights[2] = {padded(sizeof(float) * size * v->taps),
+                                                                     padded(sizeof(float) * size * h->taps)};
+    size_t spread = padded(sizeof(pixel) * (size + 1) * h->taps);
     size_t pointers = padded(sizeof(void *) * v->taps);
-    unsigned char *at = reserve(j, slots * row + line + 2 * firsts + weights[0] + weights[1] + pointers);
+    unsigned char *at = reserve(j, slots * row + line + 2 * firsts + weights[0] + weights[1] + pointers + spread);
     unsigned char *ring = at, **rows = (unsigned char **)(at += slots * row);
-    pixel *blended = (pixel *)(at += pointers);
+    pixel *blended = (pixel *)(at += pointers), *across;
     v->first = (int *)(at += line), h->first = (int *)(at += firsts);
-    v->weights = (float *)(at += firsts), h->weights = (float *)(at += weights[0]);
+    v->weights = (float *)(at += firsts), h->weights = (float *)(at += weights[0]), across = (pixel *)(at + weights[1]);
     if (filter == PLAIN) {
         while (taken++ < v->high - v->low)
             read_row(j, ring);
@@ -185,6 +204,12 @@ static void sweep(job *j, const double *box, int mirrored, int size, int filter,
     weigh(v, box[0], box[2], size, filter, 0);
     weigh(h, box[1], box[3], size, filter, mirrored);
     memset(blended + width, 0, sizeof(pixel) * h->taps); /* read, with weight zero */
+    h->first[size] = 0;
+    for (int k = 0; k < h->taps; k++) /* for each tap all pixels' weights, and those of one more, if size is odd */
+        for (int i = 0; i <= size; i++) {
+            float w = i < size ? h->weights[i * h->taps + k] : 0;
+            across[(size_t)k * (size + 1) + i] = (pixel){w, w, w, w};
+        }
     for (int i = 0; i < size; i++) {
         int last = v->high - v->low - 1;
         while (taken <= least(v->first[i] + v->taps - 1, last))
@@ -192,7 +217,7 @@ static void sweep(job *j, const double *box, int mirrored, int size, int filter,
         for (int k = 0; k < v->taps; k++)
             rows[k] = ring + (least(v->first[i] + k, last) % slots) * row + j->skipped;
         blend((float *)blended, rows, v->weights + (size_t)i * v->taps, v->taps, 4 * width);
-        narrow(out + (size_t)3 * size * i, blended, h, size);
+        narrow(out + (size_t)3 * size * i, blended, h->first, across, h->taps, size);
     }
 }
 

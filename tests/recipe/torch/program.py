@@ -10,6 +10,7 @@ from recipe.config import Data, Model, Optimizer, Recipe, Run, Schedule
 from recipe.errors import RunError
 from recipe.replica import of
 from recipe.sharding import own_workers
+from recipe.torch.device import on_device
 from recipe.torch.wire import packed
 from tests.ranks import report
 
@@ -114,7 +115,7 @@ def started() -> dict:
     made, counts = replica(recipe()), []
     made.network.train()
     for first, element in zip(own_workers(K, collectives.rank(), collectives.size()), elements(recipe()), strict=True):
-        made._step._backward(first, *element)
+        made._step._backward(first, *on_device(element))
         counts.append(sum(handle is not None for handle, _ in made.optimizer._handles.values()))
     made.optimizer.synchronize()
     return {"counts": counts, "parameters": len(list(made.network.parameters()))}
