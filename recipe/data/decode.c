@@ -23,7 +23,7 @@
 enum { PLAIN, BILINEAR, SMOOTH }; /* kinds of filter: none, the box as it is; without and with a low-pass */
 enum { MARGIN = 2 };              /* pixels beside the box that the chroma at its edges depends on */
 
-typedef float pixel __attribute__((vector_size(16))); /* R, G, B and padding */
+typedef float pixel __attribute__((vector_size(16), aligned(4))); /* R, G, B and something else */
 typedef float pair __attribute__((vector_size(32), aligned(16)));
 typedef int integers __attribute__((vector_size(32)));
 typedef unsigned char bytes __attribute__((vector_size(32)));
@@ -40,7 +40,7 @@ typedef struct {
     struct jpeg_error_mgr errors;
     jmp_buf failed;
     char *message;
-    const unsigned char *raw; /* instead of a JPEG: the next row of RGBX pixels */
+    const unsigned char *raw; /* instead of a JPEG: the next row of RGB pixels */
     int stride;               /* of the source's rows, in bytes */
     int skipped;              /* bytes of a row before the box's columns */
     axis rows, columns;
@@ -119,37 +119,40 @@ CLONES static void blend(float *restrict line, unsigned char *const *rows, const
 }
 
 /* Two neighbouring pixels of the image, in the bytes 0 to 3 and 16 to 19. */
-static inline __attribute__((always_inline)) integers weighed(const pixel *a, const pixel *b, const pixel *weights,
+static inline __attribute__((always_inline)) integers weighed(const float *a, const float *b, const pixel *weights,
                                                               int taps, int stride)
 {
-    pair sum = __builtin_shufflevector(a[0], b[0], 0, 1, 2, 3, 4, 5, 6, 7) * *(const pair *)weights;
-    for (int k = 1; k < taps; k++)
-        sum += __builtin_shufflevector(a[k], b[k], 0, 1, 2, 3, 4, 5, 6, 7) * *(const pair *)(weights + k * stride);
+    pair sum = {0};
+    for (int k = 0; k < taps; k++) {
+        pixel one = *(const pixel *)(a + 3 * k), other = *(const pixel *)(b + 3 * k);
+        pair both = __builtin_shufflevector(one, other, 0, 1, 2, 3, 4, 5, 6, 7) * *(const pair *)(weights + k * stride);
+        sum = k ? sum + both : both;
+    }
     bytes whole = (bytes)__builtin_convertvector(sum + 0.5f, integers);
     return (integers)__builtin_shufflevector(whole, whole, 0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 20, 24,
                                              28, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16);
 }
 
 /* One row of the image from a blended row of the source. */
-CLONES static void narrow(unsigned char *out, const pixel *line, const int *first, const pixel *weights, int taps,
+CLONES static void narrow(unsigned char *out, const float *line, const int *first, const pixel *weights, int taps,
                           int size)
 {
     int i = 0, one, other;
     for (; i + 2 < size; i += 2) {
-        const pixel *a = line + first[i], *b = line + first[i + 1];
+        const float *a = line + 3 * first[i], *b = line + 3 * first[i + 1];
         integers found = taps == 2 ? weighed(a, b, weights + i, 2, size + 1) : weighed(a, b, weights + i, taps, size + 1);
         one = found[0], other = found[4];
         memcpy(out + 3 * i, &one, 4); /* with padding, which the next pixel covers */
         memcpy(out + 3 * i + 3, &other, 4);
     }
-    integers found = weighed(line + first[i], line + first[i + 1], weights + i, taps, size + 1);
+    integers found = weighed(line + 3 * first[i], line + 3 * first[i + 1], weights + i, taps, size + 1);
     one = found[0], other = found[4];
     memcpy(out + 3 * i, &one, 3);
     if (i + 1 < size)
         memcpy(out + 3 * i + 3, &other, 3);
 }
 
-/* The next row of the source, as RGBX. */
+/* The next row of the source. */
 static void read_row(job *j, unsigned char *row)
 {
     if (j->raw) {
@@ -159,10 +162,10 @@ static void read_row(job *j, unsigned char *row)
     }
     jpeg_read_scanlines(&j->jpeg, &row, 1);
     if (j->jpeg.out_color_space == JCS_CMYK) /* inverted, as Adobe writes it; multiplied as Pillow does */
-        for (int x = 0; x < j->stride; x += 4)
-            for (int c = 0; c < 3; c++) {
-                int product = (255 - row[x + c]) * row[x + 3] + 128;
-                row[x + c] = row[x + 3] - ((product + (product >> 8)) >> 8);
+        for (unsigned char *from = row, *end = row + j->stride, *to = row; from < end; from += 4)
+            for (int c = 0, k = from[3]; c < 3; c++) {
+                int product = (255 - from[c]) * k + 128;
+                *to++ = k - ((product + (product >> 8)) >> 8);
             }
 }
 
@@ -186,14 +189,15 @@ static void sweep(job *j, const double *box, int mirrored, int size, int filter,
 {
     axis *v = &j->rows, *h = &j->columns;
     int width = h->high - h->low, slots = least(v->taps, v->high - v->low), taken = 0;
-    size_t row = padded(j->stride), line = padded(sizeof(pixel) * (width + h->taps));
+    size_t row = padded(j->stride), line = padded(sizeof(float) * (3 * (width + h->taps) + 1));
     size_t firsts = padded(sizeof(int) * (size + 1)), weights[2] = {padded(sizeof(float) * size * v->taps),
                                                                      padded(sizeof(float) * size * h->taps)};
     size_t spread = padded(sizeof(pixel) * (size + 1) * h->taps);
     size_t pointers = padded(sizeof(void *) * v->taps);
     unsigned char *at = reserve(j, slots * row + line + 2 * firsts + weights[0] + weights[1] + pointers + spread);
     unsigned char *ring = at, **rows = (unsigned char **)(at += slots * row);
-    pixel *blended = (pixel *)(at += pointers), *across;
+    float *blended = (float *)(at += pointers);
+    pixel *across;
     v->first = (int *)(at += line), h->first = (int *)(at += firsts);
     v->weights = (float *)(at += firsts), h->weights = (float *)(at += weights[0]), across = (pixel *)(at + weights[1]);
     if (filter == PLAIN) {
@@ -203,7 +207,7 @@ static void sweep(job *j, const double *box, int mirrored, int size, int filter,
     }
     weigh(v, box[0], box[2], size, filter, 0);
     weigh(h, box[1], box[3], size, filter, mirrored);
-    memset(blended + width, 0, sizeof(pixel) * h->taps); /* read, with weight zero */
+    memset(blended + 3 * width, 0, sizeof(float) * (3 * h->taps + 1)); /* read, with weight zero */
     h->first[size] = 0;
     for (int k = 0; k < h->taps; k++) /* for each tap all pixels' weights, and those of one more, if size is odd */
         for (int i = 0; i <= size; i++) {
@@ -216,7 +220,7 @@ static void sweep(job *j, const double *box, int mirrored, int size, int filter,
             read_row(j, ring + (taken++ % slots) * row);
         for (int k = 0; k < v->taps; k++)
             rows[k] = ring + (least(v->first[i] + k, last) % slots) * row + j->skipped;
-        blend((float *)blended, rows, v->weights + (size_t)i * v->taps, v->taps, 4 * width);
+        blend(blended, rows, v->weights + (size_t)i * v->taps, v->taps, 3 * width);
         narrow(out + (size_t)3 * size * i, blended, h->first, across, h->taps, size);
     }
 }
@@ -227,7 +231,7 @@ static void open_jpeg(job *j, const unsigned char *data, size_t length, double *
     struct jpeg_decompress_struct *c = &j->jpeg;
     jpeg_mem_src(c, (unsigned char *)data, length);
     jpeg_read_header(c, TRUE);
-    c->out_color_space = c->num_components == 4 ? JCS_CMYK : filter == PLAIN ? JCS_RGB : JCS_EXT_RGBX;
+    c->out_color_space = c->num_components == 4 ? JCS_CMYK : JCS_RGB;
     c->scale_num = 1;
     c->scale_denom = filter == SMOOTH ? 1 : 8;
     while (c->scale_denom > 1 && fmin(box[2], box[3]) < (double)size * c->scale_denom)
@@ -247,7 +251,7 @@ static void open_jpeg(job *j, const unsigned char *data, size_t length, double *
     else
         left = 0;
     j->stride = c->output_width * c->output_components;
-    j->skipped = (j->columns.low - (int)left) * c->output_components;
+    j->skipped = 3 * (j->columns.low - (int)left);
     if (top)
         jpeg_skip_scanlines(c, top);
     unsigned char *row = reserve(j, padded(j->stride));
@@ -295,7 +299,7 @@ int recipe_decode(int count, const unsigned char *const *data, const size_t *siz
     return failures;
 }
 
-/* The same of one image of decoded pixels, uint8[height][width][4]. Returns 0, or -1 without memory. */
+/* The same of one image of decoded pixels, uint8[height][width][3]. Returns 0, or -1 without memory. */
 int recipe_resize(const unsigned char *pixels, int height, int width, const double *box, int mirrored, int size,
                   int filter, unsigned char *out)
 {
@@ -306,8 +310,8 @@ int recipe_resize(const unsigned char *pixels, int height, int width, const doub
         j->message = problem;
         bound(&j->rows, box[0], box[2], height, size, filter);
         bound(&j->columns, box[1], box[3], width, size, filter);
-        j->stride = 4 * width;
-        j->skipped = 4 * j->columns.low;
+        j->stride = 3 * width;
+        j->skipped = 3 * j->columns.low;
         j->raw = pixels + (size_t)j->rows.low * j->stride;
         if (!(failed = setjmp(j->failed)))
             sweep(j, box, mirrored, size, filter, out);

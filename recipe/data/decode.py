@@ -105,7 +105,7 @@ def _decode_by_pillow(image: bytes, box: np.ndarray, mirrored: bool, size: int, 
                 return f"its pixels have more than 8 bits (Pillow's mode {opened.mode})"
             scale = _scale(box, size) if kind == BILINEAR and opened.format == "JPEG" else 1
             opened.draft(None, (opened.width // scale, opened.height // scale))
-            pixels, box = opened.convert("RGBX"), box / scale
+            pixels, box = opened.convert("RGB"), box / scale
             if not (0 <= box[0] < pixels.height and 0 <= box[1] < pixels.width):
                 return "the box is not inside the image"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -117,7 +117,7 @@ def _decode_by_pillow(image: bytes, box: np.ndarray, mirrored: bool, size: int, 
         if _library().recipe_resize(*arguments):
             raise MemoryError("no memory is left to resize images")
     else:
-        out[:] = resized(pixels[..., :3], box, mirrored, size, kind)
+        out[:] = resized(pixels, box, mirrored, size, kind)
     return ""
 
 

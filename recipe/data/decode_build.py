@@ -19,7 +19,7 @@ from recipe.errors import RunError
 SOURCE = Path(__file__).with_name("decode.c")
 HEADERS = "tensorflow/include/external/libjpeg_turbo"  # of the same interface, version 62, as Pillow's library
 # Each operation rounded by itself, so that the pixels are the same on all processors.
-FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-shared")
+FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-psabi")
 
 
 def site_packages() -> Path:
