@@ -15,6 +15,7 @@ import numpy as np
 
 from recipe import checkpoint, collectives, elastic, runlog, sharding, standing, watchdog
 from recipe.config import Recipe
+from recipe.data import decode
 from recipe.data.pipeline import train_batches
 from recipe.data.sources import open_source, prepare
 from recipe.errors import Preempted, RunError
@@ -89,6 +90,8 @@ def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Su
 def open_data(recipe: Recipe) -> Sources:
     """The training and the evaluation examples; rank 0 prepares them first where they are not. Collective."""
     collectives.on_root(lambda: prepare(recipe.data), "prepare")
+    if collectives.rank() == 0 and (slow := decode.why_slow()):
+        standing.warn(slow)
     return collectives.agreed(
         lambda: (open_source(recipe.data, "train", recipe.seed), open_source(recipe.data, "eval", recipe.seed)),
         "open_data",

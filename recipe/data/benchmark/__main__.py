@@ -27,8 +27,8 @@ def main(argv: list[str]) -> None:
 
             sizes = photos.make(Path(folder))
         print(
-            f"{len(sizes)} JPEGs of {statistics.mean(sizes) / 1e3:.0f} KB to {SIZE}², batches of {BATCH}, {IMAGES} images "
-            f"after a warm-up, {CORES} cores; median (range)"
+            f"{len(sizes)} JPEGs of {statistics.mean(sizes) / 1e3:.0f} KB to {SIZE}², batches of {BATCH}, {IMAGES} "
+            f"images after a warm-up, {CORES} cores; median (range)"
         )
         found: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
         for _ in range(int(argv[0]) if argv else 3):

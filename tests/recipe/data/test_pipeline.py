@@ -284,6 +284,21 @@ def test_synthetic_batches() -> None:
     )
 
 
+def test_frameworks_share_the_images_memory(source: sources.TFDSSource, data: Data) -> None:
+    """A copy of each image would cost as much as a twentieth of its decoding."""
+    from recipe.keras import backend_tensorflow
+    from recipe.torch import device
+
+    images, labels, weights = next(iter(pipeline.train_batches(source, recipe_of(data, k=1, n=64), [0])))
+    for on_device in (backend_tensorflow.on_device, device.on_device):
+        tensor, *others = on_device((images, labels, weights))
+        for value in (3, 4):
+            images[0] = value
+            assert (tensor[0].numpy() == value).all()
+        assert np.array_equal(others[0].numpy(), labels)
+        assert np.array_equal(on_device((images[1:],))[0].numpy(), images[1:]), "not where TensorFlow wants it"
+
+
 def test_keras_can_train_on_the_batches(source: sources.TFDSSource, data: Data) -> None:
     """The element's form is that of model.fit: inputs, targets, sample weights."""
     import keras
