@@ -16,7 +16,7 @@ import numpy as np
 from recipe import checkpoint, collectives, elastic, runlog, sharding, standing, watchdog
 from recipe.config import Recipe
 from recipe.data import decode
-from recipe.data.pipeline import train_batches
+from recipe.data.pipeline import replaced, train_batches
 from recipe.data.sources import open_source, prepare
 from recipe.errors import Preempted, RunError
 from recipe.evaluation import Sources, evaluate
@@ -148,6 +148,7 @@ class Loop:
                     self._leave()
             self.replica.end()
             self._tell_waits()
+            self._tell_replaced()
         finally:
             if self.log:
                 self.log.close()
@@ -276,6 +277,13 @@ class Loop:
             share = statistics.median(self._waits)
             advice = ": docs/data.md says what makes them faster" if share > WAITS else ""
             self.progress.say(f"images: {share:.1%} of the time of a step was spent waiting for them{advice}")
+
+    def _tell_replaced(self) -> None:
+        """How many different training images were bad, on all ranks."""
+        if self.recipe.data.bad_images == "replace":
+            names = set().union(*collectives.gather(replaced, "replaced"))
+            if self.progress and names:
+                self.progress.say(f"images: {len(names)} could not be decoded, and others took their place")
 
     def _evaluation_due(self) -> bool:
         """The result is the median of the last five epochs, so that these always count."""

@@ -3,6 +3,7 @@
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -25,6 +26,8 @@ ALIGNMENT = 64  # bytes; frameworks take over memory that begins at a multiple o
 Source = TFDSSource | SyntheticSource
 Cut = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]  # (shapes, indices) → (boxes, mirrored)
 
+replaced: set[str] = set()  # the bad images that others have taken the place of in this process, by their names
+
 
 def train_batches(source: Source, recipe: Recipe, workers: Sequence[int], first_step: int = 0) -> Batches:
     """(images uint8[n_j, s, s, 3], labels int32[n_j], weights float32[n_j]), one element for each worker in `workers`,
@@ -33,7 +36,7 @@ def train_batches(source: Source, recipe: Recipe, workers: Sequence[int], first_
 
     The weights are worker_weight(), equal within a batch. With model.dropout a fourth part follows, the examples' keys
     (recipe.augment.keys) as int64[n_j]. Raises UsageError when an epoch has no step; while it is read, a RunError that
-    names the example that can't be read or decoded.
+    names the example that can't be read or decoded, or with data.bad_images "replace" only one that can't be read.
 
     The images are those of sec. 5.1: crop_boxes() decoded, resized bilinearly, mirrored. Deviations: the reference
     resizes bicubically; and the pixels are interpolated without a low-pass filter where a crop shrinks (by 1.3 on
@@ -57,7 +60,11 @@ def train_batches(source: Source, recipe: Recipe, workers: Sequence[int], first_
         def cut(shapes: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return augment.crop_boxes(shapes, indices, recipe.seed, epoch, data.min_area)
 
-        (images, labels), jobs = _made(source, indices, data.image_size, decode.BILINEAR, cut)
+        def instead(index: int) -> Sequence[int]:
+            several = data.bad_images == "replace"
+            return augment.replacements(index, len(source), recipe.seed, epoch) if several else ()
+
+        (images, labels), jobs = _made(source, indices, data.image_size, decode.BILINEAR, cut, instead)
         if (step, place) == (1, 0) and epoch + 1 < recipe.epochs:
             jobs.append(functools.partial(order, epoch + 1))  # so that nobody waits for it between two epochs
         return (images, labels, np.full(len(indices), weight, dtype=np.float32), *extra), jobs
@@ -69,19 +76,22 @@ def eval_batches(source: Source, recipe: Recipe, indices: np.ndarray, batch: int
     """(images uint8[b, s, s, 3], labels int32[b]) with b ≤ batch: every given example exactly once, in that order.
 
     The images are those of sec. 5.1: the shorter side resized to 256, then the central 224² (or in proportion);
-    bilinear with the low-pass filter that PIL and torchvision have. Errors as for train_batches()."""
+    bilinear with the low-pass filter that PIL and torchvision have. Errors as for train_batches(); nothing takes a bad
+    image's place, for the error is that of the whole set."""
     size = recipe.data.image_size
 
     def cut(shapes: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return augment.eval_boxes(shapes, size), np.zeros(len(indices), dtype=bool)
 
     def make(position: int) -> tuple[Batch, Jobs]:
-        return _made(source, indices[position : position + batch], size, decode.SMOOTH, cut)
+        return _made(source, indices[position : position + batch], size, decode.SMOOTH, cut, lambda index: ())
 
     return Batches(range(0, len(indices), batch), make, collectives.cores())
 
 
-def _made(source: Source, indices: np.ndarray, size: int, kind: int, cut: Cut) -> tuple[Batch, Jobs]:
+def _made(
+    source: Source, indices: np.ndarray, size: int, kind: int, cut: Cut, instead: Callable[[int], Sequence[int]]
+) -> tuple[Batch, Jobs]:
     """(images, labels), to be filled, and the jobs that fill them."""
     images, labels = _aligned((len(indices), size, size, 3)), np.empty(len(indices), dtype=np.int32)
 
@@ -89,27 +99,53 @@ def _made(source: Source, indices: np.ndarray, size: int, kind: int, cut: Cut) -
         if isinstance(source, SyntheticSource):
             images[part], labels[part] = source.images(indices[part], size), source.labels(indices[part])
         else:
-            labels[part] = _fill(source, indices[part], kind, cut, images[part])
+            labels[part], problems = _decoded(source, indices[part], kind, cut, images[part])
+            for place, problem in sorted(problems.items()):
+                place += part.start
+                labels[place] = _replaced(source, int(indices[place]), problem, kind, cut, images[place], instead)
 
     return (images, labels), [
         functools.partial(fill, slice(begin, begin + PART)) for begin in range(0, len(indices), PART)
     ]
 
 
-def _fill(source: TFDSSource, indices: np.ndarray, kind: int, cut: Cut, out: np.ndarray) -> np.ndarray:
-    """Reads and decodes these examples into `out`; gives their labels. RunError names the first bad one."""
+def _decoded(
+    source: TFDSSource, indices: np.ndarray, kind: int, cut: Cut, out: np.ndarray
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Reads and decodes these examples into `out`; gives their labels and what is wrong with an image, by its place."""
     encoded, labels = source.read(indices)
-    shapes = np.empty((len(encoded), 2), dtype=np.int64)
+    shapes, problems = np.ones((len(encoded), 2), dtype=np.int64), {}
     for place, image in enumerate(encoded):
         try:
             shapes[place] = image_shape(image)
         except ValueError as error:
-            raise RunError(f"{source.where(int(indices[place]))} is not an image: {error}") from None
+            problems[place] = f"is not an image: {error}"
     boxes, mirrored = cut(shapes, indices)
-    problems = decode.decode(encoded, boxes, mirrored, out.shape[1], kind, out)
-    for place, problem in sorted(problems.items()):
-        raise RunError(f"{source.where(int(indices[place]))} can't be decoded: {problem}")
-    return labels
+    undecoded = decode.decode(encoded, boxes, mirrored, out.shape[1], kind, out)
+    return labels, {place: f"can't be decoded: {problem}" for place, problem in undecoded.items()} | problems
+
+
+def _replaced(
+    source: TFDSSource,
+    index: int,
+    problem: str,
+    kind: int,
+    cut: Cut,
+    out: np.ndarray,
+    instead: Callable[[int], Sequence[int]],
+) -> int:
+    """The label of the first of instead(index) whose image is good, and is now in `out`; says so once a run.
+
+    Raises RunError with the problem where there is none."""
+    name = source.where(index)
+    for other in map(int, instead(index)):
+        labels, problems = _decoded(source, np.array([other]), kind, cut, out[None])
+        if not problems:
+            if name not in replaced:
+                replaced.add(name)
+                print(f"warning: {name} {problem}; example {other} is taken instead", file=sys.stderr, flush=True)
+            return labels[0]
+    raise RunError(f"{name} {problem}")
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -265,6 +266,41 @@ def test_a_bad_image_is_named(fashion: Data, tmp_path: Path, replace: dict, mess
     ):
         with pytest.raises(RunError, match=rf"example 5 \(byte \d+ of {path}\) {message}"):
             collected(batches)
+
+
+def test_a_bad_image_is_replaced_in_all_divisions_by_the_same(
+    fashion: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two bad ones, of which the first may be drawn to replace the second; with any number of ranks and threads."""
+    shutil.copytree(fashion.data_dir, tmp_path, dirs_exist_ok=True)
+    data = dataclasses.replace(fashion, data_dir=str(tmp_path), train_examples=16, bad_images="replace")
+    good = sources.open_source(dataclasses.replace(data, data_dir=fashion.data_dir), "train")
+    for example, replace in ((5, {b"\xff\xda": b"\xff\xd9"}), (9, {b"\xff\xd8\xff": b"\x00\x00\x00"})):
+        path = overwrite(data, example, replace)
+    source, recipe = sources.open_source(data, "train"), recipe_of(data, k=1, n=16)
+    pipeline.replaced.clear()
+    whole = collected(pipeline.train_batches(source, recipe, [0]))
+    said = capsys.readouterr().err
+    assert sorted(re.findall(r"example (\d+) \(byte \d+ of (.*)\) (?:is not|can't)", said)) == [
+        ("5", path),
+        ("9", path),
+    ]
+    assert len(pipeline.replaced) == 2
+    for batch in (1, 4):
+        apart = collected(pipeline.train_batches(source, recipe_of(data, k=16 // batch, n=batch), range(16 // batch)))
+        for part in (0, 1):
+            joined = np.concatenate([element[part] for element in apart])
+            assert np.array_equal(joined, np.concatenate([element[part] for element in whole]))
+    assert not capsys.readouterr().err, "once a run"
+    labels = good.read(np.arange(16))[1]
+    for epoch, (_, found, _) in enumerate(whole):
+        order = sharding.permutation(16, 5, epoch)
+        for index, label in zip(order, found, strict=True):
+            drawn = [int(i) for i in augment.replacements(index, 16, 5, epoch) if i not in (5, 9)]
+            assert label == labels[drawn[0] if index in (5, 9) else index]
+    with pytest.raises(RunError, match=r"example [59] "):
+        fails = dataclasses.replace(data, bad_images="fail")
+        collected(pipeline.train_batches(source, recipe_of(fails, k=1, n=16), [0]))
 
 
 def test_synthetic_batches() -> None:
