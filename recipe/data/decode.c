@@ -140,7 +140,11 @@ CLONES static void narrow(unsigned char *out, const float *line, const int *firs
     int i = 0, one, other;
     for (; i + 2 < size; i += 2) {
         const float *a = line + 3 * first[i], *b = line + 3 * first[i + 1];
-        integers found = taps == 2 ? weighed(a, b, weights + i, 2, size + 1) : weighed(a, b, weights + i, taps, size + 1);
+        integers found;
+        if (taps == 2)
+            found = weighed(a, b, weights + i, 2, size + 1);
+        else
+            found = weighed(a, b, weights + i, taps, size + 1);
         one = found[0], other = found[4];
         memcpy(out + 3 * i, &one, 4); /* with padding, which the next pixel covers */
         memcpy(out + 3 * i + 3, &other, 4);
@@ -313,7 +317,9 @@ int recipe_resize(const unsigned char *pixels, int height, int width, const doub
         j->stride = 3 * width;
         j->skipped = 3 * j->columns.low;
         j->raw = pixels + (size_t)j->rows.low * j->stride;
-        if (!(failed = setjmp(j->failed)))
+        if (setjmp(j->failed))
+            failed = 1;
+        else
             sweep(j, box, mirrored, size, filter, out);
         free(j->scratch);
         free(j);

@@ -103,7 +103,7 @@ def _decode_by_pillow(image: bytes, box: np.ndarray, mirrored: bool, size: int, 
         with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as opened:
             if opened.mode[0] in "IF":
                 return f"its pixels have more than 8 bits (Pillow's mode {opened.mode})"
-            scale = _scale(box, size) if kind == BILINEAR and opened.format == "JPEG" else 1
+            scale = _scale(box, size) if kind == BILINEAR and opened.format != "PNG" else 1
             opened.draft(None, (opened.width // scale, opened.height // scale))
             pixels, box = opened.convert("RGB"), box / scale
             if not (0 <= box[0] < pixels.height and 0 <= box[1] < pixels.width):

@@ -4,6 +4,8 @@ import dataclasses
 import io
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -318,6 +320,18 @@ def test_synthetic_batches() -> None:
         collected(pipeline.eval_batches(evaluation, recipe, np.arange(10), 16)),
         [(evaluation.images(np.arange(10), 32), evaluation.labels(np.arange(10)))],
     )
+
+
+def test_images_are_read_without_tensorflow(fashion: Data) -> None:
+    """So that native PyTorch starts in half the time, in a third of the memory."""
+    program = (
+        "import sys; from recipe import loop, replica; from recipe.config import Data, Recipe; replica.of('torch'); "
+        "from recipe.data import pipeline, sources; data = Data('fashion_photos', sys.argv[1], image_size=28); "
+        "source = sources.open_source(data, 'train'); "
+        "next(iter(pipeline.train_batches(source, Recipe(k=1, n=8, data=data), [0]))); "
+        "assert 'torch' in sys.modules and 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, fashion.data_dir], check=True)
 
 
 def test_frameworks_share_the_images_memory(source: sources.TFDSSource, data: Data) -> None:
