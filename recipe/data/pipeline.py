@@ -5,6 +5,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,9 +25,15 @@ PART = 32  # examples that one thread makes at a time
 ALIGNMENT = 64  # bytes; frameworks take over memory that begins at a multiple of it as it is
 
 Source = TFDSSource | SyntheticSource
-Cut = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]  # (shapes, indices) → (boxes, mirrored)
-
 replaced: set[str] = set()  # the bad images that others have taken the place of in this process, by their names
+
+
+class Cutter(NamedTuple):
+    """How images are cut out of others."""
+
+    kind: int  # of filter (recipe.data.decode)
+    boxes: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]  # (shapes, indices) → (boxes, mirrored)
+    instead: Callable[[int], Sequence[int]]  # index → the examples that may take its place when its image is bad
 
 
 def train_batches(source: Source, recipe: Recipe, workers: Sequence[int], first_step: int = 0) -> Batches:
@@ -57,14 +64,14 @@ def train_batches(source: Source, recipe: Recipe, workers: Sequence[int], first_
         weight = sharding.worker_weight(len(source), step, chosen[0], k, n)  # 1, where there are several
         extra = [augment.keys(indices, recipe.seed, epoch).view(np.int64)] if recipe.model.dropout else []
 
-        def cut(shapes: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def boxes(shapes: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return augment.crop_boxes(shapes, indices, recipe.seed, epoch, data.min_area)
 
         def instead(index: int) -> Sequence[int]:
             several = data.bad_images == "replace"
             return augment.replacements(index, len(source), recipe.seed, epoch) if several else ()
 
-        (images, labels), jobs = _made(source, indices, data.image_size, decode.BILINEAR, cut, instead)
+        (images, labels), jobs = _made(source, indices, data.image_size, Cutter(decode.BILINEAR, boxes, instead))
         if (step, place) == (1, 0) and epoch + 1 < recipe.epochs:
             jobs.append(functools.partial(order, epoch + 1))  # so that nobody waits for it between two epochs
         return (images, labels, np.full(len(indices), weight, dtype=np.float32), *extra), jobs
@@ -80,18 +87,18 @@ def eval_batches(source: Source, recipe: Recipe, indices: np.ndarray, batch: int
     image's place, for the error is that of the whole set."""
     size = recipe.data.image_size
 
-    def cut(shapes: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def boxes(shapes: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return augment.eval_boxes(shapes, size), np.zeros(len(indices), dtype=bool)
 
+    cutter = Cutter(decode.SMOOTH, boxes, instead=lambda index: ())
+
     def make(position: int) -> tuple[Batch, Jobs]:
-        return _made(source, indices[position : position + batch], size, decode.SMOOTH, cut, lambda index: ())
+        return _made(source, indices[position : position + batch], size, cutter)
 
     return Batches(range(0, len(indices), batch), make, collectives.cores())
 
 
-def _made(
-    source: Source, indices: np.ndarray, size: int, kind: int, cut: Cut, instead: Callable[[int], Sequence[int]]
-) -> tuple[Batch, Jobs]:
+def _made(source: Source, indices: np.ndarray, size: int, cutter: Cutter) -> tuple[Batch, Jobs]:
     """(images, labels), to be filled, and the jobs that fill them."""
     images, labels = _aligned((len(indices), size, size, 3)), np.empty(len(indices), dtype=np.int32)
 
@@ -99,10 +106,10 @@ def _made(
         if isinstance(source, SyntheticSource):
             images[part], labels[part] = source.images(indices[part], size), source.labels(indices[part])
         else:
-            labels[part], problems = _decoded(source, indices[part], kind, cut, images[part])
+            labels[part], problems = _decoded(source, indices[part], cutter, images[part])
             for place, problem in sorted(problems.items()):
                 place += part.start
-                labels[place] = _replaced(source, int(indices[place]), problem, kind, cut, images[place], instead)
+                labels[place] = _replaced(source, int(indices[place]), problem, cutter, images[place])
 
     return (images, labels), [
         functools.partial(fill, slice(begin, begin + PART)) for begin in range(0, len(indices), PART)
@@ -110,7 +117,7 @@ def _made(
 
 
 def _decoded(
-    source: TFDSSource, indices: np.ndarray, kind: int, cut: Cut, out: np.ndarray
+    source: TFDSSource, indices: np.ndarray, cutter: Cutter, out: np.ndarray
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Reads and decodes these examples into `out`; gives their labels and what is wrong with an image, by its place."""
     encoded, labels = source.read(indices)
@@ -120,26 +127,17 @@ def _decoded(
             shapes[place] = image_shape(image)
         except ValueError as error:
             problems[place] = f"is not an image: {error}"
-    boxes, mirrored = cut(shapes, indices)
-    undecoded = decode.decode(encoded, boxes, mirrored, out.shape[1], kind, out)
+    boxes, mirrored = cutter.boxes(shapes, indices)
+    undecoded = decode.decode(encoded, boxes, mirrored, out.shape[1], cutter.kind, out)
     return labels, {place: f"can't be decoded: {problem}" for place, problem in undecoded.items()} | problems
 
 
-def _replaced(
-    source: TFDSSource,
-    index: int,
-    problem: str,
-    kind: int,
-    cut: Cut,
-    out: np.ndarray,
-    instead: Callable[[int], Sequence[int]],
-) -> int:
-    """The label of the first of instead(index) whose image is good, and is now in `out`; says so once a run.
-
-    Raises RunError with the problem where there is none."""
+def _replaced(source: TFDSSource, index: int, problem: str, cutter: Cutter, out: np.ndarray) -> int:
+    """The label of the first example that may take a bad one's place and whose image is good, and now in `out`; names
+    the bad one once a run. Raises RunError with the problem where there is none."""
     name = source.where(index)
-    for other in map(int, instead(index)):
-        labels, problems = _decoded(source, np.array([other]), kind, cut, out[None])
+    for other in map(int, cutter.instead(index)):
+        labels, problems = _decoded(source, np.array([other]), cutter, out[None])
         if not problems:
             if name not in replaced:
                 replaced.add(name)

@@ -323,7 +323,7 @@ def test_synthetic_batches() -> None:
 
 
 def test_images_are_read_without_tensorflow(fashion: Data) -> None:
-    """So that native PyTorch starts in half the time, in a third of the memory."""
+    """Native PyTorch neither waits for it nor holds its memory."""
     program = (
         "import sys; from recipe import loop, replica; from recipe.config import Data, Recipe; replica.of('torch'); "
         "from recipe.data import pipeline, sources; data = Data('fashion_photos', sys.argv[1], image_size=28); "
