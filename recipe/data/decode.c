@@ -236,7 +236,7 @@ static void open_jpeg(job *j, const unsigned char *data, size_t length, double *
     jpeg_mem_src(c, (unsigned char *)data, length);
     jpeg_read_header(c, TRUE);
     c->out_color_space = c->num_components == 4 ? JCS_CMYK : JCS_RGB;
-    c->scale_num = 1;
+    c->scale_num = 1; /* halves only: the scales between have no vector code, and cost 8 % on ImageNet's sizes */
     c->scale_denom = filter == SMOOTH ? 1 : 8;
     while (c->scale_denom > 1 && fmin(box[2], box[3]) < (double)size * c->scale_denom)
         c->scale_denom /= 2;
