@@ -4,6 +4,7 @@ import numpy as np
 
 ASPECT = (3 / 4, 4 / 3)  # width to height
 ATTEMPTS = 10  # draws before the fallback
+REPLACEMENT = 2**31  # the first counter of the numbers that choose what takes a bad image's place
 DROPOUT = 2**32  # the first counter of the numbers that decide what an example drops; cropping begins at 1
 EVAL_RESIZE = 256 / 224  # shorter side to crop in evaluation (paper, sec. 5.1)
 
@@ -20,6 +21,12 @@ def uniforms(indices: np.ndarray, seed: int, epoch: int, count: int, first: int 
     on, of which each purpose has its own."""
     counters = np.arange(first, first + count, dtype=np.uint64)
     return (_mix(keys(indices, seed, epoch)[:, None] ^ counters) >> np.uint64(11)) * 2.0**-53
+
+
+def replacements(index: int, examples: int, seed: int, epoch: int) -> np.ndarray:
+    """int64[ATTEMPTS]: the examples that may take the place of one that is bad, in this order."""
+    u = uniforms(np.array([index]), seed, epoch, ATTEMPTS, first=REPLACEMENT)[0]
+    return (u * examples).astype(np.int64)
 
 
 def crop_boxes(

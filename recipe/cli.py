@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import pkgutil
-import re
 import sys
 import time
 import traceback
@@ -143,8 +142,6 @@ def _unexpected(error: Exception) -> str:
     text = str(error)
     if "KERAS_BACKEND" in text:
         return text
-    if ours := re.search(r"RunError: (.*)", text):
-        return ours[1]  # raised inside TensorFlow's input pipeline, which wraps it in an error of its own
     if "Horovod" in f"{type(error).__name__} {text}":
         time.sleep(1)  # let the rank that failed first be heard first
         return f"another rank has gone; its own message says why ({text.splitlines()[0]})"

@@ -67,9 +67,13 @@ def start(framework: str, deterministic: bool) -> tuple[int, int]:
         # the fused buffer a gradient lies: only given groups are fused then.
         os.environ["HOROVOD_DISABLE_GROUP_FUSION"] = "1"
     watchdog.start()
-    binding = init(framework)
-    cores = (os.cpu_count() or 1) // binding.local_size()
-    return binding.local_rank(), max(1, min(cores, len(os.sched_getaffinity(0))))
+    return init(framework).local_rank(), cores()
+
+
+def cores() -> int:
+    """This rank's share of its host's cores; without Horovod, all that this process may use."""
+    ranks = horovod().local_size() if started() else 1
+    return max(1, min((os.cpu_count() or 1) // ranks, len(os.sched_getaffinity(0))))
 
 
 def groups(recipe: Recipe, parameters: int) -> int | None:

@@ -25,6 +25,7 @@ class Data:
     min_area: float = 0.08  # smallest share of an image's area that a training crop keeps
     remainder: str = "drop"  # last N mod kn examples of an epoch: "drop" (the paper's floor(N/kn)) or "short" minibatch
     shuffle_block: int = 1  # neighbours on disk that stay together in the shuffle, for slow disks; 1: none (remark 4)
+    bad_images: str = "fail"  # training images that can't be decoded: "fail", or "replace" by another that is drawn
     train_examples: int = 0  # use only the first so many training examples; 0: all
     eval_examples: int = 0  # use only the first so many evaluation examples; 0: all
 
@@ -123,6 +124,7 @@ class Recipe:
 CHOICES = {
     "framework": ("keras", "torch"),
     "data.remainder": ("drop", "short"),
+    "data.bad_images": ("fail", "replace"),
     "model.stem": ("imagenet", "small"),
     "model.data_format": ("channels_last", "channels_first"),
     "model.precision": ("float32", "mixed_bfloat16", "mixed_float16"),

@@ -2,8 +2,6 @@
 
 import contextlib
 
-import numpy as np
-
 from recipe import collectives, sharding, watchdog
 from recipe.config import Recipe
 from recipe.data.pipeline import eval_batches, train_batches
@@ -26,7 +24,7 @@ def evaluate(recipe: Recipe, replica: Replica, sources: Sources, epoch: int) -> 
     sums = Sums()
     with _statistics(recipe, replica, training, epoch):
         for images, labels in eval_batches(evaluation, recipe, mine, BATCH):
-            sums.add(replica.predict(images), np.asarray(labels))
+            sums.add(replica.predict(images), labels)
             watchdog.beat(f"the evaluation of {sums.count:.0f} examples")
     return sums.over_ranks("evaluate")
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from recipe import checkpoint, collectives, elastic, runlog, sharding, standing, watchdog
 from recipe.config import Recipe
-from recipe.data.pipeline import train_batches
+from recipe.data import decode
+from recipe.data.pipeline import replaced, train_batches
 from recipe.data.sources import open_source, prepare
 from recipe.errors import Preempted, RunError
 from recipe.evaluation import Sources, evaluate
@@ -89,6 +90,8 @@ def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Su
 def open_data(recipe: Recipe) -> Sources:
     """The training and the evaluation examples; rank 0 prepares them first where they are not. Collective."""
     collectives.on_root(lambda: prepare(recipe.data), "prepare")
+    if collectives.rank() == 0 and (slow := decode.why_slow()):
+        standing.warn(slow)
     return collectives.agreed(
         lambda: (open_source(recipe.data, "train", recipe.seed), open_source(recipe.data, "eval", recipe.seed)),
         "open_data",
@@ -145,6 +148,7 @@ class Loop:
                     self._leave()
             self.replica.end()
             self._tell_waits()
+            self._tell_replaced()
         finally:
             if self.log:
                 self.log.close()
@@ -222,7 +226,7 @@ class Loop:
             if element is None:
                 return
             if self.stands.step == 0:
-                workers = np.split(np.asarray(element[0]), self.recipe.run.workers_at_once)
+                workers = np.split(element[0], self.recipe.run.workers_at_once)
                 self._first_images += [zlib.crc32(np.ascontiguousarray(images)) for images in workers]
             yield element
 
@@ -273,6 +277,13 @@ class Loop:
             share = statistics.median(self._waits)
             advice = ": docs/data.md says what makes them faster" if share > WAITS else ""
             self.progress.say(f"images: {share:.1%} of the time of a step was spent waiting for them{advice}")
+
+    def _tell_replaced(self) -> None:
+        """How many different training images were bad, on all ranks."""
+        if self.recipe.data.bad_images == "replace":
+            names = set().union(*collectives.gather(replaced, "replaced"))
+            if self.progress and names:
+                self.progress.say(f"images: {len(names)} could not be decoded, and others took their place")
 
     def _evaluation_due(self) -> bool:
         """The result is the median of the last five epochs, so that these always count."""

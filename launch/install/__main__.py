@@ -1,4 +1,4 @@
-"""The command: builds `.venv` at the project's root in five stages, or sees that it is in place."""
+"""The command: builds `.venv` at the project's root in six stages, or sees that it is in place."""
 
 import argparse
 import sys
@@ -42,16 +42,18 @@ def parse() -> argparse.Namespace:
 def install(option: bool | None) -> None:
     """Build the environment unless it is there."""
     wanted, remark = target.choose(option)
-    if target.in_place(wanted):
+    if target.in_place(wanted) and target.decoder().exists():
         print(f"environment in place: {target.VENV}")
         return
     lock = target.ROOT / ".cache" / "install.lock"
     with locked(lock, "another installation is running here: waiting for it") as held:
-        if target.in_place(wanted):  # the other one has just made it
+        if target.in_place(wanted):  # or the other one has just made it
+            if not target.decoder().exists():
+                stages.decoder(Console(target.LOG, 1, [held]), wanted)
             return
         if remark:
             print(remark)
-        build(wanted, Console(target.LOG, 5, [held]))
+        build(wanted, Console(target.LOG, 6, [held]))
 
 
 def build(wanted: target.Target, console: Console) -> None:
@@ -64,6 +66,7 @@ def build(wanted: target.Target, console: Console) -> None:
     stages.packages(console, wanted)
     built = stages.horovod(console, wanted, compiler)
     stages.project(console, wanted)
+    stages.decoder(console, wanted)
     proofs = stages.proofs(console, wanted)
     versions = stages.finish(console, wanted, built, proofs)
     minutes, seconds = divmod(round(time.monotonic() - start), 60)

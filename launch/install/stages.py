@@ -119,6 +119,13 @@ def project(console: Console, target: Target) -> None:
         console.run([PYTHON, "-m", "pip", "check"], "`pip check`", target.environment())
 
 
+def decoder(console: Console, target: Target) -> None:
+    """The program that decodes images, in C."""
+    with console.stage("building the image decoder (2 s)"):
+        command = [PYTHON, "-m", "recipe.data.decode_build"]
+        console.run(command, "building the image decoder", target.environment())
+
+
 def proofs(console: Console, target: Target) -> list[dict]:
     """A 2-rank allreduce in each framework, through mpirun."""
     with console.stage("proving it with 2 ranks in TensorFlow and in PyTorch (20 s)"):

@@ -5,10 +5,12 @@ import json
 import os
 import platform
 import sys
+import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launch.install import checks, mpi, wheel
+from recipe.data import decode_build
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -97,6 +99,12 @@ def stamp() -> dict:
 def in_place(target: Target) -> bool:
     """Is the environment finished, and the one that is wanted?"""
     return stamp() == target.inputs() and os.access(PYTHON, os.X_OK)
+
+
+def decoder() -> Path:
+    """Where the image decoder of the present source belongs. It is built alone where only it is missing."""
+    base = {"base": str(VENV), "platbase": str(VENV)}
+    return decode_build.library(Path(sysconfig.get_path("platlib", "venv", base)))
 
 
 def difference(target: Target) -> str:

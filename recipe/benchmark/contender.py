@@ -106,7 +106,7 @@ def keras_fit(recipe: Recipe, rank: int, tick: Tick) -> None:
     optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
-    pairs = batches(recipe, range(1)).map(lambda images, labels, weights: ((images,), labels))
+    pairs = (((images,), labels) for images, labels, _ in batches(recipe, range(1)))
     model.fit(pairs, steps_per_epoch=STEPS, epochs=1, callbacks=[Clock()], verbose=0)
 
 
@@ -115,10 +115,16 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
     import keras
     import tensorflow as tf
 
-    from recipe.keras import resnet
+    from recipe.keras import fit, resnet
 
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    mine = strategy.distribute_datasets_from_function(lambda context: batches(recipe, range(rank, rank + 1)))
+    images, labels, weights = (tf.TensorSpec(shape, kind) for kind, shape in fit.signature(recipe))
+
+    def dataset(context: object) -> tf.data.Dataset:
+        made = batches(recipe, range(rank, rank + 1))
+        return tf.data.Dataset.from_generator(lambda: made, output_signature=(images, labels, weights)).prefetch(2)
+
+    mine = strategy.distribute_datasets_from_function(dataset)
     with strategy.scope():
         model = resnet.build(recipe, 10)
         optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)

@@ -56,7 +56,7 @@ class KerasReplica:
 
     def predict(self, images: object) -> np.ndarray:
         keys = [np.zeros(len(images), np.int64)] if self.recipe.model.dropout else []
-        return self.model.predict_on_batch(inputs(images, *keys))
+        return self.model.predict_on_batch(inputs(*backend.on_device((images, *keys))))
 
     @contextlib.contextmanager
     def statistics_of(self, elements: Iterator[tuple]) -> Iterator[None]:

@@ -7,13 +7,7 @@ import torch
 
 
 def use_local_device(local_rank: int, threads: int, deterministic: bool = False) -> None:
-    """Gives this rank the GPU of its local rank, if there is one, and `threads` CPU threads.
-
-    TensorFlow, which reads the images, gets no GPU, and no more threads than these."""
-    import tensorflow as tf  # not needed by those who only use the optimizers
-
-    tf.config.set_visible_devices([], "GPU")
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    """Gives this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with this
         torch.use_deterministic_algorithms(True)
@@ -29,12 +23,12 @@ def local_device() -> torch.device:
 
 
 def on_device(element: tuple) -> tuple[torch.Tensor, ...]:
-    """The tensors of an element of the input pipeline, TensorFlow's, as PyTorch's on this rank's device.
+    """The arrays of an element of the input pipeline as tensors on this rank's device.
 
-    They share TensorFlow's memory on the CPU. To a GPU they go through pinned memory, without waiting for the copy."""
+    On the CPU they share the arrays' memory. To a GPU they go through pinned memory, without waiting for the copy."""
     return tuple(_on_device(part) for part in element)
 
 
 def _on_device(part: Any) -> torch.Tensor:
-    tensor = torch.from_dlpack(part)
+    tensor = torch.as_tensor(part)
     return tensor.pin_memory().to("cuda", non_blocking=True) if torch.cuda.is_available() else tensor

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.install import __main__ as installer
 from launch.install import build, checks, mpi, prove, stages, target, wheel
 from launch.install.console import Console, explain
 from recipe.errors import RunError
@@ -404,6 +405,22 @@ def test_an_environment_is_in_place_only_when_finished_and_wanted(
     other = dataclasses.replace(wanted, mpi=SYSTEM)
     assert not target.in_place(other)
     assert target.difference(other).startswith("other MPI")
+
+
+def test_only_the_decoder_is_built_where_only_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a change of decode.c, which is not worth another environment."""
+    assert target.decoder().exists(), "the environment of these tests has one"
+    monkeypatch.setattr(target, "in_place", lambda wanted: True)
+    monkeypatch.setattr(target, "ROOT", tmp_path)
+    monkeypatch.setattr(target, "LOG", tmp_path / "install.log")
+    installer.install(None)
+    assert capsys.readouterr().out == f"environment in place: {target.VENV}\n"
+    monkeypatch.setattr(target, "decoder", lambda: tmp_path / "missing")
+    installer.install(None)
+    assert re.fullmatch(r"\[1/1\] building the image decoder \(2 s\) \.\.\. \d+ s\n", capsys.readouterr().out)
+    assert "\nimage decoder: " in (tmp_path / "install.log").read_text()
 
 
 def test_a_foreign_environment_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,11 +31,9 @@ def recipe(together: int = 1) -> Recipe:
 
 
 def elements(workers: range, together: int) -> list[tuple]:
-    """As the input pipeline gives them; TensorFlow's tensors, whatever the backend."""
-    import tensorflow as tf
-
+    """As the input pipeline gives them."""
     parts = [slice(w * N, (w + together) * N) for w in workers[::together]]
-    return [(*map(tf.constant, (IMAGES[p], LABELS[p], np.ones(together * N, np.float32))),) for p in parts]
+    return [(IMAGES[p], LABELS[p], np.ones(together * N, np.float32)) for p in parts]
 
 
 def one_step(together: int) -> dict:
@@ -74,7 +72,7 @@ def by_hand() -> dict:
 def statistics() -> dict:
     """What batch_statistics finds, and the stem's by NumPy, from what the stem's convolution gives."""
     model = fit.KerasReplica(recipe(), 5).model
-    element = tuple(keras.ops.convert_to_tensor(part.numpy()) for part in elements(range(1), 1)[0])
+    element = tuple(keras.ops.convert_to_tensor(part) for part in elements(range(1), 1)[0])
     vector = batch_statistics(model, 0.9, fit.signature(recipe()))(*element)
     names = [v.path for v in moving_statistics(model)]
     stem = keras.Model(model.inputs, model.get_layer("stem_conv").output)

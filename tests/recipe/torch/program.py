@@ -10,6 +10,7 @@ from recipe.config import Data, Model, Optimizer, Recipe, Run, Schedule
 from recipe.errors import RunError
 from recipe.replica import of
 from recipe.sharding import own_workers
+from recipe.torch.device import on_device
 from recipe.torch.wire import packed
 from tests.ranks import report
 
@@ -40,12 +41,13 @@ def elements(settings: Recipe, steps: int = 1) -> list[tuple]:
     found, together = [], settings.run.workers_at_once
     for step in range(steps):
         draw = np.random.default_rng(step)
-        images = torch.from_numpy(draw.integers(0, 256, (K, N, SIZE, SIZE, 3), dtype=np.uint8))
-        labels = torch.from_numpy(draw.integers(0, 10, (K, N), dtype=np.int32))
+        images = draw.integers(0, 256, (K, N, SIZE, SIZE, 3), dtype=np.uint8)
+        labels = draw.integers(0, 10, (K, N), dtype=np.int32)
         mine = own_workers(K, collectives.rank(), collectives.size())
         for first in mine[::together]:
             part = slice(first, first + together)
-            found.append((images[part].flatten(0, 1), labels[part].flatten(), torch.ones(N * together)))
+            flat = images[part].reshape(-1, SIZE, SIZE, 3), labels[part].ravel()
+            found.append((*flat, np.ones(N * together, np.float32)))
     return found
 
 
@@ -113,7 +115,7 @@ def started() -> dict:
     made, counts = replica(recipe()), []
     made.network.train()
     for first, element in zip(own_workers(K, collectives.rank(), collectives.size()), elements(recipe()), strict=True):
-        made._step._backward(first, *element)
+        made._step._backward(first, *on_device(element))
         counts.append(sum(handle is not None for handle, _ in made.optimizer._handles.values()))
     made.optimizer.synchronize()
     return {"counts": counts, "parameters": len(list(made.network.parameters()))}

@@ -1,0 +1,1 @@
+"""The input pipeline against its peers: `python -m recipe.data.benchmark`."""

@@ -1,0 +1,233 @@
+"""One contender in a process of its own, started by `python -m recipe.data.benchmark`; prints what it measured as JSON.
+
+All make batches of uint8 or float32 images [BATCH, 224, 224, 3] from random-area crops of the same JPEGs, mirrored in
+half of the cases, with as many threads or processes as there are cores.
+"""
+
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+BATCH, SIZE = 64, 224
+WARMUP, IMAGES = 512, 2560
+EPOCHS = 1000  # more than are read
+CORES = len(os.sched_getaffinity(0))
+
+
+def ours(folder: Path) -> Iterable:
+    from recipe.config import Data, Recipe
+    from recipe.data import pipeline
+    from recipe.data.benchmark import photos
+    from recipe.data.sources import TFDSSource
+
+    source = TFDSSource(photos.builder(folder), "train")
+    recipe = Recipe(k=1, n=BATCH, epochs=EPOCHS, data=Data(image_size=SIZE))
+    return pipeline.train_batches(source, recipe, [0])
+
+
+def floor(folder: Path) -> Iterable:
+    """decode.c with resizing off, the images in memory: libjpeg-turbo on the boxes that `ours` decodes first."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from recipe import augment
+    from recipe.data import decode
+    from recipe.data.images import image_shape
+
+    images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
+    shapes, indices = np.array([image_shape(image) for image in images]), np.arange(len(images))
+    nothing = np.empty((BATCH, SIZE, SIZE, 3), np.uint8)
+
+    def decoded(position: int) -> tuple[np.ndarray]:
+        epoch, begin = divmod(position * BATCH, len(images))
+        part = slice(begin, begin + BATCH)
+        boxes, mirrored = augment.crop_boxes(shapes[part], indices[part], 0, epoch)
+        decode.decode(images[part], boxes, mirrored, SIZE, decode.PLAIN, nothing)
+        return (nothing,)
+
+    pool = ThreadPoolExecutor(CORES)
+    return pool.map(decoded, range((WARMUP + IMAGES) // BATCH))
+
+
+def tensorflow(floats: bool) -> Callable[[Path], Iterable]:
+    """As TensorFlow's own ResNet for ImageNet reads its images; or the same without turning them into float32."""
+
+    def batches(folder: Path) -> Iterable:
+        import tensorflow as tf
+
+        from recipe.data.pipeline import MEAN
+
+        def parsed(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            kinds = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
+            example = tf.io.parse_single_example(record, kinds)
+            begin, extent, _ = tf.image.sample_distorted_bounding_box(
+                tf.image.extract_jpeg_shape(example["image"]),
+                tf.zeros([1, 0, 4]),
+                min_object_covered=0.1,
+                aspect_ratio_range=[0.75, 1.33],
+                area_range=[0.08, 1.0],
+                max_attempts=100,
+                use_image_if_no_bounding_boxes=True,
+            )
+            box = tf.concat([begin[:2], extent[:2]], 0)
+            image = tf.image.decode_and_crop_jpeg(example["image"], box, channels=3)
+            image = tf.image.resize(tf.image.random_flip_left_right(image), [SIZE, SIZE], "bilinear")
+            image = image - tf.constant(MEAN) if floats else tf.cast(image, tf.uint8)
+            return image, tf.cast(example["label"], tf.int32)
+
+        records = tf.data.TFRecordDataset(sorted(map(str, folder.rglob("*train.tfrecord*")))).repeat()
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = CORES
+        options.deterministic = False
+        made = records.shuffle(256).map(parsed, tf.data.AUTOTUNE).batch(BATCH, drop_remainder=True)
+        return made.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+    return batches
+
+
+def torch(decoder: Callable) -> Callable[[Path], Iterable]:
+    """PyTorch's DataLoader with a process for each core; `decoder` gives a function of (file, box, mirrored)."""
+
+    def batches(folder: Path) -> Iterable:
+        from torch.utils import data
+
+        class Photos(data.Dataset):
+            def __init__(self) -> None:
+                self.paths, self.decode = sorted(folder.glob("*.jpg")), decoder()
+
+            def __len__(self) -> int:
+                return EPOCHS * len(self.paths)
+
+            def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+                return self.decode(self.paths[i % len(self.paths)], random.random() < 0.5), i % 10
+
+        return data.DataLoader(Photos(), BATCH, num_workers=CORES, shuffle=True)
+
+    return batches
+
+
+def pillow() -> Callable:
+    from PIL import Image
+
+    def decode(path: Path, mirrored: bool) -> np.ndarray:
+        with Image.open(path) as opened:
+            y, x, h, w = torchvision_box(opened.height, opened.width)
+            image = opened.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
+        return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image)
+
+    return decode
+
+
+def simplejpeg() -> Callable:
+    import cv2
+    import simplejpeg
+
+    cv2.setNumThreads(0)
+
+    def decode(path: Path, mirrored: bool) -> np.ndarray:
+        pixels = simplejpeg.decode_jpeg(path.read_bytes())
+        y, x, h, w = torchvision_box(*pixels.shape[:2])
+        image = cv2.resize(pixels[y : y + h, x : x + w], (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+        return cv2.flip(image, 1) if mirrored else image
+
+    return decode
+
+
+def torchvision_box(height: int, width: int) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop, without its tensors."""
+    for _ in range(10):
+        area = height * width * random.uniform(0.08, 1)
+        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return random.randint(0, height - h), random.randint(0, width - w), h, w
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def dali(folder: Path) -> Iterable:
+    """NVIDIA DALI on CPU threads."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=BATCH, num_threads=CORES, device_id=None, prefetch_queue_depth=2)
+    def graph() -> tuple:
+        files, labels = fn.readers.file(files=sorted(map(str, folder.glob("*.jpg"))), random_shuffle=True)
+        images = fn.decoders.image_random_crop(files, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
+        images = fn.resize(images, size=[SIZE, SIZE], interp_type=types.INTERP_LINEAR, antialias=False)
+        return fn.flip(images, horizontal=fn.random.coin_flip()), labels
+
+    made = graph()
+    made.build()
+    while True:
+        images, labels = made.run()
+        yield images.as_array(), labels.as_array()
+
+
+CONTENDERS: dict[str, Callable[[Path], Iterable]] = {
+    "floor": floor,
+    "ours": ours,
+    "tf.data-float32": tensorflow(floats=True),
+    "tf.data-uint8": tensorflow(floats=False),
+    "torch-simplejpeg": torch(simplejpeg),
+    "torch-pillow": torch(pillow),
+    "dali-cpu": dali,
+}
+
+
+def measured(batches: Iterable) -> dict[str, float]:
+    """Seconds to the first batch; then images/s, images per second of processor time, bytes read an image, memory."""
+    began, made = time.perf_counter(), iter(batches)
+    take(made, BATCH)
+    first = time.perf_counter() - began
+    take(made, WARMUP - BATCH)
+    began, spent, read = time.perf_counter(), cpu_seconds(), bytes_read()
+    take(made, IMAGES)
+    spent = cpu_seconds() - spent
+    return {
+        "first": first,
+        "wall": IMAGES / (time.perf_counter() - began),
+        "cpu": IMAGES / spent,
+        "read": (bytes_read() - read) / IMAGES,
+        "memory": sum(number(pid, "status", "VmHWM:") for pid in processes()) * 1024,
+    }
+
+
+def take(made: Iterator, images: int) -> None:
+    for _ in range(images // BATCH):
+        next(made)
+
+
+def processes() -> list[int]:
+    """This one and those that it started."""
+    tasks = Path("/proc/self/task").iterdir()
+    return [os.getpid(), *(int(pid) for task in tasks for pid in (task / "children").read_text().split())]
+
+
+def cpu_seconds() -> float:
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in processes()]
+    return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def bytes_read() -> int:
+    return sum(number(pid, "io", "rchar:") for pid in processes())
+
+
+def number(pid: int, file: str, name: str) -> int:
+    words = Path(f"/proc/{pid}/{file}").read_text().split()
+    return int(words[words.index(name) + 1])
+
+
+if __name__ == "__main__":
+    try:
+        began = CONTENDERS[sys.argv[1]](Path(sys.argv[2]))
+        print(json.dumps(measured(began)))
+    except ImportError as error:
+        print(json.dumps({"missing": str(error.name)}))
+    sys.stdout.flush()
+    os._exit(0)  # without waiting for images that nobody wants

@@ -1,0 +1,220 @@
+"""Decoding: crops exact to the bit for all kinds of JPEG, the filter against PIL's, and what is refused."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+from recipe.data import decode, decode_build
+
+ImageFile.MAXBLOCK = 2**20  # bytes: Pillow's encoder needs them for optimised files
+ONE = np.zeros(1, dtype=bool)
+
+
+@st.composite
+def jpegs(draw: st.DrawFn) -> bytes:
+    """Of all the forms that Pillow writes, from one pixel on."""
+    height, width = draw(st.integers(1, 150)), draw(st.integers(1, 150))
+    mode, grain = draw(st.sampled_from(["RGB", "RGB", "RGB", "L", "CMYK"])), draw(st.sampled_from([1, 4, 16]))
+    noise = np.random.default_rng(draw(st.integers(0, 99)))
+    pixels = noise.integers(0, 256, (height // grain + 1, width // grain + 1, 4)).astype(np.uint8)
+    image = Image.fromarray(pixels, "CMYK").convert(mode).resize((width, height), Image.Resampling.BILINEAR)
+    kinds = {"progressive": draw(st.booleans()), "optimize": draw(st.booleans())}
+    if mode == "RGB":
+        kinds["subsampling"] = draw(st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]))
+    if draw(st.booleans()):
+        kinds["restart_marker_blocks"] = draw(st.integers(1, 8))
+    return encoded(image, "JPEG", quality=draw(st.integers(20, 100)), **kinds)
+
+
+def encoded(image: Image.Image, form: str, **kinds: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **kinds)
+    return out.getvalue()
+
+
+def whole(image: bytes, scale: int = 1) -> np.ndarray:
+    """uint8[h, w, 3] by Pillow, which decodes everything."""
+    with Image.open(io.BytesIO(image)) as opened:
+        opened.draft(None, (opened.width // scale, opened.height // scale))
+        return np.asarray(opened.convert("RGB"))
+
+
+def decoded(image: bytes, box: tuple, size: int, kind: int, mirrored: bool = False) -> np.ndarray:
+    out = np.zeros((1, size, size, 3), np.uint8)
+    assert decode.decode([image], np.array([box]), ONE | mirrored, size, kind, out) == {}
+    return out[0]
+
+
+def test_the_library_is_built() -> None:
+    """Without it all tests here would compare Pillow with Pillow."""
+    assert decode.fast(), decode.why_slow()
+
+
+@settings(max_examples=200, deadline=None)
+@given(jpegs(), st.data())
+def test_crops_are_exact(image: bytes, data: st.DataObject) -> None:
+    """Bits, not levels: the box of a partly decoded image is that of the whole one, resized by other code."""
+    height, width, _ = whole(image).shape
+    y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    box = y, x, data.draw(st.integers(1, height - y)), data.draw(st.integers(1, width - x))
+    kind, size = data.draw(st.sampled_from([decode.BILINEAR, decode.SMOOTH])), data.draw(st.integers(1, 40))
+    mirrored = data.draw(st.booleans())
+    scale = next(s for s in (8, 4, 2, 1) if s == 1 or (kind == decode.BILINEAR and min(box[2:]) >= s * size))
+    expected = decode.resized(whole(image, scale), np.array(box) / scale, mirrored, size, kind)
+    assert np.array_equal(decoded(image, box, size, kind, mirrored), expected)
+
+
+def photo(height: int = 60, width: int = 80, mode: str = "RGB") -> Image.Image:
+    y, x = np.mgrid[0:height, 0:width] / 8
+    pixels = [128 + 100 * np.sin(y * a + x * b) for a, b in ((1, 0.3), (0.2, 1), (0.7, 0.6), (0.1, 0.1))]
+    return Image.fromarray(np.stack(pixels, axis=-1).astype(np.uint8), "CMYK").convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("kind", [decode.BILINEAR, decode.SMOOTH])
+def test_pillow_and_numpy_give_the_same_pixels(mode: str, kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = encoded(photo(mode=mode), "JPEG")
+    cases = [
+        ((5, 7, 31, 33), 24),
+        ((0, 0, 60, 80), 13),
+        ((2, 3, 50, 70), 11),
+        ((59, 79, 1, 1), 9),
+        ((9.4, 3.2, 7.9, 60.3), 20),
+    ]
+    fast = [decoded(image, box, size, kind, True) for box, size in cases]
+    monkeypatch.setattr(decode, "_library", lambda: None)
+    assert not decode.fast()
+    for (box, size), expected in zip(cases, fast, strict=True):
+        assert np.array_equal(decoded(image, box, size, kind, True), expected)
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1"])
+def test_png_among_jpegs(mode: str, library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ImageNet has one, under the name of a JPEG."""
+    if not library:
+        monkeypatch.setattr(decode, "_library", lambda: None)
+    images = [encoded(photo(mode="RGB").convert(mode), "PNG"), encoded(photo(), "JPEG"), encoded(photo(), "PNG")]
+    boxes, out = np.tile((10, 20, 32, 32), (3, 1)), np.zeros((3, 32, 32, 3), np.uint8)
+    assert decode.decode(images, boxes, np.array([False, True, True]), 32, decode.BILINEAR, out) == {}
+    for image, pixels, step in zip(images, out, (1, -1, -1), strict=True):
+        assert np.array_equal(pixels[:, ::step], whole(image)[10:42, 20:52])
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 70))
+@example(60, 60, 7)
+def test_smooth_is_pil_s_bilinear(height: int, width: int, size: int) -> None:
+    """PIL has weights of 22 bits and rounds to whole levels between its passes: one level at most."""
+    image = encoded(photo(height, width), "PNG")
+    expected = Image.fromarray(whole(image)).resize((size, size), Image.Resampling.BILINEAR)
+    found = decoded(image, (0, 0, height, width), size, decode.SMOOTH)
+    assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_a_halved_image_is_as_good_as_a_low_pass() -> None:
+    """Where the DCT halves the image, bilinear comes near to PIL's low-pass; from the whole image it would not."""
+    image, box = encoded(photo(400, 400), "JPEG", quality=95), (0, 0, 400, 400)
+    smooth = decoded(image, box, 50, decode.SMOOTH).astype(int)
+    assert np.abs(decoded(image, box, 50, decode.BILINEAR) - smooth).mean() < 2
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3)).astype(np.uint8))
+    image = encoded(noise, "JPEG", quality=95)
+    smooth = decoded(image, box, 50, decode.SMOOTH).astype(int)
+    unscaled = decode.resized(whole(image), np.array(box), False, 50, decode.BILINEAR).astype(int)
+    assert np.abs(decoded(image, box, 50, decode.BILINEAR) - smooth).mean() < np.abs(unscaled - smooth).mean() / 2
+
+
+def damaged() -> dict[str, tuple[bytes, str]]:
+    """Bytes and what is said of them, by kind."""
+    jpeg = encoded(photo(), "JPEG", quality=95)
+    scan = jpeg.index(b"\xff\xda")
+    return {
+        "cut": (jpeg[: (scan + len(jpeg)) // 2], "Premature end of JPEG file"),
+        "cut and closed": (jpeg[: (scan + len(jpeg)) // 2] + b"\xff\xd9", "premature end of data segment"),
+        "cut in the head": (jpeg[: scan - 40], "Premature end|no image|Unsupported marker|SOS"),
+        "no picture": (jpeg[:scan] + b"\xff\xd9", "missing SOS marker"),
+        "twelve bits": (jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "precision"),
+        "a cut PNG": (encoded(photo(), "PNG")[:-400], "truncated|broken|Truncated"),
+        "sixteen bits": (encoded(Image.new("I;16", (80, 60)), "PNG"), "more than 8 bits"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", damaged())
+def test_what_is_wrong_is_said_of_the_image_that_is_wrong(kind: str) -> None:
+    bad, message = damaged()[kind]
+    good = encoded(photo(), "JPEG")
+    out, boxes = np.zeros((4, 32, 32, 3), np.uint8), np.tile((0, 0, 60, 80), (4, 1))
+    problems = decode.decode([good, bad, good, bad], boxes, np.zeros(4, bool), 32, decode.BILINEAR, out)
+    assert sorted(problems) == [1, 3]
+    (said,) = set(problems.values())
+    assert any(part in said for part in message.split("|")), said
+    assert np.array_equal(out[0], decoded(good, (0, 0, 60, 80), 32, decode.BILINEAR))
+    assert np.array_equal(out[2], out[0])
+
+
+def test_damage_below_the_box_is_not_read() -> None:
+    """Known and said in decode(): only what a box needs is decoded."""
+    bad, _ = damaged()["cut"]
+    good = encoded(photo(), "JPEG", quality=95)
+    box = (0, 0, 8, 80)
+    assert np.array_equal(decoded(bad, box, 8, decode.BILINEAR), decoded(good, box, 8, decode.BILINEAR))
+
+
+def test_a_box_outside_of_the_image_is_refused() -> None:
+    out = np.zeros((1, 8, 8, 3), np.uint8)
+    for image in (encoded(photo(), "JPEG"), encoded(photo(), "PNG")):
+        problems = decode.decode([image], np.array([(61, 0, 5, 5)]), ONE, 8, decode.BILINEAR, out)
+        assert problems == {0: "the box is not inside the image"}
+
+
+# --- building it
+
+
+def test_a_changed_source_or_libjpeg_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [decode_build.library(tmp_path)]
+    (tmp_path / "pillow.libs").mkdir()
+    (tmp_path / "pillow.libs" / "libjpeg-1.so.62.4.0").touch()
+    names.append(decode_build.library(tmp_path))
+    source = tmp_path / "decode.c"
+    source.write_bytes(decode_build.SOURCE.read_bytes() + b"\n")
+    monkeypatch.setattr(decode_build, "SOURCE", source)
+    names.append(decode_build.library(tmp_path))
+    assert len(set(names)) == 3
+
+
+def test_it_is_built_with_what_the_environment_has(tmp_path: Path) -> None:
+    """Into a copy of what it needs of an environment; nothing is left when it can't be."""
+    site = decode_build.site_packages()
+    (tmp_path / "pillow.libs").mkdir()
+    shutil.copy(decode_build.bundled(site), tmp_path / "pillow.libs")
+    shutil.copytree(site / decode_build.HEADERS, tmp_path / decode_build.HEADERS)
+    program = (
+        "import sys; from recipe.data import decode_build as b; from pathlib import Path; b.build(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    failed = subprocess.run(command, env={**os.environ, "CC": "cc -include nothing.h"}, capture_output=True, text=True)
+    assert "RunError: the image decoder can't be built" in failed.stderr
+    absent = subprocess.run(command, env={**os.environ, "CC": "no-such-compiler"}, capture_output=True, text=True)
+    assert "No such file or directory: 'no-such-compiler'" in absent.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pillow.libs", "tensorflow"]
+    subprocess.run(command, check=True)
+    import ctypes
+
+    assert ctypes.CDLL(str(decode_build.library(tmp_path))).recipe_decode
+
+
+def test_the_user_hears_how_to_get_the_fast_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert decode.why_slow() == ""
+    monkeypatch.setattr(decode_build, "site_packages", lambda: tmp_path)
+    assert "python -m recipe.data.decode_build" in decode.why_slow()
+    decode_build.library(tmp_path).write_bytes(b"no library")
+    assert "can't be loaded" in decode.why_slow()
