@@ -11,6 +11,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from recipe.config import Data, nearest
+from recipe.data import tars
 from recipe.data.fashion_photos import FashionPhotos  # which registers its name with TFDS
 from recipe.errors import RunError, UsageError
 
@@ -68,8 +69,13 @@ def run_builder(builder: tfds.core.DatasetBuilder, manual_dir: Path) -> None:
     shards = SHARDS if isinstance(builder, FashionPhotos) else None
     config = tfds.download.DownloadConfig(manual_dir=manual_dir, num_shards=shards)
     try:
+        if builder.name == IMAGENET:
+            tars.prepare(builder, manual_dir)
+            return
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS's own messages; its progress bars are on stderr
             builder.download_and_prepare(download_config=config)
+    except (UsageError, RunError):
+        raise
     except Exception as error:
         if is_prepared(builder):
             return  # another process was faster

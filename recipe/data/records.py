@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import struct
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import google_crc32c
 import numpy as np
 
 from recipe.data import files
+from recipe.data.work import whole_file
 from recipe.errors import RunError
 
 LENGTH = struct.Struct("<Q")  # the first 8 bytes of a record
@@ -95,12 +95,5 @@ def _save(index: dict[str, np.ndarray], cache: Path) -> None:
         "counts": np.array([len(positions) for positions in index.values()]),
         "positions": np.concatenate(list(index.values())),
     }
-    with contextlib.suppress(OSError):
-        fd, name = tempfile.mkstemp(dir=cache.parent, prefix=f".{cache.name}-")
-        try:
-            with os.fdopen(fd, "wb") as file:
-                np.savez(file, **arrays)
-            Path(name).chmod(0o644)
-            Path(name).replace(cache)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError), whole_file(cache) as file:
+        np.savez(file, **arrays)
