@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 DELAYS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 7.0, 7.0, 8.0)  # seconds between attempts, half a minute in all
 PASSING = frozenset(  # what a network file system says while a server is away, restarts or fails over
-    getattr(errno, name)
-    for name in (
-        "EIO ESTALE ENOENT ETIMEDOUT EAGAIN ENOTCONN ECONNRESET ECONNABORTED ECONNREFUSED ESHUTDOWN EREMOTEIO "
-        "EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH"
-    ).split()
+    (
+        *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ESHUTDOWN),
+        *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+    )
 )
 CHANGED = "the file has changed during the run; put back what was there and resume the run"
 

@@ -1,4 +1,4 @@
-"""Where examples come from: a prepared TFDS data set, a tree of files or nowhere (synthetic). Random access by index."""
+"""Where examples come from: a prepared TFDS data set, a tree of files, or nowhere (synthetic). Access by index."""
 
 import functools
 import os
@@ -15,6 +15,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from recipe import augment
 from recipe.config import Data, nearest
 from recipe.data import builders, files, records
+from recipe.data.folders import FolderSource
 from recipe.data.images import is_png
 from recipe.errors import RunError, UsageError
 
@@ -34,7 +35,7 @@ class TFDSSource:
     set's features aren't an `image` and its `label`."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
-        self.num_classes = _num_classes(builder)
+        self.num_classes = class_count(builder)
         parts = _file_instructions(builder, split)
         index = _index(builder)
         self._paths = [part.filename for part in parts]
@@ -114,7 +115,7 @@ class SyntheticSource:
         return (u[:, 0] * self.num_classes).astype(np.int32), (u[:, 1] * self.MOVES).astype(np.int32)
 
 
-def open_source(data: Data, split: str, seed: int = 0) -> TFDSSource | SyntheticSource:
+def open_source(data: Data, split: str, seed: int = 0) -> TFDSSource | FolderSource | SyntheticSource:
     """The examples of a recipe: `split` is "train" or "eval"; `seed` matters to synthetic data only.
 
     Raises UsageError (data not prepared, no such split, fewer examples than asked for) or RunError (damaged data)."""
@@ -122,7 +123,11 @@ def open_source(data: Data, split: str, seed: int = 0) -> TFDSSource | Synthetic
     if data.name == builders.SYNTHETIC:
         usual = builders.IMAGENET_EXAMPLES["train" if split == "train" else "validation"]
         return SyntheticSource(limit or usual, seed, split)
-    source = TFDSSource(builders.prepared_builder(data), data.train_split if split == "train" else data.eval_split)
+    part = data.train_split if split == "train" else data.eval_split
+    if data.name == builders.FOLDER:
+        source = FolderSource(data, part)
+    else:
+        source = TFDSSource(builders.prepared_builder(data), part)
     if limit > len(source):
         raise UsageError(f"config.data.{split}_examples={limit} is more than the {len(source)} that there are")
     return source.take(limit or len(source))
@@ -133,7 +138,7 @@ def prepare(data: Data) -> None:
 
     Small data sets are written or downloaded here. ImageNet isn't: hours don't belong into a run on many GPUs, and
     `python -m recipe.data.prepare imagenet2012` has its own progress. Raises UsageError or RunError."""
-    if data.name not in (builders.SYNTHETIC, builders.IMAGENET):
+    if data.name not in (builders.SYNTHETIC, builders.FOLDER, builders.IMAGENET):
         builder = builders.find_builder(data)
         if not builders.is_prepared(builder):
             builders.run_builder(builder, builders.manual_dir(data))
@@ -141,7 +146,8 @@ def prepare(data: Data) -> None:
         open_source(data, split)  # keeps the index, so that not every rank has to scan
 
 
-def _num_classes(builder: tfds.core.DatasetBuilder) -> int:
+def class_count(builder: tfds.core.DatasetBuilder) -> int:
+    """The classes of a data set. Raises UsageError unless its features have an image and a label."""
     features = builder.info.features
     wanted = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
     if not all(name in features and isinstance(features[name], kind) for name, kind in wanted.items()):

@@ -57,7 +57,7 @@ def prepare(builder: tfds.core.GeneratorBasedBuilder, manual_dir: Path) -> None:
     unfinished = finished.parent / f"unfinished.{finished.name}"
     check_disk(unfinished, manual_dir)
     unfinished.mkdir(parents=True, exist_ok=True)
-    with _alone(unfinished):
+    with alone(unfinished):
         for leftover in unfinished.glob(".*-*"):
             leftover.unlink()
         infos = [_write(builder, split, unfinished) for split in _splits(builder, manual_dir, unfinished)]
@@ -88,12 +88,15 @@ def room(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other preparations out of a folder while this one lives. Raises UsageError when one is in it."""
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another process is preparing this data set in {folder}: wait for it, or end it") from None
+            raise UsageError(
+                f"another process is preparing this data set in {folder}: wait for it, or end it"
+            ) from None
         except OSError:
             pass  # a file system without locks
         yield
