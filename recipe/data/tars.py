@@ -73,7 +73,7 @@ def prepare(builder: tfds.core.GeneratorBasedBuilder, manual_dir: Path) -> None:
 def check_disk(unfinished: Path, manual_dir: Path) -> None:
     """Raises UsageError unless what is left to write fits: at most the tars' size, less what is written."""
     tars = sum(path.stat().st_size for path in manual_dir.glob("ILSVRC2012_img_*.tar"))
-    written = sum(path.stat().st_size for path in unfinished.glob("*.tfrecord-*"))
+    written = sum(path.stat().st_size for path in unfinished.glob("[!.]*.tfrecord-*"))
     existing = next(folder for folder in (unfinished, *unfinished.parents) if folder.exists())
     room(existing, max(0, tars - written))
 
