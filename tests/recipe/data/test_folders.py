@@ -207,12 +207,10 @@ def in_sorted_order(tree: Path, data_dir: Path) -> Data:
 @pytest.mark.ranks
 def test_two_ranks_learn_the_same_from_a_tree_as_from_tfds(tree: Path, tmp_path: Path) -> None:
     """Law 1: where the images lie is no part of the recipe; equal to the bit, on the same ranks."""
-    small = (
-        "--config=quick --config.k=2 --config.n=4 --config.epochs=1 --config.schedule.warmup_epochs=0.5 "
-        "--config.schedule.decay_epochs=() --config.data.image_size=32 --config.data.remainder=drop "
-        "--config.data.train_examples=0 --config.data.eval_examples=0 "
-        "--config.model.blocks=(1,) --config.model.width=4 --config.run.deterministic=true"
-    ).split()
+    sizes = {"k": 2, "n": 4, "epochs": 1, "data.image_size": 32, "data.remainder": "drop", "data.train_examples": 0}
+    sizes |= {"schedule.decay_epochs": "()", "schedule.warmup_epochs": 0.5, "data.eval_examples": 0}
+    sizes |= {"model.blocks": "(1,)", "model.width": 4, "run.deterministic": True}
+    small = ["--config=quick", *(f"--config.{name}={value}" for name, value in sizes.items())]
     weights = []
     for data in (data_of(tree, eval_split="val"), in_sorted_order(tree, tmp_path / "tfds")):
         assert sources.open_source(data, "train").read(np.arange(24))[1].tolist() == [0] * 8 + [1] * 8 + [2] * 8
