@@ -2,8 +2,8 @@
 
 TFDS's own writer first copies all images into a thousand temporary files, and nothing of that outlives a kill. But the
 order of its examples is that of hashes of their names, known as soon as the heads in the tars are read. So each file
-is written at once, from random reads, with its examples made by TFDS's builder: half the disk traffic, the same examples
-at the same places, and unlike with TFDS the same bytes each time."""
+is written at once, from random reads, with its examples made by TFDS's builder: half the disk traffic, the same
+examples at the same places, and, unlike TFDS's, the same bytes each time."""
 
 import contextlib
 import fcntl

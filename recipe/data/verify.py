@@ -42,6 +42,7 @@ class Found:
     kinds: collections.Counter = field(default_factory=collections.Counter)  # "JPEG RGB": images
     labels: collections.Counter = field(default_factory=collections.Counter)  # label: images
     bad: list[str] = field(default_factory=list)  # a sentence for each bad image that has been seen
+    content: int = 0  # sum of the SHA-256s of labels and images: independent of their order and of the files' form
     lost: int = 0  # images whose place isn't known any more, because the record before them is damaged
 
     def add(self, other: "Found") -> None:
@@ -50,6 +51,13 @@ class Found:
         self.labels += other.labels
         self.bad += other.bad
         self.lost += other.lost
+        self.content = (self.content + other.content) % 2**256
+
+    def good(self, encoded: bytes, label: int) -> None:
+        """Counts an image, or raises ValueError saying what is wrong with it."""
+        self.kinds[kind_of(encoded)] += 1
+        self.labels[label] += 1
+        self.content += int.from_bytes(hashlib.sha256(label.to_bytes(8) + encoded).digest())
 
 
 def verify(name: str, folder: Path, parts: list[Part]) -> None:
@@ -73,7 +81,7 @@ def verify(name: str, folder: Path, parts: list[Part]) -> None:
             f"{name} in {folder} is not whole: {count:,} bad images or files, {len(problems):,} problems, the first "
             f"{min(NAMED, len(problems))} named above; copy the files named there again, or prepare the data set anew"
         )
-    print(f"every image decodes ({time.monotonic() - began:.0f} s)\ndigest {_keep(folder, everything.digests)}")
+    print(f"every image decodes ({time.monotonic() - began:.0f} s)\n{_keep(folder, everything.digests)}")
 
 
 def tfds_parts(builder: tfds.core.DatasetBuilder) -> list[Part]:
@@ -146,9 +154,7 @@ def _blocks(path: str, sha: "hashlib._Hash") -> Iterator[tuple[int, bytes]]:
 
 def _look_at_example(content: bytes, found: Found) -> None:
     features = tf_example_pb2.Example.FromString(content).features.feature
-    kind = kind_of(features["image"].bytes_list.value[0])
-    found.labels[features["label"].int64_list.value[0]] += 1
-    found.kinds[kind] += 1
+    found.good(features["image"].bytes_list.value[0], features["label"].int64_list.value[0])
 
 
 def look_at_files(paths: list[str], root: Path, label: int, tally: work.Tally) -> Found:
@@ -158,8 +164,7 @@ def look_at_files(paths: list[str], root: Path, label: int, tally: work.Tally) -
         try:
             encoded = files.patiently(path, Path(path).read_bytes)
             found.digests[os.fspath(Path(path).relative_to(root))] = hashlib.sha256(encoded).hexdigest()
-            found.kinds[kind_of(encoded)] += 1
-            found.labels[label] += 1
+            found.good(encoded, label)
         except OSError as error:
             found.bad.append(f"{path} can't be read: {error.strerror}")
         except ValueError as error:
@@ -171,7 +176,7 @@ def look_at_files(paths: list[str], root: Path, label: int, tally: work.Tally) -
 def _summary(split: str, found: Found) -> str:
     sizes, kinds = found.labels.values(), ", ".join(f"{n:,} {kind}" for kind, n in found.kinds.most_common())
     classes = f"{len(sizes):,} classes of {min(sizes, default=0):,} to {max(sizes, default=0):,}"
-    return f"{split}: {sum(found.kinds.values()):,} good images in {classes}: {kinds}"
+    return f"{split}: {sum(found.kinds.values()):,} good images in {classes}: {kinds}; digest {found.content:064x}"
 
 
 def _wrong_sizes(name: str, splits: dict[str, Found]) -> Iterator[str]:
@@ -199,12 +204,12 @@ def _other_files(folder: Path, found: Found) -> Iterator[str]:
 
 
 def _keep(folder: Path, digests: dict[str, str]) -> str:
-    """The digest of all digests, which are kept where this user may write."""
+    """A line with the digest of all digests, which are kept where this user may write."""
     text = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
     try:
         with work.whole_file(folder / SUMS) as file:
             file.write(text)
-        place = f"of {folder / SUMS}"
+        place = f"their digests are in {folder / SUMS}"
     except OSError as error:
-        place = f"({folder / SUMS} can't be written: {error.strerror})"
-    return f"{hashlib.sha256(text).hexdigest()} {place}"
+        place = f"{folder / SUMS} can't be written: {error.strerror}"
+    return f"digest of the files {hashlib.sha256(text).hexdigest()}; {place}"
