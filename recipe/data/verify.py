@@ -57,7 +57,7 @@ class Found:
         """Counts an image, or raises ValueError saying what is wrong with it."""
         self.kinds[kind_of(encoded)] += 1
         self.labels[label] += 1
-        self.content += int.from_bytes(hashlib.sha256(label.to_bytes(8) + encoded).digest())
+        self.content += int.from_bytes(hashlib.sha256(label.to_bytes(8, "big", signed=True) + encoded).digest(), "big")
 
 
 def verify(name: str, folder: Path, parts: list[Part]) -> None:
