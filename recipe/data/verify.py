@@ -79,7 +79,7 @@ def verify(name: str, folder: Path, parts: list[Part]) -> None:
         count = len(everything.bad) + everything.lost
         raise RunError(
             f"{name} in {folder} is not whole: {count:,} bad images or files, {len(problems):,} problems, the first "
-            f"{min(NAMED, len(problems))} named above; copy the files named there again, or prepare the data set anew"
+            f"{min(NAMED, len(problems))} named above; copy those files again, or delete the folder and prepare it anew"
         )
     print(f"every image decodes ({time.monotonic() - began:.0f} s)\n{_keep(folder, everything.digests)}")
 
