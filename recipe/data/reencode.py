@@ -52,27 +52,30 @@ def prepare(builder: tfds.core.DatasetBuilder, name: str, shorter_side: int, qua
     unfinished = finished.parent / f"unfinished.{source.name}"
     unfinished.mkdir(parents=True, exist_ok=True)
     with tars.alone(unfinished):
-        splits = builder.info.splits.values()
-        counts = {
-            Path(path): n for split in splits for path, n in zip(split.filepaths, split.shard_lengths, strict=True)
-        }
-        targets = {path: unfinished / path.name.replace(builder.name, name, 1) for path in counts}
-        missing = [path for path, target in targets.items() if not target.exists()]
-        if missing:
-            share = _estimate(missing, shorter_side, quality)
-            tars.room(unfinished, int(share * sum(path.stat().st_size for path in missing)))
-        with work.Tally(f"writing {name}", sum(counts[path] for path in missing)) as tally:
-
-            def write(path: Path) -> None:
-                _write(path, targets[path], shorter_side, quality, tally)
-
-            for _ in work.in_threads(write, missing, work.cores()):
-                pass
-        _describe(
-            source, unfinished, builder.name, name, f"shorter side at most {shorter_side}, JPEG quality {quality}"
-        )
+        _write_files(builder, name, unfinished, shorter_side, quality)
+        how = f"shorter side at most {shorter_side}, JPEG quality {quality}"
+        _describe(source, unfinished, builder.name, name, how)
         unfinished.replace(finished)
         (finished / "lock").unlink()
+
+
+def _write_files(builder: tfds.core.DatasetBuilder, name: str, folder: Path, shorter_side: int, quality: int) -> None:
+    """Those that aren't there yet, by all cores."""
+    splits = builder.info.splits.values()
+    counts = {Path(path): n for split in splits for path, n in zip(split.filepaths, split.shard_lengths, strict=True)}
+    targets = {path: folder / path.name.replace(builder.name, name, 1) for path in counts}
+    missing = [path for path, target in targets.items() if not target.exists()]
+    if not missing:
+        return
+    share = _estimate(missing, shorter_side, quality)
+    tars.room(folder, int(share * sum(path.stat().st_size for path in missing)))
+    with work.Tally(f"writing {name}", sum(counts[path] for path in missing)) as tally:
+
+        def write(path: Path) -> None:
+            _write(path, targets[path], shorter_side, quality, tally)
+
+        for _ in work.in_threads(write, missing, work.cores()):
+            pass
 
 
 def _write(path: Path, target: Path, shorter_side: int, quality: int, tally: work.Tally) -> None:
