@@ -16,11 +16,11 @@ from recipe.errors import UsageError
 class Data:
     """Which images, and how they are cut."""
 
-    name: str = "imagenet2012"  # a TFDS data set of JPEG images, "fashion_photos" (built in) or "synthetic"
-    data_dir: str = ""  # folder of the prepared data; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    name: str = "imagenet2012"  # of TFDS, "fashion_photos" (built in), "folder" (train/CLASS/*.JPEG) or "synthetic"
+    data_dir: str = ""  # folder of the prepared data, or of train/; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
     manual_dir: str = ""  # folder of the original ImageNet tars; "": DATA_DIR/downloads/manual
-    train_split: str = "train"  # TFDS split to train on
-    eval_split: str = "validation"  # TFDS split to measure the error on
+    train_split: str = "train"  # TFDS split, or folder, to train on
+    eval_split: str = "validation"  # TFDS split, or folder (also named val), to measure the error on
     image_size: int = 224  # pixels a side, for training and evaluation (paper, sec. 5.1)
     min_area: float = 0.08  # smallest share of an image's area that a training crop keeps
     remainder: str = "drop"  # last N mod kn examples of an epoch: "drop" (the paper's floor(N/kn)) or "short" minibatch

@@ -11,10 +11,12 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from recipe.config import Data, nearest
+from recipe.data import tars
 from recipe.data.fashion_photos import FashionPhotos  # which registers its name with TFDS
 from recipe.errors import RunError, UsageError
 
 SYNTHETIC = "synthetic"
+FOLDER = "folder"
 IMAGENET = "imagenet2012"
 IMAGENET_TARS = {"ILSVRC2012_img_train.tar": 147_897_477_120, "ILSVRC2012_img_val.tar": 6_744_924_160}  # bytes
 IMAGENET_EXAMPLES = {"train": 1_281_167, "validation": 50_000}
@@ -36,7 +38,7 @@ def find_builder(data: Data) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder(data.name, data_dir=data_dir(data))
     except tfds.core.DatasetNotFoundError:
-        known = [SYNTHETIC, *tfds.list_builders(with_community_datasets=False)]
+        known = [SYNTHETIC, FOLDER, *tfds.list_builders(with_community_datasets=False)]
         raise UsageError(
             f"config.data.name={data.name!r} is neither a data set of TFDS nor one prepared in {data_dir(data)}; "
             f"did you mean {nearest(data.name, known)!r}?"
@@ -48,9 +50,14 @@ def prepared_builder(data: Data) -> tfds.core.DatasetBuilder:
     builder = find_builder(data)
     if not is_prepared(builder):
         raise UsageError(_not_prepared(data))
-    if data.name == IMAGENET:
+    if is_imagenet(data.name):
         check_counts(builder, IMAGENET_EXAMPLES)
     return builder
+
+
+def is_imagenet(name: str) -> bool:
+    """Whether a data set is ImageNet, or its re-encoded copy."""
+    return name == IMAGENET or name.startswith(f"{IMAGENET}_short")
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
@@ -68,8 +75,13 @@ def run_builder(builder: tfds.core.DatasetBuilder, manual_dir: Path) -> None:
     shards = SHARDS if isinstance(builder, FashionPhotos) else None
     config = tfds.download.DownloadConfig(manual_dir=manual_dir, num_shards=shards)
     try:
+        if builder.name == IMAGENET:
+            tars.prepare(builder, manual_dir)
+            return
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS's own messages; its progress bars are on stderr
             builder.download_and_prepare(download_config=config)
+    except (UsageError, RunError):
+        raise
     except Exception as error:
         if is_prepared(builder):
             return  # another process was faster

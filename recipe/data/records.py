@@ -1,18 +1,22 @@
-"""Where the records of TFRecord files begin, scanned once and kept beside them, for access by number."""
+"""Records of TFRecord files: where they begin, scanned once and kept beside them, for access by number; checksums."""
 
 import contextlib
+import functools
 import os
 import struct
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 
+from recipe.data import files
+from recipe.data.work import whole_file
 from recipe.errors import RunError
 
 LENGTH = struct.Struct("<Q")  # the first 8 bytes of a record
+CHECK = struct.Struct("<I")  # a checksum
 HEAD, TAIL = 12, 4  # bytes of a record before and after its content: length and its checksum; the content's checksum
 
 
@@ -25,7 +29,7 @@ def read_index(paths: Sequence[str], cache: Path) -> dict[str, np.ndarray]:
     stored = _load(cache)
     if stored.keys() == set(paths) and all(stored[path][-1] == Path(path).stat().st_size for path in paths):
         return stored
-    index = {path: scan(path) for path in paths}
+    index = {path: files.patiently(path, functools.partial(scan, path)) for path in paths}
     _save(index, cache)
     return index
 
@@ -45,12 +49,33 @@ def scan(path: str) -> np.ndarray:
     return np.array(positions, dtype=np.int64)
 
 
-def read_record(fd: int, start: int, end: int) -> memoryview:
-    """The content of the record in these bytes of an open file. Raises OSError, or ValueError when there is none."""
-    block = os.pread(fd, end - start, start)
-    if len(block) != end - start or LENGTH.unpack_from(block)[0] != len(block) - HEAD - TAIL:
-        raise ValueError("the file has changed since it was indexed")
-    return memoryview(block)[HEAD:-TAIL]
+def content(block: bytes) -> bytes:
+    """What is in a whole record. Raises ValueError when it is none or its checksums are others."""
+    if len(block) < HEAD + TAIL or length(block) != len(block) - HEAD - TAIL:
+        raise ValueError("no record has this place and length")
+    data = block[HEAD:-TAIL]
+    if checksum(data) != block[-TAIL:]:
+        raise ValueError("its checksum is not that of its bytes")
+    return data
+
+
+def length(head: bytes) -> int:
+    """The bytes of a record's content, from its head. Raises ValueError when its checksum is another."""
+    if checksum(head[: LENGTH.size]) != head[LENGTH.size : HEAD]:
+        raise ValueError("the checksum of its length is not that of its bytes")
+    return LENGTH.unpack_from(head)[0]
+
+
+def record(data: bytes) -> bytes:
+    """The record with this content; content()'s inverse."""
+    head = LENGTH.pack(len(data))
+    return b"".join((head, checksum(head), data, checksum(data)))
+
+
+def checksum(data: bytes) -> bytes:
+    """CRC32C, rotated and shifted as TFRecords have it."""
+    crc = google_crc32c.value(data)
+    return CHECK.pack(((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def _load(cache: Path) -> dict[str, np.ndarray]:
@@ -70,12 +95,5 @@ def _save(index: dict[str, np.ndarray], cache: Path) -> None:
         "counts": np.array([len(positions) for positions in index.values()]),
         "positions": np.concatenate(list(index.values())),
     }
-    with contextlib.suppress(OSError):
-        fd, name = tempfile.mkstemp(dir=cache.parent, prefix=f".{cache.name}-")
-        try:
-            with os.fdopen(fd, "wb") as file:
-                np.savez(file, **arrays)
-            Path(name).chmod(0o644)
-            Path(name).replace(cache)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError), whole_file(cache) as file:
+        np.savez(file, **arrays)

@@ -1,4 +1,4 @@
-"""Where examples come from: a prepared TFDS data set or nowhere (synthetic). Random access by example index."""
+"""Where examples come from: a prepared TFDS data set, a tree of files, or nowhere (synthetic). Access by index."""
 
 import functools
 import os
@@ -14,7 +14,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from recipe import augment
 from recipe.config import Data, nearest
-from recipe.data import builders, records
+from recipe.data import builders, files, records
+from recipe.data.folders import FolderSource
 from recipe.data.images import is_png
 from recipe.errors import RunError, UsageError
 
@@ -34,7 +35,7 @@ class TFDSSource:
     set's features aren't an `image` and its `label`."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
-        self.num_classes = _num_classes(builder)
+        self.num_classes = class_count(builder)
         parts = _file_instructions(builder, split)
         index = _index(builder)
         self._paths = [part.filename for part in parts]
@@ -44,6 +45,7 @@ class TFDSSource:
         self._end = np.concatenate([positions[1:] for positions in chosen])
         self._fds = _open_all(self._paths)
         weakref.finalize(self, _close_all, self._fds)
+        self._states = [_state(fd, path, index[path]) for fd, path in zip(self._fds, self._paths, strict=True)]
         self.png = len(self) > 0 and is_png(self._example(0)[0])  # or JPEG; all of a data set are the same
 
     def __len__(self) -> int:
@@ -65,13 +67,20 @@ class TFDSSource:
 
     def _example(self, i: int) -> tuple[bytes, int]:
         try:
-            record = records.read_record(self._fds[self._file[i]], int(self._start[i]), int(self._end[i]))
-            features = tf_example_pb2.Example.FromString(record).features.feature
+            features = tf_example_pb2.Example.FromString(self._record(i)).features.feature
             return features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
         except OSError as error:
             raise RunError(f"{self.where(i)} can't be read: {error.strerror}") from None
         except (ValueError, IndexError, DecodeError) as error:
             raise RunError(f"{self.where(i)} is damaged: {error}") from None
+
+    def _record(self, i: int) -> bytes:
+        """Its checksum costs 1 % of a decoding; a record of another file than the one that was opened is worse."""
+        file, start, end = self._file[i], int(self._start[i]), int(self._end[i])
+        block = files.read_at(self._paths[file], self._fds[file], start, end - start)
+        if files.state(self._fds[file]) != self._states[file]:
+            raise ValueError(files.CHANGED)
+        return records.content(block)
 
 
 class SyntheticSource:
@@ -106,7 +115,7 @@ class SyntheticSource:
         return (u[:, 0] * self.num_classes).astype(np.int32), (u[:, 1] * self.MOVES).astype(np.int32)
 
 
-def open_source(data: Data, split: str, seed: int = 0) -> TFDSSource | SyntheticSource:
+def open_source(data: Data, split: str, seed: int = 0) -> TFDSSource | FolderSource | SyntheticSource:
     """The examples of a recipe: `split` is "train" or "eval"; `seed` matters to synthetic data only.
 
     Raises UsageError (data not prepared, no such split, fewer examples than asked for) or RunError (damaged data)."""
@@ -114,7 +123,11 @@ def open_source(data: Data, split: str, seed: int = 0) -> TFDSSource | Synthetic
     if data.name == builders.SYNTHETIC:
         usual = builders.IMAGENET_EXAMPLES["train" if split == "train" else "validation"]
         return SyntheticSource(limit or usual, seed, split)
-    source = TFDSSource(builders.prepared_builder(data), data.train_split if split == "train" else data.eval_split)
+    part = data.train_split if split == "train" else data.eval_split
+    if data.name == builders.FOLDER:
+        source = FolderSource(data, part)
+    else:
+        source = TFDSSource(builders.prepared_builder(data), part)
     if limit > len(source):
         raise UsageError(f"config.data.{split}_examples={limit} is more than the {len(source)} that there are")
     return source.take(limit or len(source))
@@ -125,7 +138,7 @@ def prepare(data: Data) -> None:
 
     Small data sets are written or downloaded here. ImageNet isn't: hours don't belong into a run on many GPUs, and
     `python -m recipe.data.prepare imagenet2012` has its own progress. Raises UsageError or RunError."""
-    if data.name not in (builders.SYNTHETIC, builders.IMAGENET):
+    if data.name not in (builders.SYNTHETIC, builders.FOLDER, builders.IMAGENET):
         builder = builders.find_builder(data)
         if not builders.is_prepared(builder):
             builders.run_builder(builder, builders.manual_dir(data))
@@ -133,7 +146,8 @@ def prepare(data: Data) -> None:
         open_source(data, split)  # keeps the index, so that not every rank has to scan
 
 
-def _num_classes(builder: tfds.core.DatasetBuilder) -> int:
+def class_count(builder: tfds.core.DatasetBuilder) -> int:
+    """The classes of a data set. Raises UsageError unless its features have an image and a label."""
     features = builder.info.features
     wanted = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
     if not all(name in features and isinstance(features[name], kind) for name, kind in wanted.items()):
@@ -180,11 +194,18 @@ def _open_all(paths: list[str]) -> list[int]:
     fds = []
     try:
         for path in paths:
-            fds.append(os.open(path, os.O_RDONLY))
+            fds.append(files.open_file(path))
     except OSError as error:
         _close_all(fds)
         raise RunError(f"{path} can't be opened: {error.strerror}") from None
     return fds
+
+
+def _state(fd: int, path: str, positions: np.ndarray) -> tuple[int, int]:
+    state = files.state(fd)
+    if state[0] != positions[-1]:
+        raise RunError(f"{path} has {state[0]:,} bytes and had {positions[-1]:,} a moment ago: it is being written")
+    return state
 
 
 def _close_all(fds: list[int]) -> None:

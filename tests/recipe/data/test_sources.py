@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from recipe.config import Data
-from recipe.data import builders, records, sources
+from recipe.data import builders, files, records, sources
 from recipe.errors import RunError, UsageError
 
 
@@ -168,14 +169,74 @@ def test_a_shard_with_too_few_records_is_named(copied: Data) -> None:
         sources.open_source(copied, "train")
 
 
-def test_a_file_that_changes_during_a_run_is_named(copied: Data) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: os.truncate(path, 10_000),
+        lambda path: path.write_bytes(path.read_bytes()[::-1]),  # as many bytes
+        lambda path: path.open("ab").write(b"more"),
+    ],
+    ids=["shorter", "as long", "longer"],
+)
+def test_a_file_that_changes_during_a_run_is_named(copied: Data, change: Callable[[Path], object]) -> None:
     source = sources.open_source(copied, "train")
-    os.truncate(shard(copied), 10_000)
+    change(shard(copied))
     last = int(source._file.searchsorted(1)) - 1
     with pytest.raises(
         RunError, match=rf"example {last} \(byte \d+ of {shard(copied)}\) is damaged: the file has changed"
     ):
         source.read(np.array([last]))
+
+
+def fail(fd: int) -> None:
+    """Makes an open file one whose reads fail with EIO, as a stale handle's do: nothing is mapped at such addresses."""
+    memory = os.open("/proc/self/mem", os.O_RDONLY)
+    os.dup2(memory, fd)
+    os.close(memory)
+
+
+def test_a_file_that_fails_is_opened_again(copied: Data, capsys: pytest.CaptureFixture) -> None:
+    source = sources.open_source(copied, "train")
+    expected = source.read(np.arange(5))[0]
+    for _ in range(2):
+        fail(source._fds[0])
+        assert source.read(np.arange(5))[0] == expected
+    (line,) = capsys.readouterr().err.splitlines()  # not one for each time
+    assert line == f"warning: {shard(copied)} can't be read (Input/output error): trying for 30 s"
+
+
+def test_another_file_behind_the_name_is_not_mixed_in(copied: Data) -> None:
+    """What was opened is read on; when it has to be opened again, the other file is noticed."""
+    source = sources.open_source(copied, "train")
+    expected = source.read(np.arange(5))[0]
+    other = shard(copied).with_name("other")
+    shutil.copyfile(shard(copied), other)
+    other.replace(shard(copied))
+    assert source.read(np.arange(5))[0] == expected
+    fail(source._fds[0])
+    with pytest.raises(RunError, match="the file has changed during the run"):
+        source.read(np.array([0]))
+
+
+def test_a_file_that_stays_away_is_named(copied: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "DELAYS", (0.05, 0.05))
+    source = sources.open_source(copied, "train")
+    shard(copied).unlink()
+    fail(source._fds[0])
+    with pytest.raises(RunError, match=rf"example 0 \(byte 0 of {shard(copied)}\) can't be read: No such file"):
+        source.read(np.array([0]))
+
+
+@pytest.mark.parametrize("place", [0, 9, records.HEAD + 100, -1])
+def test_each_byte_of_a_record_is_checked(fashion: Data, place: int) -> None:
+    """A bit in the length, its checksum, the content, its checksum."""
+    path = str(shard(fashion))
+    first, second = records.scan(path)[:2].tolist()
+    block = bytearray(Path(path).read_bytes()[first:second])
+    assert records.record(records.content(bytes(block))) == block
+    block[place] ^= 1
+    with pytest.raises(ValueError, match="checksum"):
+        records.content(bytes(block))
 
 
 def test_a_damaged_record_is_named(copied: Data) -> None:

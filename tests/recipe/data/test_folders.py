@@ -1,0 +1,224 @@
+"""A tree of image files as a data set, and files that are out of reach for a moment or change."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from recipe import checkpoint
+from recipe.config import Data
+from recipe.data import builders, files, folders, sources, verify
+from recipe.errors import RunError, UsageError
+from tests.ranks import launch
+from tests.recipe.data.conftest import photo
+
+CLASSES = ("n01440764", "n01443537", "n01484850")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ with 8 images in each of three classes, val/ with 2."""
+    root = tmp_path_factory.mktemp("made") / "tree"
+    for split, count in (("train", 8), ("val", 2)):
+        for c, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = photo(40 + i, 48, seed=100 * c + i + 1000 * count)
+                (root / split / name / f"{name}_{i}.JPEG").write_bytes(image)
+    return root
+
+
+@pytest.fixture
+def tree(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "tree"))
+
+
+def data_of(tree: Path, **changes: str | int) -> Data:
+    return Data(name="folder", data_dir=str(tree), **changes)
+
+
+def first(source: sources.Source) -> list[bytes]:
+    return source.read(np.array([0]))[0]
+
+
+def test_examples_are_the_sorted_files_and_labels_the_sorted_folders(tree: Path) -> None:
+    source = sources.open_source(data_of(tree), "train")
+    paths = sorted((tree / "train").rglob("*.JPEG"))
+    images, labels = source.read(np.arange(24))
+    assert images == [path.read_bytes() for path in paths]
+    assert labels.tolist() == [CLASSES.index(path.parent.name) for path in paths]
+    assert (labels.dtype, source.num_classes, source.png) == (np.int32, 3, False)
+    assert source.where(9) == f"example 9 ({paths[9]})"
+    some, their_labels = source.read(np.array([20, 3, 20]))
+    assert (some, their_labels.tolist()) == ([images[20], images[3], images[20]], [2, 0, 2])
+    assert len(sources.open_source(data_of(tree), "eval")) == 6
+    assert len(sources.open_source(data_of(tree, train_examples=5), "train")) == 5
+
+
+def test_imagenet_s_labels_are_tfds_s() -> None:
+    """Its class names in TFDS's order are sorted, so that a tree gives each class the same label."""
+    names = tfds.builder("imagenet2012").info.features["label"].names
+    assert names == sorted(names)
+
+
+def test_the_list_is_kept_until_a_folder_changes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources.prepare(data_of(tree))
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_files", lambda folder: pytest.fail("listed again"))
+        assert len(sources.open_source(data_of(tree), "train")) == 24
+    (tree / "train" / CLASSES[1] / "more.jpg").write_bytes(photo(40, 40, seed=1))
+    assert len(sources.open_source(data_of(tree), "train")) == 25
+
+
+def test_what_is_no_image_is_left_out_and_said(tree: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("notes.txt", "._n01440764_0.JPEG"):
+        (tree / "train" / CLASSES[0] / name).write_bytes(b"no image")
+    assert len(sources.open_source(data_of(tree), "train")) == 24
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: 2 files in {tree}/train are no images")
+    assert line.endswith(f"such as {tree}/train/{CLASSES[0]}/._n01440764_0.JPEG")
+
+
+def empty_class(tree: Path) -> None:
+    for split in ("train", "val"):
+        (tree / split / "n00000000").mkdir()
+
+
+def flat(tree: Path) -> None:
+    for path in (tree / "val").rglob("*.JPEG"):
+        path.rename(tree / "val" / path.name)
+    for name in CLASSES:
+        (tree / "val" / name).rmdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (empty_class, r"train/n00000000 has no images: delete that folder in all splits, or fill it"),
+        (flat, r"val has 6 files and no folders: move each image into a folder of its class's name"),
+        (lambda tree: shutil.rmtree(tree / "val"), r"tree has no folder validation or val with a folder of images"),
+        (
+            lambda tree: shutil.rmtree(tree / "val" / CLASSES[2]),
+            r"train has 1 classes that .*val lacks, such as n014848",
+        ),
+        (lambda tree: (tree / "val" / "other").mkdir(), r"val has 1 classes that .*train lacks, such as other"),
+        (lambda tree: (tree / "train" / CLASSES[0] / "sub").mkdir(), r"sub is a folder within a class's"),
+    ],
+)
+def test_another_form_of_tree_is_refused(tree: Path, damage: object, message: str) -> None:
+    damage(tree)
+    with pytest.raises(UsageError, match=message):
+        sources.prepare(data_of(tree))
+
+
+def test_a_tree_needs_its_place() -> None:
+    with pytest.raises(UsageError, match=r"needs the folder of train/ and val/ in config\.data\.data_dir"):
+        sources.prepare(Data(name="folder"))
+
+
+def test_the_command_verifies_a_tree(tree: Path) -> None:
+    (tree / "train" / CLASSES[0] / f"{CLASSES[0]}_3.JPEG").write_bytes(photo(40, 40, seed=1)[:-300])
+    (tree / "val" / CLASSES[1] / f"{CLASSES[1]}_0.JPEG").write_bytes(b"")
+    words = [sys.executable, "-m", "recipe.data.prepare", "folder", f"--data_dir={tree}", "--verify"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "train: 23 good images in 3 classes of 7 to 8: 23 JPEG RGB" in done.stdout
+    one, other, last = done.stderr.splitlines()
+    assert one.startswith(f"bad: {tree}/train/{CLASSES[0]}/{CLASSES[0]}_3.JPEG: image file is truncated")
+    assert other == f"bad: {tree}/val/{CLASSES[1]}/{CLASSES[1]}_0.JPEG: it is neither JPEG nor PNG"
+    assert "2 bad images or files" in last
+    assert not verify.verified(tree)
+
+
+def test_a_file_that_is_away_for_a_moment_is_waited_for(tree: Path, capsys: pytest.CaptureFixture) -> None:
+    source = sources.open_source(data_of(tree), "train")
+    expected, folder = source.read(np.arange(3))[0], tree / "train" / CLASSES[0]
+    folder.rename(tree / "away")
+    back = threading.Timer(0.7, lambda: (tree / "away").rename(folder))
+    back.start()
+    assert source.read(np.arange(3))[0] == expected
+    back.join()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"warning: {folder}/{CLASSES[0]}_0.JPEG can't be read (No such file or directory): trying for 30 s"
+
+
+def test_patience_ends_with_the_path(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 25 < sum(files.DELAYS) < 35
+    monkeypatch.setattr(files, "DELAYS", (0.05, 0.05))
+    source = sources.open_source(data_of(tree), "train")
+    source_path = tree / "train" / CLASSES[0] / f"{CLASSES[0]}_0.JPEG"
+    source_path.unlink()
+    began = time.monotonic()
+    with pytest.raises(RunError, match=rf"example 0 \({source_path}\) can't be read: No such file"):
+        first(source)
+    assert time.monotonic() - began >= 0.1
+
+
+def test_what_does_not_pass_is_not_waited_for(tree: Path) -> None:
+    source = sources.open_source(data_of(tree), "train")
+    path = tree / "train" / CLASSES[0] / f"{CLASSES[0]}_0.JPEG"
+    path.unlink()
+    path.symlink_to(path)  # ELOOP
+    began = time.monotonic()
+    with pytest.raises(RunError, match="Too many levels of symbolic links"):
+        first(source)
+    assert time.monotonic() - began < 5
+
+
+def test_another_file_in_its_place_is_named(tree: Path) -> None:
+    source = sources.open_source(data_of(tree), "train")
+    path = tree / "train" / CLASSES[0] / f"{CLASSES[0]}_0.JPEG"
+    path.write_bytes(photo(41, 41, seed=5))
+    with pytest.raises(RunError, match=rf"example 0 \({path}\) is another file than when its folder was listed"):
+        first(source)
+
+
+def in_sorted_order(tree: Path, data_dir: Path) -> Data:
+    """The tree's images as a data set of TFDS, in the same order."""
+
+    class TreeInOrder(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            kinds = {
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "label": tfds.features.ClassLabel(names=CLASSES),
+            }
+            features = tfds.features.FeaturesDict(kinds)
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager: object) -> dict:
+            return {split: self._generate_examples(tree / split) for split in ("train", "val")}
+
+        def _generate_examples(self, folder: Path) -> list:
+            paths = sorted(folder.rglob("*.JPEG"))
+            return [(i, {"image": str(path), "label": path.parent.name}) for i, path in enumerate(paths)]
+
+    builders.run_builder(TreeInOrder(data_dir=data_dir), data_dir)
+    return Data(name="tree_in_order", data_dir=str(data_dir), eval_split="val")
+
+
+@pytest.mark.ranks
+def test_two_ranks_learn_the_same_from_a_tree_as_from_tfds(tree: Path, tmp_path: Path) -> None:
+    """Law 1: where the images lie is no part of the recipe; equal to the bit, on the same ranks."""
+    sizes = {"k": 2, "n": 4, "epochs": 1, "data.image_size": 32, "data.remainder": "drop", "data.train_examples": 0}
+    sizes |= {"schedule.decay_epochs": "()", "schedule.warmup_epochs": 0.5, "data.eval_examples": 0}
+    sizes |= {"model.blocks": "(1,)", "model.width": 4, "run.deterministic": True}
+    small = ["--config=quick", *(f"--config.{name}={value}" for name, value in sizes.items())]
+    weights = []
+    for data in (data_of(tree, eval_split="val"), in_sorted_order(tree, tmp_path / "tfds")):
+        assert sources.open_source(data, "train").read(np.arange(24))[1].tolist() == [0] * 8 + [1] * 8 + [2] * 8
+        run_dir = tmp_path / f"run-{data.name}"
+        of_data = [f"--config.data.{name}={getattr(data, name)}" for name in ("name", "data_dir", "eval_split")]
+        done = launch(2, ["-m", "recipe.train", *small, *of_data, f"--run_dir={run_dir}"])
+        assert done.returncode == 0, done.stdout[-3000:]
+        weights.append(checkpoint.load(checkpoint.checkpoints(run_dir / "checkpoints")[-1])[0])
+    one, other = weights
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
