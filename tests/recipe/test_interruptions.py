@@ -138,11 +138,11 @@ class Job:
 
 
 def figures(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl without the speed, which is all that may differ."""
+    """The lines of metrics.jsonl without the speed and the time spent waiting, which is all that may differ."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in found]
+    return [{name: v for name, v in line.items() if name not in ("images_per_second", "data_wait")} for line in found]
 
 
 def saved(folder: Path) -> list[Path]:
