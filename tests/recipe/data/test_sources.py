@@ -220,10 +220,10 @@ def test_another_file_behind_the_name_is_not_mixed_in(copied: Data) -> None:
 
 def test_a_file_that_stays_away_is_named(copied: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "DELAYS", (0.05, 0.05))
-    source = sources.open_source(copied, "train")
-    shard(copied).unlink()
+    source, path = sources.open_source(copied, "train"), shard(copied)
+    path.unlink()
     fail(source._fds[0])
-    with pytest.raises(RunError, match=rf"example 0 \(byte 0 of {shard(copied)}\) can't be read: No such file"):
+    with pytest.raises(RunError, match=rf"example 0 \(byte 0 of {path}\) can't be read: No such file"):
         source.read(np.array([0]))
 
 
