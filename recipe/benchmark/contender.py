@@ -1,36 +1,57 @@
-"""One rank of one contender, started by `python -m recipe.benchmark`: trains STEPS steps and notes when each ended.
+"""One rank of one contender, started by `python -m recipe.benchmark`: trains, in turns, and tells how long steps took.
 
 Every rank has one core, also where it is alone, so that two ranks have twice the machine of one.
 """
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from recipe import cli, noise, sharding
 from recipe.config import Recipe
 
 BATCH = 64  # examples per rank and step
-STEPS = 25
+TURN = 10  # steps; of them the first SETTLING don't count: their caches are cold, and other ranks are ahead
+SETTLING = 2
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "RANK", "BENCHMARK_RANK")  # mpirun's, torchrun's, ours
 
 Tick = Callable[[], None]
+Run = Callable[[Recipe, int, int, Tick], None]  # of a recipe, a rank, a number of steps, the clock
 
 
-def main(name: str, size: int, result: str) -> None:
+def main(name: str, size: int, turns: int, core: int, meeting: str) -> None:
+    """`core`: rank 0's, of this process's cores; `meeting`: the socket on which the benchmark listens."""
     rank = int(next((os.environ[v] for v in RANK_VARIABLES if v in os.environ), "0"))
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core + rank]})
     os.environ["OMP_NUM_THREADS"] = "1"
-    times: list[float] = []
     with noise.filtered():
         import tensorflow  # noqa: F401  # its chatter
-    CONTENDERS[name](settings(size), rank, lambda: times.append(time.time()))
-    if rank == 0:
-        Path(result).write_text(json.dumps(times))
+    CONTENDERS[name](settings(size), rank, 1 + turns * TURN, Turns(meeting).tick if rank == 0 else lambda: None)
+
+
+class Turns:
+    """Rank 0's clock: after the first step, and then after each TURN steps, it sends how long each took, in seconds,
+    and waits for the next turn."""
+
+    def __init__(self, meeting: str) -> None:
+        line = socket.socket(socket.AF_UNIX)
+        line.connect(meeting)
+        self._line = line.makefile("rw")
+        self._took, self._due, self._last = [], 1, time.perf_counter()
+
+    def tick(self) -> None:
+        """A step has ended."""
+        now = time.perf_counter()
+        self._took.append(now - self._last)
+        self._last = now
+        if len(self._took) == self._due:
+            print(json.dumps(self._took), file=self._line, flush=True)
+            self._line.readline()
+            self._took, self._due, self._last = [], TURN, time.perf_counter()
 
 
 def settings(size: int) -> Recipe:
@@ -47,25 +68,25 @@ def batches(recipe: Recipe, workers: range) -> object:
     return train_batches(open_source(recipe.data, "train", recipe.seed), recipe, workers)
 
 
-def ours(framework: str) -> Callable[[Recipe, int, Tick], None]:
+def ours(framework: str) -> Run:
     """The recipe's replica, as recipe.loop runs it."""
 
-    def run(recipe: Recipe, rank: int, tick: Tick) -> None:
+    def run(recipe: Recipe, rank: int, steps: int, tick: Tick) -> None:
         from recipe import replica
 
         fit = replica.of(framework)
         fit.start()
         made = fit.make_replica(replace(recipe, framework=framework), 10)
         elements: Iterator = iter(batches(recipe, sharding.own_workers(recipe.k, rank, recipe.k)))
-        made.begin(STEPS)
-        for step in range(STEPS):
+        made.begin(steps)
+        for step in range(steps):
             made.step(0, step, elements, False)()
             tick()
 
     return run
 
 
-def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
+def ddp(recipe: Recipe, rank: int, steps: int, tick: Tick) -> None:
     """torch.nn.parallel.DistributedDataParallel over Gloo, with PyTorch's own batch normalisation."""
     import torch
     from torch import distributed, nn
@@ -81,7 +102,7 @@ def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
             module.__class__ = nn.BatchNorm2d
     model, optimizer = nn.parallel.DistributedDataParallel(network), fit.sgd(recipe, network)
     elements = iter(batches(recipe, range(rank, rank + 1)))
-    for _ in range(STEPS):
+    for _ in range(steps):
         images, labels, _ = device.on_device(next(elements))
         loss: torch.Tensor = cross_entropy(model(images), labels.long())
         loss.backward()
@@ -92,7 +113,7 @@ def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
     distributed.destroy_process_group()
 
 
-def keras_fit(recipe: Recipe, rank: int, tick: Tick) -> None:
+def keras_fit(recipe: Recipe, rank: int, steps: int, tick: Tick) -> None:
     """`keras.Model.fit` on one process, nothing of Horovod."""
     import keras
 
@@ -107,10 +128,10 @@ def keras_fit(recipe: Recipe, rank: int, tick: Tick) -> None:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
     pairs = batches(recipe, range(1)).map(lambda images, labels, weights: ((images,), labels))
-    model.fit(pairs, steps_per_epoch=STEPS, epochs=1, callbacks=[Clock()], verbose=0)
+    model.fit(pairs, steps_per_epoch=steps, epochs=1, callbacks=[Clock()], verbose=0)
 
 
-def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
+def mirrored(recipe: Recipe, rank: int, steps: int, tick: Tick) -> None:
     """tf.distribute.MultiWorkerMirroredStrategy in a loop of its own: Keras 3's `fit` can't read its batches."""
     import keras
     import tensorflow as tf
@@ -137,12 +158,12 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
         return strategy.reduce("SUM", strategy.run(worker, element), None)
 
     elements = iter(mine)
-    for _ in range(STEPS):
+    for _ in range(steps):
         float(step(next(elements)))
         tick()
 
 
-CONTENDERS: dict[str, Callable[[Recipe, int, Tick], None]] = {
+CONTENDERS: dict[str, Run] = {
     "torch-here": ours("torch"),
     "torch-ddp": ddp,
     "keras-here": ours("keras"),
@@ -152,4 +173,4 @@ CONTENDERS: dict[str, Callable[[Recipe, int, Tick], None]] = {
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])
