@@ -12,6 +12,7 @@ ratios are taken within a turn. Prints medians over the turns, and in brackets t
   each step would still take as long as on the slower rank), and what communication keeps.
 """
 
+import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -42,15 +43,23 @@ Found = dict[Entry, list[Steps]]  # of each turn
 
 
 def main(argv: list[str]) -> None:
-    turns, names = (int(argv[0]) if argv else 12), argv[1:] or list(CONTENDERS)
-    if unknown := set(names) - set(CONTENDERS):
-        raise UsageError(f"{unknown.pop()} is no contender; there are {', '.join(CONTENDERS)}")
+    turns, names = argv[0] if argv else "12", argv[1:] or list(CONTENDERS)
+    check(turns, names)
     with noise.filtered():
         prepare(cli.load_recipe("quick").data)
     print(f"{BATCH} images per rank and step, one core per rank; {turns} turns of {TURN - SETTLING} steps")
     for framework in ("torch", ""):  # not all at once: they take memory
         if chosen := [name for name in names if name.startswith("torch") == bool(framework)]:
-            report(compete(entries(chosen), turns))
+            report(compete(entries(chosen), int(turns)))
+
+
+def check(turns: str, names: list[str]) -> None:
+    if not turns.isdecimal() or int(turns) == 0:
+        raise UsageError(f"{turns} is no number of turns: give 1 or more")
+    if unknown := set(names) - set(CONTENDERS):
+        raise UsageError(f"{min(unknown)} is no contender; there are {', '.join(CONTENDERS)}")
+    if len(os.sched_getaffinity(0)) < 2:
+        raise UsageError("this process may use one core only; two ranks with a core each need 2")
 
 
 def entries(names: list[str]) -> list[Entry]:
