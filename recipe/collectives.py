@@ -19,7 +19,7 @@ from recipe.errors import RunError, UsageError
 
 T = TypeVar("T")
 
-GROUP = 2**24  # bytes of gradients that are reduced together when the order of their sum must not vary
+GROUP = 2**24  # bytes of gradients that are reduced together, where that isn't left to Horovod
 
 _binding: ModuleType | None = None
 
