@@ -13,6 +13,7 @@ ratios are taken within a turn. Prints medians over the turns, and in brackets t
 """
 
 import os
+import signal
 import statistics
 import tempfile
 from pathlib import Path
@@ -45,6 +46,7 @@ Found = dict[Entry, list[Steps]]  # of each turn
 def main(argv: list[str]) -> None:
     turns, names = argv[0] if argv else "12", argv[1:] or list(CONTENDERS)
     check(turns, names)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is suspended must not stay behind
     with noise.filtered():
         prepare(cli.load_recipe("quick").data)
     print(f"{BATCH} images per rank and step, one core per rank; {turns} turns of {TURN - SETTLING} steps")
