@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from recipe import watchdog
-from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
 
 T = TypeVar("T")
@@ -63,8 +62,8 @@ def _alone() -> bool:
 def start(framework: str, deterministic: bool) -> tuple[int, int]:
     """Starts Horovod for a run: (this rank's number on its host, its share of the host's cores)."""
     if deterministic:
-        # Which groups Horovod fuses depends on timing, and the order of a sum over three ranks or more on where in the
-        # fused buffer a gradient lies: no groups are fused then.
+        # Which tensors Horovod fuses depends on timing, and the order of a sum over three ranks or more on where in
+        # the fused buffer a gradient lies: only given groups are fused then.
         os.environ["HOROVOD_DISABLE_GROUP_FUSION"] = "1"
     watchdog.start()
     binding = init(framework)
