@@ -1,5 +1,6 @@
 """A contender's processes, which run only when it is their turn."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -65,7 +66,8 @@ class Rival:
 
     def end(self) -> None:
         for process in self._processes():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # its launcher's end has ended it
+                process.kill()
         for job in self._jobs:
             job.wait()
         self._printed.close()
