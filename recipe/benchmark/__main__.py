@@ -22,7 +22,6 @@ from typing import NamedTuple
 from recipe import cli, noise
 from recipe.benchmark.contender import BATCH, CONTENDERS, SETTLING, TURN
 from recipe.benchmark.rival import Rival
-from recipe.data.sources import prepare
 from recipe.errors import UsageError
 
 PEERS = {"torch-here": ("torch-ddp", "torch-ddp"), "keras-here": ("keras-fit", "tf-mirrored")}  # on 1 and on 2 ranks
@@ -48,6 +47,8 @@ def main(argv: list[str]) -> None:
     check(turns, names)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is suspended must not stay behind
     with noise.filtered():
+        from recipe.data.sources import prepare
+
         prepare(cli.load_recipe("quick").data)
     print(f"{BATCH} images per rank and step, one core per rank; {turns} turns of {TURN - SETTLING} steps")
     for framework in ("torch", ""):  # not all at once: they take memory

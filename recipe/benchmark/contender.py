@@ -3,6 +3,7 @@
 Every rank has one core, also where it is alone, so that two ranks have twice the machine of one.
 """
 
+import functools
 import json
 import os
 import socket
@@ -135,9 +136,15 @@ def mirrored(recipe: Recipe, rank: int, steps: int, tick: Tick) -> None:
     """tf.distribute.MultiWorkerMirroredStrategy in a loop of its own: Keras 3's `fit` can't read its batches."""
     import keras
     import tensorflow as tf
+    from tensorflow.python.eager import context
 
     from recipe.keras import resnet
 
+    # Whoever is suspended sends no heartbeats; after 10 s without, TensorFlow gives it up. No public setting reaches it.
+    service = context.context()
+    service.configure_coordination_service = functools.partial(
+        service.configure_coordination_service, heartbeat_timeout_in_ms=600_000
+    )
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     mine = strategy.distribute_datasets_from_function(lambda context: batches(recipe, range(rank, rank + 1)))
     with strategy.scope():
