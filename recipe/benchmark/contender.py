@@ -140,7 +140,7 @@ def mirrored(recipe: Recipe, rank: int, steps: int, tick: Tick) -> None:
 
     from recipe.keras import resnet
 
-    # Whoever is suspended sends no heartbeats; after 10 s without, TensorFlow gives it up. No public setting reaches it.
+    # Whoever is suspended sends no heartbeats, and TensorFlow gives it up; no public setting reaches that time.
     service = context.context()
     service.configure_coordination_service = functools.partial(
         service.configure_coordination_service, heartbeat_timeout_in_ms=600_000
