@@ -24,3 +24,6 @@ def run(main: Callable[[list[str]], None]) -> None:
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -220,8 +220,8 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for the job of MPI (default: 120)")
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(argv)
-    if options.data_dir:  # the ranks start in another folder
-        options.data_dir = str(Path(options.data_dir).expanduser().absolute())
+    where = options.data_dir or os.environ.get("TFDS_DATA_DIR")
+    options.data_dir = str(Path(where).expanduser().absolute()) if where else ""  # the ranks start in another folder
     if not 1 <= options.timeout <= 86400:
         raise UsageError(f"--timeout={options.timeout:g} is not from 1 to 86400 seconds")
     return options

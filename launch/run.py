@@ -172,7 +172,8 @@ def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
         raise UsageError("nothing to run: end the command with one, such as python -m recipe.train --config=quick")
     hosts = _hosts(options, environ)
     slots = sum(host.slots for host in hosts)
-    ranks = options.np or (min(options.elastic[1], slots) if options.elastic else slots)
+    most = min(options.elastic[1], slots) if options.elastic else slots
+    ranks = most if options.np is None else options.np
     if not 1 <= ranks <= slots:
         raise UsageError(f"-np {ranks} ranks don't fit into {slots} slots; lower -np or add hosts")
     _check_k(program, ranks, options.elastic)
@@ -194,7 +195,7 @@ def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host
         return hostfile.read(options.hostfile)
     if "SLURM_JOB_ID" in environ:
         return hostfile.from_slurm(environ)
-    if not options.np:
+    if options.np is None:
         raise UsageError("how many ranks? Give -np for this machine, or --hostfile")
     return [Host("localhost", options.np)]
 
@@ -225,7 +226,7 @@ def _elastic(options: argparse.Namespace, ranks: int) -> list[str]:
 
 def _check_k(program: list[str], ranks: int, elastic: tuple[int, int] | None) -> None:
     """Raises UsageError when the program is the recipe and its k workers can't be shared by so many ranks."""
-    if "recipe.train" in program:
+    if "recipe.train" in program and not {"-h", "--help"} & set(program):
         from recipe import cli, sharding  # the recipe's flags take half a second
 
         recipe, *_ = cli.parse_recipe(program[program.index("recipe.train") + 1 :])
@@ -244,7 +245,12 @@ def _ready(command: list[str], job: Job, variables: dict[str, str]) -> None:
     if "--mpi=pmix" in command:
         _try_pmix(job.servers, variables)
     if job.log_dir:
-        Path(job.log_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(job.log_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"--log-dir={job.log_dir} can't be made ({error.strerror}): name a folder you may write to"
+            )
 
 
 def _try_pmix(servers: int, variables: dict[str, str]) -> None:

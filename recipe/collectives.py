@@ -14,12 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from recipe import watchdog
-from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
 
 T = TypeVar("T")
 
-GROUP = 2**24  # bytes of gradients that are reduced together when the order of their sum must not vary
+GROUP = 2**24  # bytes of gradients that are reduced together
 
 _binding: ModuleType | None = None
 
@@ -76,9 +75,12 @@ def cores() -> int:
     return max(1, min((os.cpu_count() or 1) // ranks, len(os.sched_getaffinity(0))))
 
 
-def groups(recipe: Recipe, parameters: int) -> int | None:
-    """Into how many groups, fixed ones, a deterministic run fuses the gradients of so many parameters."""
-    return max(1, 4 * parameters // GROUP) if recipe.run.deterministic else None
+def groups(parameters: int) -> int:
+    """Into how many groups, fixed ones, the gradients of so many parameters are reduced.
+
+    One message for each group, not for each tensor: for each of them the ranks' threads must meet, on cores that
+    compute."""
+    return max(1, 4 * parameters // GROUP)
 
 
 def started() -> bool:

@@ -83,7 +83,7 @@ class Run:
     keep_every: int = 0  # epochs; the checkpoints of every so many epochs are kept for good; 0: none
     commit_steps: int = 10  # elastic runs: steps between copies in memory; a lost rank costs the steps since the last
     replica_check_every: int = 500  # steps between comparisons of all ranks' weights; 0: never
-    deterministic: bool = False  # the same bits again on the same ranks; costs speed on GPUs
+    deterministic: bool = False  # the same bits again on the same ranks; may cost speed on GPUs
     compile: bool = False  # native PyTorch only: torch.compile; gradients are then reduced after the backward pass
     step_timeout: float = 600.0  # seconds without a step after which a rank leaves: a host or a link is gone; 0: never
     workers_at_once: int = 1  # of a rank's workers, so many share a forward pass: fills GPUs for which n is small
@@ -264,6 +264,11 @@ def _check_ranges(recipe: Recipe) -> None:
         if not value >= low or value == math.inf or (high is not None and value > high):
             limit = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UsageError(f"config.{name} must be {limit}, not {value}")
+    if recipe.data.name == "folder" and recipe.data.shuffle_block > 1:
+        raise UsageError(
+            "config.data.shuffle_block keeps neighbours together, and in a tree of files these are of one class: leave "
+            "it 1, or prepare the data set with TFDS, which mixes them"
+        )
     if recipe.optimizer.momentum == 1:
         raise UsageError("config.optimizer.momentum=1 never forgets a gradient; the paper's is 0.9")
     if recipe.optimizer.nesterov and not recipe.optimizer.momentum:

@@ -54,10 +54,10 @@ def version(program: str) -> str:
 
 
 def tools(path: str) -> None:
-    """Horovod's sources are patched with patch and built with make."""
-    for name in ("make", "patch"):
+    """Horovod's sources are patched with patch and built with make; Open MPI looks for ssh even on one machine."""
+    for name, package in (("make", "make"), ("patch", "patch"), ("ssh", "openssh-client")):
         if shutil.which(name, path=path) is None:
-            raise RunError(f"`{name}` is not on PATH: install it (on Debian and Ubuntu: apt install {name})")
+            raise RunError(f"`{name}` is not on PATH: install it (on Debian and Ubuntu: apt install {package})")
 
 
 def disk(folder: Path, need_gb: float, what: str) -> None:

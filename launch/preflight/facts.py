@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 SAMPLED = 32  # files of a folder whose contents are looked at
 PIECE = 4096  # bytes of each, at its beginning, middle and end
 FILES = 20_000  # of a folder at most: a million of small ones would take minutes on a network disk
-NOT_READ = ("downloads", "records.npz")  # in a data directory: archives, and an index that a run makes anew
+NOT_READ = re.compile(r"downloads|records\.npz|SHA256SUMS|.*\.index\.npz")  # archives, and what is made anew anywhere
 
 
 def collect(names: list[str], data_dir: str) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _files(folder: Path) -> Iterable[Path]:
     """All files below, in an order that is the same everywhere."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     for entry in entries:
-        if entry.name in NOT_READ:
+        if NOT_READ.fullmatch(entry.name):
             continue
         if entry.is_dir():
             yield from _files(Path(entry.path))

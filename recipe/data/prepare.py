@@ -33,6 +33,10 @@ def main(argv: list[str]) -> None:
         raise UsageError(str(error)) from None
     if len(names) != 1:
         raise UsageError("give one data set: python -m recipe.data.prepare fashion_photos")
+    if VALUES.shorter_side and (names[0] == "folder" or VALUES.verify):
+        raise UsageError("--shorter_side writes a copy of a prepared data set: not of a folder, and without --verify")
+    if VALUES["quality"].present and not VALUES.shorter_side:
+        raise UsageError("--quality is a copy's: give --shorter_side with it, or leave it out")
     data = Data(name=names[0], data_dir=VALUES.data_dir, manual_dir=VALUES.manual_dir)
     if data.name == "folder":
         prepare_folder(data)

@@ -43,12 +43,19 @@ class Step:
         for first in self._firsts:
             self._backward(first, *on_device(next(elements)))
         self._vector[-1] = stop
-        handle = hvd.allreduce_async_(self._vector, op=hvd.Sum, name="workers")
+        reduced = self._reduced()
         self._update()
-        moved, found = hvd.synchronize(handle).split([len(self.moving), 2 * self.k + 1])
+        moved, found = reduced().split([len(self.moving), 2 * self.k + 1])
         self.moving.lerp_(moved / self.k, 1 - self._momentum)
         found = found.clone()  # the vector is the next step's
         return lambda: figures(found.numpy(force=True), self.k)
+
+    def _reduced(self) -> Callable[[], torch.Tensor]:
+        """Begins the vector's sum over the ranks; what it returns waits for it."""
+        if hvd.size() == 1:  # else it would wait for Horovod's next cycle
+            return lambda: self._vector
+        handle = hvd.allreduce_async_(self._vector, op=hvd.Sum, name="workers")
+        return lambda: hvd.synchronize(handle)
 
     def autocast(self) -> torch.autocast:
         """A context of the recipe's precision."""

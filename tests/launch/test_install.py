@@ -296,7 +296,9 @@ def test_a_missing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert checks.compiler(programs(tmp_path / "bin", **{"c++": "echo g++ 12"})) == "g++ 12"
 
 
-@pytest.mark.parametrize(("there", "missing"), [((), "make"), (("make",), "patch"), (("patch",), "make")])
+@pytest.mark.parametrize(
+    ("there", "missing"), [((), "make"), (("make",), "patch"), (("patch",), "make"), (("make", "patch"), "ssh")]
+)
 def test_missing_tools(there: tuple[str, ...], missing: str, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=f"`{missing}` is not on PATH"):
         checks.tools(programs(tmp_path / "bin", **dict.fromkeys(there, "")))

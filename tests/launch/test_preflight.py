@@ -200,7 +200,8 @@ def test_data_is_there_and_the_same():
 def test_a_folder_is_known_by_names_sizes_and_pieces_of_contents(tmp_path):
     for number in range(100):
         (tmp_path / f"{number:03}").write_bytes(bytes(10_000))
-    (tmp_path / "records.npz").write_bytes(b"made anew by a run")
+    for name in ("records.npz", "SHA256SUMS", "train.index.npz"):
+        (tmp_path / name).write_bytes(b"made anew anywhere")
     first = facts.data(tmp_path)
     assert (first["files"], first["bytes"], first["all"]) == (100, 1_000_000, True)
     (tmp_path / "records.npz").unlink()

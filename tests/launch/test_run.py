@@ -101,6 +101,8 @@ def test_settings_follow_the_topology():
         (["python"], "how many ranks? Give -np for this machine, or --hostfile"),
         (["--hostfile", "hostfiles/localhost", "-np", "3", "x"], "-np 3 ranks don't fit into 2 slots"),
         (["--hostfile", "hostfiles/none", "x"], "hostfiles/none"),
+        (["-np", "0", "x"], "-np 0 ranks don't fit"),
+        (["--hostfile", "hostfiles/localhost", "-np", "0", "x"], "-np 0 ranks don't fit"),
         (["--launcher", "srun", "-np", "2", "x"], "srun needs a Slurm allocation"),
         (["--elastic", "1:2", "--hostfile", "hostfiles/localhost", "x"], "--elastic needs --launcher=horovodrun"),
         (["--launcher", "horovodrun", "--elastic", "1:2", "-np", "2", "x"], "--elastic needs --hostfile"),
@@ -116,6 +118,12 @@ def test_a_mistake_is_one_sentence(words, says):
     done = launch_run(*words)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_folder_for_the_output_that_cannot_be_made():
+    done = launch_run("--log-dir", "/proc/none", "-np", "1", sys.executable, "-c", "")
+    assert done.returncode == 2
+    assert "error: --log-dir=/proc/none can't be made" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.ranks

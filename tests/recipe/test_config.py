@@ -101,6 +101,7 @@ def test_command_lines_refused(arguments, parts):
         ({"model": lambda: Model(blocks=(3, 0))}, ["config.model.blocks", "(3, 0)"]),
         ({"data": lambda: Data(remainder="dorp")}, ["config.data.remainder", "'drop'"]),
         ({"data": lambda: Data(image_size=4)}, ["config.data.image_size", "at least 8"]),
+        ({"data": lambda: Data(name="folder", shuffle_block=32)}, ["config.data.shuffle_block", "of one class"]),
     ],
 )
 def test_recipes_refused(values, parts):

@@ -16,12 +16,14 @@ from pathlib import Path
 
 from recipe import cli, noise
 from recipe.data.benchmark.contender import BATCH, CONTENDERS, CORES, IMAGES, SIZE
-from recipe.errors import RunError
+from recipe.errors import RunError, UsageError
 
 TARGETS = {"floor": 0.85, "tf.data-float32": 1.4, "dali-cpu": 1.0}  # ours by theirs, at least
 
 
 def main(argv: list[str]) -> None:
+    if argv and (not argv[0].isdecimal() or int(argv[0]) == 0):
+        raise UsageError(f"{argv[0]} is no number of repeats: give 1 or more")
     with tempfile.TemporaryDirectory() as folder:
         with noise.filtered():
             from recipe.data.benchmark import photos

@@ -1,0 +1,58 @@
+"""`python -m recipe.benchmark` with real ranks: it runs and says what it found."""
+
+import subprocess
+import sys
+
+import pytest
+
+from recipe.benchmark.__main__ import speed, verdict
+from recipe.errors import RunError
+from tests.ranks import ROOT, environment
+
+
+def benchmark(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    command = [*prefix, sys.executable, "-m", "recipe.benchmark", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500, check=False
+    )
+
+
+@pytest.mark.ranks
+def test_the_benchmark_runs_and_prints_speeds_and_ratios():
+    done = benchmark("1", "torch-here", "torch-ddp")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum("images/s per rank" in line for line in lines) == 5  # on 1 and on 2, and two of ours side by side
+    for ratio in ("torch-here to torch-ddp, 1 rank ", "torch-here to torch-ddp, 2 ranks", "torch-here, weak scaling"):
+        assert any(line.startswith(ratio) and "target" in line for line in lines), ratio
+    assert any(line.startswith("torch-here, kept by working together") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prefix", "message"),
+    [
+        (("many",), (), "many is no number of repeats"),
+        (("1", "jax"), (), "jax is no contender"),
+        (("1",), ("taskset", "-c", "0"), "need 2"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence(arguments, prefix, message):
+    done = benchmark(*arguments, prefix=prefix)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_verdict_is_by_the_median_then_by_the_spread():
+    assert "reached" in verdict([0.9, 1.0, 1.1], 1)
+    assert "within the spread" in verdict([0.9, 0.99, 1.1], 1)
+    assert "missed" in verdict([0.9, 0.91, 0.99], 1)
+
+
+def test_copies_are_measured_while_all_of_them_run():
+    """64 images a step: one a step a second, the other one every two, which begins 20 s later and ends later."""
+    early, late = [float(t) for t in range(60)], [20.0 + 2 * t for t in range(60)]
+    assert speed([early]) == pytest.approx(64)
+    assert speed([early, late]) == pytest.approx((64 + 32) / 2)
+    with pytest.raises(RunError, match="not run side by side"):
+        speed([early, [100.0 + t for t in range(60)]])
