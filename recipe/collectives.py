@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from recipe import watchdog
+from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
 
 T = TypeVar("T")
 
-GROUP = 2**24  # bytes of gradients that are reduced together
+GROUP = 2**24  # bytes of gradients that are reduced together when the order of their sum must not vary
 
 _binding: ModuleType | None = None
 
@@ -75,12 +76,9 @@ def cores() -> int:
     return max(1, min((os.cpu_count() or 1) // ranks, len(os.sched_getaffinity(0))))
 
 
-def groups(parameters: int) -> int:
-    """Into how many groups, fixed ones, the gradients of so many parameters are reduced.
-
-    One message for each group, not for each tensor: for each of them the ranks' threads must meet, on cores that
-    compute."""
-    return max(1, 4 * parameters // GROUP)
+def groups(recipe: Recipe, parameters: int) -> int | None:
+    """Into how many groups, fixed ones, a deterministic run fuses the gradients of so many parameters."""
+    return max(1, 4 * parameters // GROUP) if recipe.run.deterministic else None
 
 
 def started() -> bool:

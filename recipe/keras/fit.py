@@ -111,7 +111,7 @@ def _distribute(recipe: Recipe, model: keras.Model) -> None:
     """Makes the model's optimizer reduce the gradients over the ranks."""
     parameters = sum(math.prod(v.shape) for v in model.trainable_variables)
     compression = getattr(backend.Compression, recipe.optimizer.compression)
-    DistributedOptimizer(model.optimizer, compression=compression, groups=collectives.groups(parameters))
+    DistributedOptimizer(model.optimizer, compression=compression, groups=collectives.groups(recipe, parameters))
 
 
 make_replica = KerasReplica

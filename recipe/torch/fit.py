@@ -152,25 +152,12 @@ def _optimizer(recipe: Recipe, network: resnet.ResNet, passes: int) -> torch.opt
         named_parameters=network.named_parameters(),
         compression=PackedCompression(getattr(hvd.Compression, recipe.optimizer.compression)),
         backward_passes_per_step=passes,
-        groups=_groups(network),
+        groups=collectives.groups(recipe, sum(p.numel() for p in network.parameters())),
     )
     if recipe.optimizer.momentum:
         for p in network.parameters():  # before the first step, so that it can be broadcast and restored
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
-
-
-def _groups(network: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
-    """All parameters, in the order of their gradients, by collectives.GROUP bytes: Horovod's calls, in Python, are then
-    one for each group, not for each tensor, and what is summed together doesn't depend on timing."""
-    groups, size = [[]], 0
-    for p in reversed(list(network.parameters())):
-        if groups[-1] and size + p.nbytes > collectives.GROUP:
-            groups.append([])
-            size = 0
-        groups[-1].append(p)
-        size += p.nbytes
-    return groups
 
 
 def _to_keras(tensor: torch.Tensor) -> np.ndarray:

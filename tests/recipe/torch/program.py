@@ -111,13 +111,12 @@ def restored() -> dict:
 
 
 def started() -> dict:
-    """How many gradients' allreduces are under way when each of this rank's backward passes returns."""
+    """How many allreduces are under way when each of this rank's backward passes returns."""
     made, counts = replica(recipe()), []
     made.network.train()
     for first, element in zip(own_workers(K, collectives.rank(), collectives.size()), elements(recipe()), strict=True):
         made._step._backward(first, *on_device(element))
-        handles = made.optimizer._handles  # of groups of parameters
-        counts.append(sum(len(group) for group, (handle, _) in handles.items() if handle is not None))
+        counts.append(sum(handle is not None for handle, _ in made.optimizer._handles.values()))
     made.optimizer.synchronize()
     return {"counts": counts, "parameters": len(list(made.network.parameters()))}
 
