@@ -5,6 +5,7 @@ Every function here is collective: all ranks must call it, in the same order.
 
 import importlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -74,6 +75,15 @@ def cores() -> int:
     """This rank's share of its host's cores; without Horovod, all that this process may use."""
     ranks = horovod().local_size() if started() else 1
     return max(1, min((os.cpu_count() or 1) // ranks, len(os.sched_getaffinity(0))))
+
+
+def check_gpus(visible: int, local_rank: int) -> None:
+    """Raises UsageError when this rank has no GPU of its own among those that it sees."""
+    if local_rank >= visible:
+        raise UsageError(
+            f"local rank {local_rank} sees {visible} GPUs on {socket.gethostname()}: start a rank a GPU, each of which "
+            "sees all of its host's (Slurm: --gpus-per-node, not --gpus-per-task)"
+        )
 
 
 def groups(recipe: Recipe, parameters: int) -> int | None:

@@ -90,12 +90,28 @@ def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Su
 def open_data(recipe: Recipe) -> Sources:
     """The training and the evaluation examples; rank 0 prepares them first where they are not. Collective."""
     collectives.on_root(lambda: prepare(recipe.data), "prepare")
-    if collectives.rank() == 0 and (slow := decode.why_slow()):
-        standing.warn(slow)
-    return collectives.agreed(
+    sources = collectives.agreed(
         lambda: (open_source(recipe.data, "train", recipe.seed), open_source(recipe.data, "eval", recipe.seed)),
         "open_data",
     )
+    check_data(sources)
+    return sources
+
+
+def check_data(sources: Sources) -> None:
+    """Raises RunError when a rank has other data; says when one decodes slowly. Collective."""
+    mine = [(len(source), source.num_classes) for source in sources], decode.why_slow()
+    found = collectives.gather(mine, "data")
+    for rank, (shape, _) in enumerate(found):
+        if shape != found[0][0]:
+            raise RunError(
+                f"rank {rank} has other data than rank 0: (examples, classes) {shape} instead of {found[0][0]} for "
+                "training and evaluation: copy the data to its host again",
+                everywhere=True,
+            )
+    slow = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(found) if why]
+    if slow and collectives.rank() == 0:
+        standing.warn(slow[0])
 
 
 def check_size(recipe: Recipe) -> None:

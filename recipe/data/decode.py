@@ -103,11 +103,11 @@ def _decode_by_pillow(image: bytes, box: np.ndarray, mirrored: bool, size: int, 
         with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as opened:
             if opened.mode[0] in "IF":
                 return f"its pixels have more than 8 bits (Pillow's mode {opened.mode})"
+            if not _inside(box, opened.height, opened.width):
+                return "the box is not inside the image"
             scale = _scale(box, size) if kind == BILINEAR and opened.format != "PNG" else 1
             opened.draft(None, (opened.width // scale, opened.height // scale))
             pixels, box = opened.convert("RGB"), box / scale
-            if not (0 <= box[0] < pixels.height and 0 <= box[1] < pixels.width):
-                return "the box is not inside the image"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return str(error)
     pixels = np.asarray(pixels)
@@ -119,6 +119,11 @@ def _decode_by_pillow(image: bytes, box: np.ndarray, mirrored: bool, size: int, 
     else:
         out[:] = resized(pixels, box, mirrored, size, kind)
     return ""
+
+
+def _inside(box: np.ndarray, height: int, width: int) -> bool:
+    y, x, h, w = box
+    return min(y, x) >= 0 and min(h, w) > 0 and y + h <= height + 1e-3 and x + w <= width + 1e-3
 
 
 def _scale(box: np.ndarray, size: int) -> int:

@@ -35,15 +35,16 @@ def library(site: Path) -> Path:
 
 
 def bundled(site: Path) -> Path | None:
-    """The libjpeg-turbo of Pillow's wheel; a distribution's Pillow has none of its own."""
-    return next(iter(sorted(site.glob("pillow.libs/libjpeg-*.so.62.*"))), None)
+    """The libjpeg-turbo of Pillow's wheel, if TensorFlow's headers are there; a distribution's Pillow has none."""
+    found = sorted(site.glob("pillow.libs/libjpeg-*.so.62.*")) if (site / HEADERS).is_dir() else []
+    return next(iter(found), None)
 
 
 def command(site: Path, result: Path) -> list[str]:
     """The compiler's, with the bundled libjpeg-turbo or else the system's."""
     compiler = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS]
     found = bundled(site)
-    if found and (site / HEADERS).is_dir():
+    if found:
         place = "-Wl,-rpath,$ORIGIN/pillow.libs"
         return [*compiler, f"-I{site / HEADERS}", str(SOURCE), str(found), place, "-lm", "-o", str(result)]
     return [*compiler, str(SOURCE), "-ljpeg", "-lm", "-o", str(result)]

@@ -8,6 +8,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
+from recipe.collectives import check_gpus
 from recipe.data.pipeline import ALIGNMENT
 
 Compression = hvd.Compression
@@ -127,6 +128,7 @@ def use_local_device(local_rank: int, threads: int, deterministic: bool = False)
         tf.config.experimental.enable_op_determinism()
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
+        check_gpus(len(gpus), local_rank)
         tf.config.set_visible_devices(gpus[local_rank], "GPU")
         tf.config.experimental.set_memory_growth(gpus[local_rank], True)
     tf.config.threading.set_intra_op_parallelism_threads(threads)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from recipe.collectives import check_gpus
+
 
 def use_local_device(local_rank: int, threads: int, deterministic: bool = False) -> None:
     """Gives this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
@@ -13,6 +15,7 @@ def use_local_device(local_rank: int, threads: int, deterministic: bool = False)
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not deterministic  # batches of one shape: the fastest kernels are worth finding
     if torch.cuda.is_available():
+        check_gpus(torch.cuda.device_count(), local_rank)
         torch.cuda.set_device(local_rank)
     torch.set_num_threads(threads)
 

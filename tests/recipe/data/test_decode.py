@@ -169,11 +169,16 @@ def test_damage_below_the_box_is_not_read() -> None:
     assert np.array_equal(decoded(bad, box, 8, decode.BILINEAR), decoded(good, box, 8, decode.BILINEAR))
 
 
-def test_a_box_outside_of_the_image_is_refused() -> None:
+@pytest.mark.parametrize("way", ["fast", "pillow"])
+def test_a_box_outside_of_the_image_is_refused(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the image is smaller than its head seemed to say."""
+    if way == "pillow":
+        monkeypatch.setattr(decode, "_library", lambda: None)
     out = np.zeros((1, 8, 8, 3), np.uint8)
-    for image in (encoded(photo(), "JPEG"), encoded(photo(), "PNG")):
-        problems = decode.decode([image], np.array([(61, 0, 5, 5)]), ONE, 8, decode.BILINEAR, out)
-        assert problems == {0: "the box is not inside the image"}
+    for image in (encoded(photo().crop((0, 0, 16, 16)), kind) for kind in ("JPEG", "PNG")):
+        for box in ([0, 0, 17, 16], [0, 1, 16, 16], [-1, 0, 4, 4], [0, 0, 0, 4], [0, 0, np.nan, 4]):
+            problems = decode.decode([image], np.array([box]), ONE, 8, decode.BILINEAR, out)
+            assert problems == {0: "the box is not inside the image"}
 
 
 # --- building it
@@ -183,6 +188,8 @@ def test_a_changed_source_or_libjpeg_is_another_library(tmp_path: Path, monkeypa
     names = [decode_build.library(tmp_path)]
     (tmp_path / "pillow.libs").mkdir()
     (tmp_path / "pillow.libs" / "libjpeg-1.so.62.4.0").touch()
+    assert decode_build.library(tmp_path) == names[0], "without headers it is the system's"
+    (tmp_path / decode_build.HEADERS).mkdir(parents=True)
     names.append(decode_build.library(tmp_path))
     source = tmp_path / "decode.c"
     source.write_bytes(decode_build.SOURCE.read_bytes() + b"\n")

@@ -236,13 +236,14 @@ def test_png_data_sets(tmp_path: Path) -> None:
 
 
 def overwrite(data: Data, example: int, replace: dict[bytes, bytes]) -> str:
-    """Changes bytes in the record of an example of the first shard; returns the file's name."""
+    """Changes bytes in the record of an example of the first shard, as if written so; returns the file's name."""
     path = next(Path(data.data_dir).rglob("*train.tfrecord-00000*"))
     start, end = records.scan(str(path))[example : example + 2]
     content = bytearray(path.read_bytes())
     for old, new in replace.items():
         at = content.index(old, start, end)
         content[at : at + len(new)] = new
+    content[end - records.TAIL : end] = records.checksum(bytes(content[start + records.HEAD : end - records.TAIL]))
     path.write_bytes(content)
     return str(path)
 
