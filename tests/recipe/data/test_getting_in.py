@@ -240,11 +240,12 @@ def test_an_image_that_does_not_decode_is_bad(content: bytes) -> None:
 
 
 def test_markers_without_a_length_are_passed_over() -> None:
-    """libjpeg does so too."""
+    """As libjpeg does, and Pillow but for 0xFF01."""
     jpeg = photo(40, 56, seed=1)
-    odd = jpeg[:2] + b"\xff\xd0\xff\xff\x01\xff\xd7" + jpeg[2:]
-    assert image_shape(odd) == (40, 56)
-    assert verify.kind_of(odd) == "JPEG RGB"
+    restarts = jpeg[:2] + b"\xff\xd0\xff\xff\xd7" + jpeg[2:]
+    assert verify.kind_of(restarts) == "JPEG RGB"
+    for odd in (restarts, jpeg[:2] + b"\xff\x01" + jpeg[2:]):
+        assert image_shape(odd) == (40, 56)
 
 
 def test_deep_pixels_are_refused() -> None:

@@ -316,7 +316,7 @@ def test_data_without_image_and_label_is_refused(tmp_path: Path) -> None:
             UsageError, match=r"'numbers_only' has the features number: the recipe needs an image and a label"
         ):
             action()
-    assert [path.name for path in tmp_path.iterdir()] == ["numbers_only"]
+    assert not list(tmp_path.glob("*_short32*"))
 
 
 def test_synthetic_images_depend_on_seed_and_index_only() -> None:
