@@ -34,7 +34,7 @@ def manual_dir(data: Data) -> Path:
 
 
 def find_builder(data: Data) -> tfds.core.DatasetBuilder:
-    """TFDS's builder of a name, prepared or not. Raises UsageError on an unknown name."""
+    """TFDS's builder of a name, prepared or not. Raises UsageError on an unknown name, configuration or version."""
     try:
         return tfds.builder(data.name, data_dir=data_dir(data))
     except tfds.core.DatasetNotFoundError:
@@ -43,6 +43,10 @@ def find_builder(data: Data) -> tfds.core.DatasetBuilder:
             f"config.data.name={data.name!r} is neither a data set of TFDS nor one prepared in {data_dir(data)}; "
             f"did you mean {nearest(data.name, known)!r}?"
         ) from None
+    except (ValueError, AssertionError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0].rpartition('}": ')[2]  # without TFDS's own arguments
+        reason = reason.partition(" Here are ")[0].rstrip(".")
+        raise UsageError(f"config.data.name={data.name!r} is not a data set of TFDS: {reason}") from None
 
 
 def prepared_builder(data: Data) -> tfds.core.DatasetBuilder:

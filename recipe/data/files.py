@@ -42,10 +42,11 @@ def open_file(path: str) -> int:
     return patiently(path, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
 
-def read_at(path: str, fd: int, start: int, count: int) -> bytes:
-    """Up to `count` bytes from `start` of the open file, which is opened anew, as the same `fd`, when that fails."""
+def read_at(path: str, fd: int, start: int, count: int) -> tuple[bytes, tuple[int, int]]:
+    """(up to `count` bytes from `start`, state()) of the open file, which is opened anew, as the same `fd`, when that
+    fails."""
     try:
-        return os.pread(fd, count, start)
+        return os.pread(fd, count, start), state(fd)
     except OSError as error:
         if error.errno not in PASSING:
             raise
@@ -59,14 +60,14 @@ def state(fd: int) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _read_anew(path: str, fd: int, start: int, count: int) -> bytes:
+def _read_anew(path: str, fd: int, start: int, count: int) -> tuple[bytes, tuple[int, int]]:
     """A handle can stay stale when its file is back."""
     new = os.open(path, os.O_RDONLY)
     try:
         os.dup2(new, fd, inheritable=False)
     finally:
         os.close(new)
-    return os.pread(fd, count, start)
+    return os.pread(fd, count, start), state(fd)
 
 
 def _warn(path: str, error: OSError) -> None:

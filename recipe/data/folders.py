@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from recipe.config import Data
-from recipe.data import files, verify, work
-from recipe.data.images import is_png
+from recipe.data import files, records, verify, work
 from recipe.errors import RunError, UsageError
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -23,17 +22,20 @@ class FolderSource:
     """The files of a split, numbered by their sorted classes and names; a class's label is its place in that order,
     as torchvision's ImageFolder has it.
 
-    Raises UsageError when the tree isn't one of classes, or the classes aren't those of training."""
+    Raises UsageError when the tree isn't one of classes, or the classes aren't those of training; RunError when it
+    can't be listed."""
 
     def __init__(self, data: Data, split: str) -> None:
-        self.folder = split_folder(data, split)
-        self.classes = _classes(self.folder)
+        try:
+            self.folder = split_folder(data, split)
+            self.classes = _classes(self.folder)
+            _check_classes(self.folder, self.classes, split_folder(data, data.train_split))
+            index = _read_index(self.folder, self.classes)
+        except OSError as error:
+            raise RunError(records.unreadable(error.filename, error)) from None
         self.num_classes = len(self.classes)
-        _check_classes(self.folder, self.classes, split_folder(data, data.train_split))
-        index = _read_index(self.folder, self.classes)
         self._labels = np.repeat(np.arange(self.num_classes, dtype=np.int32), index["counts"])
         self._names, self._sizes, self._times = index["names"], index["sizes"], index["times"]
-        self.png = is_png(self.read(np.array([0]))[0][0])
 
     def __len__(self) -> int:
         return len(self._names)

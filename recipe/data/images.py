@@ -5,6 +5,7 @@ import struct
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8"
 FRAMES = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}  # the JPEG segments that begin with the size
+ALONE = frozenset(range(0xFFD0, 0xFFD8)) | {0xFF01}  # markers without a segment
 
 
 def image_shape(encoded: bytes) -> tuple[int, int]:
@@ -22,6 +23,12 @@ def is_png(encoded: bytes) -> bool:
     return encoded.startswith(PNG)
 
 
+def check_depth(mode: str) -> None:
+    """Raises ValueError on a mode of Pillow whose pixels it would clip, not scale, to 8 bits."""
+    if mode[0] in "IF":
+        raise ValueError(f"its pixels have more than 8 bits (Pillow's mode {mode})")
+
+
 def _png_shape(encoded: bytes) -> tuple[int, int]:
     width, height = struct.unpack_from(">II", encoded, 16)
     return height, width
@@ -35,6 +42,7 @@ def _jpeg_shape(encoded: bytes) -> tuple[int, int]:
         marker, length = struct.unpack_from(">HH", encoded, position)
         if marker in FRAMES:
             return struct.unpack_from(">HH", encoded, position + 5)
-        if marker < 0xFFC0:
+        if marker < 0xFFC0 and marker not in ALONE:
             raise ValueError("its head is damaged")
-        position += 1 if marker == 0xFFFF else 2 + length  # 0xFF may be repeated before a marker
+        # 0xFF may be repeated before a marker.
+        position += 1 if marker == 0xFFFF else 2 if marker in ALONE else 2 + length

@@ -38,6 +38,8 @@ def main(argv: list[str]) -> None:
     if VALUES["quality"].present and not VALUES.shorter_side:
         raise UsageError("--quality is a copy's: give --shorter_side with it, or leave it out")
     data = Data(name=names[0], data_dir=VALUES.data_dir, manual_dir=VALUES.manual_dir)
+    if data.name == "synthetic":
+        raise UsageError("synthetic data needs no preparation")
     if data.name == "folder":
         prepare_folder(data)
     elif VALUES.verify:
@@ -88,9 +90,11 @@ def verify_now(data: Data) -> None:
 def reencode_now(data: Data) -> None:
     """Writes a copy with smaller images, and verifies it. Raises UsageError or RunError."""
     with noise.filtered():
-        from recipe.data import builders, reencode
+        from recipe.data import builders, reencode, sources
     name = reencode.copy_name(data.name, VALUES.shorter_side, VALUES.quality)
-    reencode.prepare(builders.prepared_builder(data), name, VALUES.shorter_side, VALUES.quality)
+    builder = builders.prepared_builder(data)
+    sources.class_count(builder)
+    reencode.prepare(builder, name, VALUES.shorter_side, VALUES.quality)
     look(dataclasses.replace(data, name=name))
     print(f"train on it with --config.data.name={name} --config.data.data_dir={builders.data_dir(data)}")
 

@@ -25,17 +25,35 @@ def read_index(paths: Sequence[str], cache: Path) -> dict[str, np.ndarray]:
 
     A scan takes 2 µs a record when the file system is warm, but each record's head is a random read when it is not,
     which on a shared file system can mean minutes for ImageNet. So the result is kept in `cache`, an .npz file of
-    8 bytes a record, as long as the files' names and sizes stay the same. Raises RunError on a truncated file."""
+    8 bytes a record, as long as the files' names and sizes stay the same. Raises RunError on a truncated or unreadable
+    file."""
     stored = _load(cache)
-    if stored.keys() == set(paths) and all(stored[path][-1] == Path(path).stat().st_size for path in paths):
-        return stored
-    index = {path: files.patiently(path, functools.partial(scan, path)) for path in paths}
+    try:
+        if stored.keys() == set(paths) and all(stored[path][-1] == Path(path).stat().st_size for path in paths):
+            return stored
+    except OSError as error:
+        raise RunError(unreadable(error.filename, error)) from None
+    index = {path: scan(path) for path in paths}
     _save(index, cache)
     return index
 
 
 def scan(path: str) -> np.ndarray:
-    """int64[records + 1]: where each record of a TFRecord file begins, and the file's end, in bytes."""
+    """int64[records + 1]: where each record of a TFRecord file begins, and the file's end, in bytes.
+
+    Raises RunError on a truncated or unreadable file."""
+    try:
+        return files.patiently(path, functools.partial(_scan, path))
+    except OSError as error:
+        raise RunError(unreadable(path, error)) from None
+
+
+def unreadable(path: str, error: OSError) -> str:
+    """What to do about a file that is there and can't be read."""
+    return f"{path} can't be read: {error.strerror}: mend the link or its permissions"
+
+
+def _scan(path: str) -> np.ndarray:
     fd = os.open(path, os.O_RDONLY)
     try:
         end, positions = os.fstat(fd).st_size, [0]

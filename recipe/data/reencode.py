@@ -4,16 +4,18 @@ same pixels."""
 import io
 import itertools
 import json
-import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from recipe.data import files, records, tars, work
+from recipe.data.images import check_depth
 from recipe.errors import RunError
 
 SAMPLE = 200  # images from which the copy's size is estimated
@@ -30,6 +32,7 @@ def smaller(encoded: bytes, shorter_side: int, quality: int) -> bytes:
     its bytes. Raises ValueError when it can't be decoded."""
     try:
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+            check_depth(image.mode)
             if min(image.size) <= shorter_side:
                 return encoded
             scale = shorter_side / min(image.size)
@@ -52,6 +55,9 @@ def prepare(builder: tfds.core.DatasetBuilder, name: str, shorter_side: int, qua
     unfinished = finished.parent / f"unfinished.{source.name}"
     unfinished.mkdir(parents=True, exist_ok=True)
     with tars.alone(unfinished):
+        if finished.exists():  # another process was faster
+            shutil.rmtree(unfinished, ignore_errors=True)
+            return
         _write_files(builder, name, unfinished, shorter_side, quality)
         how = f"shorter side at most {shorter_side}, JPEG quality {quality}"
         _describe(source, unfinished, builder.name, name, how)
@@ -79,15 +85,28 @@ def _write_files(builder: tfds.core.DatasetBuilder, name: str, folder: Path, sho
 
 
 def _write(path: Path, target: Path, shorter_side: int, quality: int, tally: work.Tally) -> None:
-    ends = records.scan(str(path))
-    with path.open("rb") as file, work.whole_file(target) as out:
-        for start, end in itertools.pairwise(ends.tolist()):
-            try:
-                block = files.read_at(str(path), file.fileno(), start, end - start)
-                out.write(records.record(_smaller_example(records.content(block), shorter_side, quality)))
-            except ValueError as error:
-                raise RunError(f"byte {start} of {path} can't be re-encoded: {error}") from None
-            tally.add()
+    try:
+        with work.whole_file(target) as out:
+            for _, example in _smaller_examples(path, None, shorter_side, quality):
+                out.write(records.record(example))
+                tally.add()
+    except OSError as error:
+        raise RunError(f"{target} can't be written: {error.strerror}") from None
+
+
+def _smaller_examples(path: Path, count: int | None, shorter_side: int, quality: int) -> Iterator[tuple[int, bytes]]:
+    """(bytes before, the smaller example) of the first `count` records of a file, or of all."""
+    ends, start = records.scan(str(path)).tolist(), 0
+    try:
+        with path.open("rb") as file:
+            for start, end in itertools.islice(itertools.pairwise(ends), count):
+                block, _ = files.read_at(str(path), file.fileno(), start, end - start)
+                content = records.content(block)
+                yield len(content), _smaller_example(content, shorter_side, quality)
+    except OSError as error:
+        raise RunError(records.unreadable(str(path), error)) from None
+    except (ValueError, IndexError, DecodeError) as error:
+        raise RunError(f"byte {start} of {path} can't be re-encoded: {error}") from None
 
 
 def _smaller_example(content: bytes, shorter_side: int, quality: int) -> bytes:
@@ -101,16 +120,10 @@ def _estimate(paths: list[Path], shorter_side: int, quality: int) -> float:
     """The copy's bytes for one of the original, at most, from images of a few files."""
     before = after = 0
     for path in paths[:: max(1, len(paths) // 8)]:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            ends = records.scan(str(path))[: SAMPLE // 8 + 1].tolist()
-            for start, end in itertools.pairwise(ends):
-                content = records.content(os.pread(fd, end - start, start))
-                before += len(content)
-                after += len(_smaller_example(content, shorter_side, quality))
-        finally:
-            os.close(fd)
-    return MARGIN * after / before
+        for size, example in _smaller_examples(path, SAMPLE // 8, shorter_side, quality):
+            before += size
+            after += len(example)
+    return MARGIN * after / max(before, 1)
 
 
 def _describe(source: Path, target: Path, old: str, new: str, how: str) -> None:

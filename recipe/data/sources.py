@@ -16,7 +16,6 @@ from recipe import augment
 from recipe.config import Data, nearest
 from recipe.data import builders, files, records
 from recipe.data.folders import FolderSource
-from recipe.data.images import is_png
 from recipe.errors import RunError, UsageError
 
 
@@ -29,7 +28,7 @@ class Source(Protocol):
 
 
 class TFDSSource:
-    """The encoded images (all JPEG or all PNG) and labels of a prepared TFDS split, in the order of TFDS's files.
+    """The encoded images and labels of a prepared TFDS split, in the order of TFDS's files.
 
     `split` is TFDS's notation, also "train[:10%]". Raises UsageError when there is no such split, or when the data
     set's features aren't an `image` and its `label`."""
@@ -46,7 +45,6 @@ class TFDSSource:
         self._fds = _open_all(self._paths)
         weakref.finalize(self, _close_all, self._fds)
         self._states = [_state(fd, path, index[path]) for fd, path in zip(self._fds, self._paths, strict=True)]
-        self.png = len(self) > 0 and is_png(self._example(0)[0])  # or JPEG; all of a data set are the same
 
     def __len__(self) -> int:
         return len(self._start)
@@ -77,8 +75,8 @@ class TFDSSource:
     def _record(self, i: int) -> bytes:
         """Its checksum costs 1 % of a decoding; a record of another file than the one that was opened is worse."""
         file, start, end = self._file[i], int(self._start[i]), int(self._end[i])
-        block = files.read_at(self._paths[file], self._fds[file], start, end - start)
-        if files.state(self._fds[file]) != self._states[file]:
+        block, state = files.read_at(self._paths[file], self._fds[file], start, end - start)
+        if state != self._states[file]:
             raise ValueError(files.CHANGED)
         return records.content(block)
 
@@ -161,12 +159,15 @@ def class_count(builder: tfds.core.DatasetBuilder) -> int:
 def _file_instructions(builder: tfds.core.DatasetBuilder, split: str) -> list:
     """Which records of which files belong to a split, in TFDS's order."""
     try:
-        return builder.info.splits[split].file_instructions
+        parts = builder.info.splits[split].file_instructions
     except (ValueError, KeyError):
         known = list(builder.info.splits)
         raise UsageError(
             f"{split!r} is not a split of {builder.name} ({', '.join(known)}); did you mean {nearest(split, known)!r}?"
         ) from None
+    if not any(part.take for part in parts):
+        raise UsageError(f"the split {split!r} of {builder.name} has no examples: name a larger part")
+    return parts
 
 
 def _index(builder: tfds.core.DatasetBuilder) -> dict[str, np.ndarray]:
@@ -202,7 +203,10 @@ def _open_all(paths: list[str]) -> list[int]:
 
 
 def _state(fd: int, path: str, positions: np.ndarray) -> tuple[int, int]:
-    state = files.state(fd)
+    try:
+        _, state = files.read_at(path, fd, 0, 0)
+    except OSError as error:
+        raise RunError(f"{path} can't be read: {error.strerror}") from None
     if state[0] != positions[-1]:
         raise RunError(f"{path} has {state[0]:,} bytes and had {positions[-1]:,} a moment ago: it is being written")
     return state

@@ -58,8 +58,6 @@ def prepare(builder: tfds.core.GeneratorBasedBuilder, manual_dir: Path) -> None:
     check_disk(unfinished, manual_dir)
     unfinished.mkdir(parents=True, exist_ok=True)
     with alone(unfinished):
-        for leftover in unfinished.glob(".*-*"):
-            leftover.unlink()
         infos = [_write(builder, split, unfinished) for split in _splits(builder, manual_dir, unfinished)]
         builder.info.set_splits(tfds.core.splits.SplitDict(infos))
         builder.info.download_size = 0
@@ -89,7 +87,9 @@ def room(folder: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keeps other preparations out of a folder while this one lives. Raises UsageError when one is in it."""
+    """Keeps other preparations out of a folder while this one lives, and removes what killed ones were writing.
+
+    Raises UsageError when one is in it."""
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,6 +99,8 @@ def alone(folder: Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
+        for leftover in folder.glob(".*-*"):
+            leftover.unlink(missing_ok=True)
         yield
 
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +18,11 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from recipe.data import builders, files, records, work
+from recipe.data.images import check_depth
 from recipe.errors import RunError
 
 SUMS = "SHA256SUMS"  # beside the data, as sha256sum writes and checks it
+LINE = re.compile(r"([0-9a-f]{64})  (.+)")  # of that file
 NAMED = 100  # bad images with a line each; all are counted
 CLASSES = {"train": (1000, 732, 1300), "validation": (1000, 50, 50)}  # ImageNet's: their number, smallest, largest
 
@@ -64,7 +67,7 @@ def verify(name: str, folder: Path, parts: list[Part]) -> None:
     """Looks at all parts of the data set in `folder`, says what there is, and keeps or compares the digests.
 
     Raises RunError when an image or a file is bad, a count isn't ImageNet's, or a file isn't what it once was."""
-    began, splits = time.monotonic(), {}
+    began, kept, splits = time.monotonic(), _kept(folder), {}
     with work.Tally(f"verifying {name}", sum(part.count for part in parts)) as tally:
         for part, found in work.in_threads(lambda part: (part, part.look(tally)), parts, work.cores()):
             splits.setdefault(part.split, Found()).add(found)
@@ -72,7 +75,7 @@ def verify(name: str, folder: Path, parts: list[Part]) -> None:
     for split, found in splits.items():
         everything.add(found)
         print(_summary(split, found), flush=True)
-    problems = [*everything.bad, *_wrong_sizes(name, splits), *_other_files(folder, everything)]
+    problems = [*everything.bad, *_wrong_sizes(name, splits), *_other_files(folder, kept, everything)]
     for problem in problems[:NAMED]:
         print(f"bad: {problem}", file=sys.stderr, flush=True)
     if problems:
@@ -102,6 +105,7 @@ def kind_of(encoded: bytes) -> str:
     """ "JPEG RGB" or the like, of an image all of which has been decoded. Raises ValueError saying what is wrong."""
     try:
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+            check_depth(image.mode)
             image.load()
             return f"{image.format} {image.mode}"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -193,19 +197,32 @@ def _wrong_sizes(name: str, splits: dict[str, Found]) -> Iterator[str]:
                 yield f"class {label} of {split} has {size} good images; ImageNet's classes have {fewest} to {most}"
 
 
-def _other_files(folder: Path, found: Found) -> Iterator[str]:
-    """Files that differ from the digests kept at the last verification, here or where the data came from."""
+def _kept(folder: Path) -> dict[str, str]:
+    """The digests of the last verification, here or where the data came from, by file name; none if there was none."""
+    path = folder / SUMS
     if not verified(folder):
-        return
-    kept = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text().splitlines())
-    for name in sorted(kept.keys() | found.digests.keys()):
+        return {}
+    try:
+        lines = os.fsdecode(path.read_bytes()).removesuffix("\n").split("\n")
+    except OSError as error:
+        raise RunError(f"{path} can't be read: {error.strerror}") from None
+    matches = [LINE.fullmatch(line) for line in lines]
+    if None in matches:
+        number = matches.index(None) + 1
+        raise RunError(f"line {number} of {path} is no digest and file name: delete it and verify again")
+    return {match[2]: match[1] for match in matches}
+
+
+def _other_files(folder: Path, kept: dict[str, str], found: Found) -> Iterator[str]:
+    """Files that differ from the digests kept at the last verification."""
+    for name in sorted(kept.keys() | found.digests.keys()) if kept else ():
         if kept.get(name) != found.digests.get(name):
             yield f"{folder / name} is not the file whose digest is in {SUMS}"
 
 
 def _keep(folder: Path, digests: dict[str, str]) -> str:
     """A line with the digest of all digests, which are kept where this user may write."""
-    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
+    text = os.fsencode("".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())))
     try:
         with work.whole_file(folder / SUMS) as file:
             file.write(text)

@@ -1,5 +1,6 @@
 """A tree of image files as a data set, and files that are out of reach for a moment or change."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_examples_are_the_sorted_files_and_labels_the_sorted_folders(tree: Path)
     images, labels = source.read(np.arange(24))
     assert images == [path.read_bytes() for path in paths]
     assert labels.tolist() == [CLASSES.index(path.parent.name) for path in paths]
-    assert (labels.dtype, source.num_classes, source.png) == (np.int32, 3, False)
+    assert (labels.dtype, source.num_classes) == (np.int32, 3)
     assert source.where(9) == f"example 9 ({paths[9]})"
     some, their_labels = source.read(np.array([20, 3, 20]))
     assert (some, their_labels.tolist()) == ([images[20], images[3], images[20]], [2, 0, 2])
@@ -117,6 +118,13 @@ def test_another_form_of_tree_is_refused(tree: Path, damage: object, message: st
         sources.prepare(data_of(tree))
 
 
+def test_a_link_that_leads_nowhere_is_named(tree: Path) -> None:
+    link = tree / "train" / CLASSES[0] / "more.JPEG"
+    link.symlink_to(tree / "gone.JPEG")
+    with pytest.raises(RunError, match=rf"^{link} can't be read: No such file or directory: mend the link or"):
+        sources.prepare(data_of(tree))
+
+
 def test_a_tree_needs_its_place() -> None:
     with pytest.raises(UsageError, match=r"needs the folder of train/ and val/ in config\.data\.data_dir"):
         sources.prepare(Data(name="folder"))
@@ -134,6 +142,19 @@ def test_the_command_verifies_a_tree(tree: Path) -> None:
     assert other == f"bad: {tree}/val/{CLASSES[1]}/{CLASSES[1]}_0.JPEG: it is neither JPEG nor PNG"
     assert "2 bad images or files" in last
     assert not verify.verified(tree)
+
+
+def test_digests_of_names_that_are_not_utf_8_and_damaged_digests(tree: Path) -> None:
+    source = sources.open_source(data_of(tree), "eval")
+    name = os.fsdecode(b"val/\xff.JPEG")
+    part = verify.Part("val", "", 1, lambda tally: verify.Found(digests={name: "0" * 64}))
+    for _ in range(2):  # written, then read
+        verify.verify("folder", tree, [part])
+    assert (tree / verify.SUMS).read_bytes() == b"0" * 64 + b"  val/\xff.JPEG\n"
+    with (tree / verify.SUMS).open("ab") as file:
+        file.write(b"half a line")
+    with pytest.raises(RunError, match=rf"line 2 of {tree}/{verify.SUMS} is no .*: delete it and verify again"):
+        verify.verify("folder", tree, source.parts())
 
 
 def test_a_file_that_is_away_for_a_moment_is_waited_for(tree: Path, capsys: pytest.CaptureFixture) -> None:

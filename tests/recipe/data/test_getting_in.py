@@ -20,6 +20,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from recipe.config import Data
 from recipe.data import builders, records, reencode, sources, tars, verify
+from recipe.data.images import image_shape
 from tests.recipe.data import prepare_program
 from tests.recipe.data.conftest import photo, tar_of
 
@@ -238,11 +239,34 @@ def test_an_image_that_does_not_decode_is_bad(content: bytes) -> None:
         verify.kind_of(content)
 
 
+def test_markers_without_a_length_are_passed_over() -> None:
+    """As libjpeg does, and Pillow but for 0xFF01."""
+    jpeg = photo(40, 56, seed=1)
+    restarts = jpeg[:2] + b"\xff\xd0\xff\xff\xd7" + jpeg[2:]
+    assert verify.kind_of(restarts) == "JPEG RGB"
+    for odd in (restarts, jpeg[:2] + b"\xff\x01" + jpeg[2:]):
+        assert image_shape(odd) == (40, 56)
+
+
+def test_deep_pixels_are_refused() -> None:
+    """Pillow would make all brighter than 255 white."""
+    out = io.BytesIO()
+    Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(out, "PNG")
+    for action in (verify.kind_of, lambda png: reencode.smaller(png, 32, 90)):
+        with pytest.raises(ValueError, match=r"its pixels have more than 8 bits \(Pillow's mode I"):
+            action(out.getvalue())
+
+
 def test_a_copy_of_smaller_images(copied: Path, manual_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the original's order, by a name that the recipe reads; an image that is small enough keeps its bytes."""
+    """In the original's order, by a name that the recipe reads; an image that is small enough keeps its bytes. What a
+    killed process was writing is removed."""
+    leftover = copied / "imagenet2012_short90_q80" / "unfinished.5.1.0" / ".imagenet2012_short90_q80-train-x1y2"
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
     done = run(0, copied, manual_dir, "--shorter_side=90", "--quality=80")
     assert done.returncode == 0, done.stderr
     name = "imagenet2012_short90_q80"
+    assert not (copied / name / "5.1.0" / leftover.name).exists()
     assert f"--config.data.name={name}" in done.stdout
     monkeypatch.setattr(builders, "IMAGENET_EXAMPLES", {"train": 36, "validation": 6})
     small = sources.open_source(Data(name=name, data_dir=str(copied)), "train")
@@ -274,6 +298,15 @@ def sizes(split: tfds.core.SplitInfo) -> list[tuple[Path, int]]:
 def test_a_re_encoded_image_that_is_damaged_is_refused() -> None:
     with pytest.raises(ValueError, match="truncated"):
         reencode.smaller(photo(64, 64, seed=1)[:-900], 32, 90)
+
+
+def test_a_damaged_original_is_named(copied: Path, manual_dir: Path) -> None:
+    """In the estimate already."""
+    path = shards(copied)[0]
+    flip(path, records.HEAD + 100)
+    done = run(0, copied, manual_dir, "--shorter_side=90")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert f"byte 0 of {path} can't be re-encoded: its checksum is not" in done.stderr
 
 
 def test_a_tar_that_shrinks_meanwhile_is_named(tmp_path: Path, manual_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """Access by index, the kept index of records, missing and damaged data, and what users are told."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from recipe.config import Data
-from recipe.data import builders, files, records, sources
+from recipe.data import builders, files, prepare, records, sources
 from recipe.errors import RunError, UsageError
 
 
@@ -70,6 +71,18 @@ def test_parts_of_splits(fashion: Data) -> None:
     [
         ({"train_split": "trian"}, r"'trian' is not a split of fashion_photos .*did you mean 'train'"),
         ({"train_examples": 9000}, r"config\.data\.train_examples=9000 is more than the 8000"),
+        (
+            {"train_split": "train[:0]"},
+            r"the split 'train\[:0\]' of fashion_photos has no examples: name a larger part",
+        ),
+        (
+            {"name": "mnist/other"},
+            r"'mnist/other' is not a data set of TFDS: BuilderConfig other not found .* 3\.0\.1$",
+        ),
+        (
+            {"name": "mnist:9.9.9"},
+            r"'mnist:9\.9\.9' .*: Dataset mnist cannot be loaded at version 9\.9\.9, only: 3\.0\.1$",
+        ),
         ({"name": "fashion_photo"}, r"config\.data\.name='fashion_photo' .*did you mean 'fashion_photos'"),
     ],
 )
@@ -152,6 +165,13 @@ def test_without_a_place_for_the_index_it_is_scanned(fashion: Data, tmp_path: Pa
     assert len(index[str(shard(fashion))]) > 100
 
 
+def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "loop"
+    path.symlink_to(path)
+    with pytest.raises(RunError, match=f"^{path} can't be read: Too many levels .*: mend the link or its permissions"):
+        records.read_index([str(path)], tmp_path / "records.npz")
+
+
 def test_truncated_and_missing_files_are_named(copied: Data) -> None:
     path = shard(copied)
     os.truncate(path, path.stat().st_size - 1)
@@ -203,6 +223,22 @@ def test_a_file_that_fails_is_opened_again(copied: Data, capsys: pytest.CaptureF
         assert source.read(np.arange(5))[0] == expected
     (line,) = capsys.readouterr().err.splitlines()  # not one for each time
     assert line == f"warning: {shard(copied)} can't be read (Input/output error): trying for 30 s"
+
+
+def test_a_stale_handle_is_opened_again(copied: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes may come from the cache: only asking for its state fails."""
+    source = sources.open_source(copied, "train")
+    expected, state, calls = source.read(np.arange(5))[0], files.state, []
+
+    def stale_once(fd: int) -> tuple[int, int]:
+        calls.append(fd)
+        if len(calls) == 1:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return state(fd)
+
+    monkeypatch.setattr(files, "state", stale_once)
+    assert source.read(np.arange(5))[0] == expected
+    assert len(calls) == 6
 
 
 def test_another_file_behind_the_name_is_not_mixed_in(copied: Data) -> None:
@@ -274,10 +310,13 @@ def test_data_without_image_and_label_is_refused(tmp_path: Path) -> None:
             return [(0, {"number": 0})]
 
     data = Data(name="numbers_only", data_dir=str(tmp_path))
-    with pytest.raises(
-        UsageError, match=r"'numbers_only' has the features number: the recipe needs an image and a label"
-    ):
-        sources.prepare(data)
+    words = ["numbers_only", f"--data_dir={tmp_path}", "--shorter_side=32"]
+    for action in (lambda: sources.prepare(data), lambda: prepare.main(words)):
+        with pytest.raises(
+            UsageError, match=r"'numbers_only' has the features number: the recipe needs an image and a label"
+        ):
+            action()
+    assert not list(tmp_path.glob("*_short32*"))
 
 
 def test_synthetic_images_depend_on_seed_and_index_only() -> None:
@@ -302,6 +341,8 @@ def test_synthetic_images_depend_on_seed_and_index_only() -> None:
 def test_synthetic_data_has_imagenet_s_counts_and_needs_no_preparation() -> None:
     data = Data(name="synthetic")
     sources.prepare(data)
+    with pytest.raises(UsageError, match="synthetic data needs no preparation"):
+        prepare.main(["synthetic"])
     assert len(sources.open_source(data, "train")) == 1_281_167
     assert len(sources.open_source(data, "eval")) == 50_000
 
