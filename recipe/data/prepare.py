@@ -53,6 +53,8 @@ def main(argv: list[str]) -> None:
 def prepare_now(data: Data) -> None:
     """Prepares a data set unless it is, verifies it and says what there is. Raises UsageError or RunError."""
     with noise.filtered():
+        import tensorflow  # noqa: F401  # its chatter, when TFDS comes to need it
+
         from recipe.data import builders
     builder = builders.find_builder(data)
     if builders.is_prepared(builder):
