@@ -59,6 +59,9 @@ class Hosts:
         for host in self.names:
             for pid in self.pids(host):
                 _kill(pid)
+            _ip(
+                "link", "delete", self._port(host), check=False
+            )  # at once; with its namespace it would go some time later
             _ip("netns", "delete", self.namespace(host), check=False)
             shutil.rmtree(NETNS / self.namespace(host), ignore_errors=True)
         _ip("link", "delete", self._bridge, check=False)
