@@ -5,13 +5,13 @@ import contextlib
 from recipe import collectives, sharding, watchdog
 from recipe.config import Recipe
 from recipe.data.pipeline import eval_batches, train_batches
-from recipe.data.sources import SyntheticSource, TFDSSource
+from recipe.data.sources import Source
 from recipe.metrics import Sums
 from recipe.replica import Replica
 
 BATCH = 256  # examples at a time; without effect on the result
 
-Sources = tuple[TFDSSource | SyntheticSource, TFDSSource | SyntheticSource]  # training and evaluation examples
+Sources = tuple[Source, Source]  # training and evaluation examples
 
 
 def evaluate(recipe: Recipe, replica: Replica, sources: Sources, epoch: int) -> Sums:
@@ -29,9 +29,7 @@ def evaluate(recipe: Recipe, replica: Replica, sources: Sources, epoch: int) -> 
     return sums.over_ranks("evaluate")
 
 
-def _statistics(
-    recipe: Recipe, replica: Replica, training: TFDSSource | SyntheticSource, epoch: int
-) -> contextlib.AbstractContextManager:
+def _statistics(recipe: Recipe, replica: Replica, training: Source, epoch: int) -> contextlib.AbstractContextManager:
     if not recipe.model.precise_bn:
         return contextlib.nullcontext()
     steps = sharding.steps_per_epoch(len(training), recipe.k, recipe.n, recipe.data.remainder)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from recipe.data import decode_build
-from recipe.data.images import is_png
+from recipe.data.images import check_depth, is_png
 from recipe.errors import RunError
 
 PLAIN, BILINEAR, SMOOTH = 0, 1, 2  # filters; the first, to measure with, decodes the boxes and writes nothing
@@ -101,8 +101,7 @@ def _decode_by_pillow(image: bytes, box: np.ndarray, mirrored: bool, size: int, 
     """Decodes the whole image; gives what is wrong with it."""
     try:
         with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as opened:
-            if opened.mode[0] in "IF":
-                return f"its pixels have more than 8 bits (Pillow's mode {opened.mode})"
+            check_depth(opened.mode)
             if not _inside(box, opened.height, opened.width):
                 return "the box is not inside the image"
             scale = _scale(box, size) if kind == BILINEAR and opened.format != "PNG" else 1

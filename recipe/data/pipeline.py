@@ -14,7 +14,7 @@ from recipe.config import Recipe
 from recipe.data import decode
 from recipe.data.batches import Batch, Batches, Jobs
 from recipe.data.images import image_shape
-from recipe.data.sources import SyntheticSource, TFDSSource
+from recipe.data.sources import Source, SyntheticSource
 from recipe.errors import RunError
 
 # Of ImageNet's training images, RGB, for pixels from 0 to 255 (paper, sec. 5.1). The model subtracts and divides.
@@ -24,7 +24,6 @@ STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 PART = 32  # examples that one thread makes at a time
 ALIGNMENT = 64  # bytes; frameworks take over memory that begins at a multiple of it as it is
 
-Source = TFDSSource | SyntheticSource
 replaced: set[str] = set()  # the bad images that others have taken the place of in this process, by their names
 
 
@@ -116,9 +115,7 @@ def _made(source: Source, indices: np.ndarray, size: int, cutter: Cutter) -> tup
     ]
 
 
-def _decoded(
-    source: TFDSSource, indices: np.ndarray, cutter: Cutter, out: np.ndarray
-) -> tuple[np.ndarray, dict[int, str]]:
+def _decoded(source: Source, indices: np.ndarray, cutter: Cutter, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
     """Reads and decodes these examples into `out`; gives their labels and what is wrong with an image, by its place."""
     encoded, labels = source.read(indices)
     shapes, problems = np.ones((len(encoded), 2), dtype=np.int64), {}
@@ -132,7 +129,7 @@ def _decoded(
     return labels, {place: f"can't be decoded: {problem}" for place, problem in undecoded.items()} | problems
 
 
-def _replaced(source: TFDSSource, index: int, problem: str, cutter: Cutter, out: np.ndarray) -> int:
+def _replaced(source: Source, index: int, problem: str, cutter: Cutter, out: np.ndarray) -> int:
     """The label of the first example that may take a bad one's place and whose image is good, and now in `out`; names
     the bad one once a run. Raises RunError with the problem where there is none."""
     name = source.where(index)

@@ -5,7 +5,6 @@ import os
 import resource
 import weakref
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -17,14 +16,6 @@ from recipe.config import Data, nearest
 from recipe.data import builders, files, records
 from recipe.data.folders import FolderSource
 from recipe.errors import RunError, UsageError
-
-
-class Source(Protocol):
-    """The examples of one split, numbered 0 … len−1 in an order that never changes."""
-
-    num_classes: int
-
-    def __len__(self) -> int: ...
 
 
 class TFDSSource:
@@ -113,7 +104,10 @@ class SyntheticSource:
         return (u[:, 0] * self.num_classes).astype(np.int32), (u[:, 1] * self.MOVES).astype(np.int32)
 
 
-def open_source(data: Data, split: str, seed: int = 0) -> TFDSSource | FolderSource | SyntheticSource:
+Source = TFDSSource | FolderSource | SyntheticSource  # the examples of a split, numbered in an order that stays
+
+
+def open_source(data: Data, split: str, seed: int = 0) -> Source:
     """The examples of a recipe: `split` is "train" or "eval"; `seed` matters to synthetic data only.
 
     Raises UsageError (data not prepared, no such split, fewer examples than asked for) or RunError (damaged data)."""
