@@ -243,3 +243,22 @@ def test_two_ranks_learn_the_same_from_a_tree_as_from_tfds(tree: Path, tmp_path:
     one, other = weights
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.ranks
+def test_a_rank_with_other_data_ends_the_job(tree: Path, made: Path, tmp_path: Path) -> None:
+    """Copies on each host, one of which lacks an image: the ranks would take different numbers of steps."""
+    (tree / "train" / CLASSES[1] / f"{CLASSES[1]}_0.JPEG").unlink()
+    other = shutil.copytree(made, tmp_path / "other")
+    program = "import os, sys; folder = os.environ['DATA' + os.environ['OMPI_COMM_WORLD_RANK']]; "
+    program += "sys.argv.append(f'--config.data.data_dir={folder}'); "
+    program += "from recipe import cli, train; cli.run(train.main, train.VALUES)"
+    options = ["--config=quick", "--config.n=4", "--config.data.name=folder", "--config.framework=torch"]
+    options += ["--config.data.train_examples=0", "--config.data.eval_examples=0", f"--run_dir={tmp_path}/run"]
+    done = launch(2, ["-c", program, *options], DATA0=str(other), DATA1=str(tree))
+    assert done.returncode == 1, done.stdout
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert (
+        "rank 1 has other data than rank 0: (examples, classes) [(23, 3), (6, 3)] instead of [(24, 3), (6, 3)]" in said
+    )
+    assert not (tmp_path / "run").exists()
