@@ -1,5 +1,6 @@
 """Batches made ahead of their use by threads, handed over in order; bounded in memory, gone with their iterator."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,7 @@ import numpy as np
 Batch = tuple[np.ndarray, ...]
 Jobs = list[Callable[[], object]]
 
+ALIGNMENT = 64  # bytes; frameworks take over memory that begins at a multiple of it as it is
 AHEAD = 2  # batches, at least, that are made or ready while one is used
 
 
@@ -50,3 +52,11 @@ def _finished(batch: Batch, jobs: list[Future]) -> Batch:
     for job in jobs:
         job.result()
     return batch
+
+
+def aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 of this shape, its memory at a multiple of ALIGNMENT."""
+    count = math.prod(shape)
+    memory = np.empty(count + ALIGNMENT, dtype=np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    return memory[begin : begin + count].reshape(shape)

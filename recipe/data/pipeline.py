@@ -2,7 +2,6 @@
 (recipe, seed) whatever runs in parallel. NumPy arrays, for all frameworks."""
 
 import functools
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 from recipe import augment, collectives, sharding
 from recipe.config import Recipe
 from recipe.data import decode
-from recipe.data.batches import Batch, Batches, Jobs
+from recipe.data.batches import Batch, Batches, Jobs, aligned
 from recipe.data.images import image_shape
 from recipe.data.sources import Source, SyntheticSource
 from recipe.errors import RunError
@@ -22,7 +21,6 @@ MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 PART = 32  # examples that one thread makes at a time
-ALIGNMENT = 64  # bytes; frameworks take over memory that begins at a multiple of it as it is
 
 replaced: set[str] = set()  # the bad images that others have taken the place of in this process, by their names
 
@@ -99,7 +97,7 @@ def eval_batches(source: Source, recipe: Recipe, indices: np.ndarray, batch: int
 
 def _made(source: Source, indices: np.ndarray, size: int, cutter: Cutter) -> tuple[Batch, Jobs]:
     """(images, labels), to be filled, and the jobs that fill them."""
-    images, labels = _aligned((len(indices), size, size, 3)), np.empty(len(indices), dtype=np.int32)
+    images, labels = aligned((len(indices), size, size, 3)), np.empty(len(indices), dtype=np.int32)
 
     def fill(part: slice) -> None:
         if isinstance(source, SyntheticSource):
@@ -141,11 +139,3 @@ def _replaced(source: Source, index: int, problem: str, cutter: Cutter, out: np.
                 print(f"warning: {name} {problem}; example {other} is taken instead", file=sys.stderr, flush=True)
             return labels[0]
     raise RunError(f"{name} {problem}")
-
-
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 of this shape, its memory at a multiple of ALIGNMENT."""
-    count = math.prod(shape)
-    memory = np.empty(count + ALIGNMENT, dtype=np.uint8)
-    begin = -memory.ctypes.data % ALIGNMENT
-    return memory[begin : begin + count].reshape(shape)

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from recipe.collectives import check_gpus
-from recipe.data.pipeline import ALIGNMENT
+from recipe.data.batches import ALIGNMENT
 
 Compression = hvd.Compression
 DEVICES = True  # tf.device takes the names that device_dense and device_sparse give

@@ -1,12 +1,14 @@
 """The usual script, unchanged but for the import, on 1, 2 and 4 ranks."""
 
 import re
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
 
-from tests.ranks import ROOT, launch
+from tests.ranks import ROOT, environment, launch
 
 pytestmark = pytest.mark.ranks
 
@@ -29,3 +31,13 @@ def test_the_usual_script_runs_and_learns(tmp_path, backend, size):
     assert len(checkpoints) == 5
     assert type(keras.models.load_model(checkpoints[-1]).optimizer).__module__.startswith("keras.")
     assert "warmed up to" in done.stdout
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
+def test_the_import_brings_no_data_sets(backend):
+    """Who reuses the callbacks has images, or none, of their own: neither TFDS nor our input pipeline is theirs."""
+    program = "import sys, recipe.keras; assert not {'tensorflow_datasets', 'recipe.data.pipeline'} & set(sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(KERAS_BACKEND=backend), capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
