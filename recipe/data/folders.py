@@ -95,7 +95,10 @@ def split_folder(data: Data, split: str) -> Path:
     for name in names:
         if (root(data) / name).is_dir():
             return root(data) / name
-    raise UsageError(f"{root(data)} has no folder {' or '.join(names)} with a folder of images for each class")
+    raise UsageError(
+        f"{root(data)} has no folder {' or '.join(names)} with a folder of images for each class: give the folder that "
+        "has train/ and val/, or their names in config.data.train_split and config.data.eval_split"
+    )
 
 
 def _classes(folder: Path) -> list[str]:

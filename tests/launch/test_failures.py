@@ -104,9 +104,13 @@ def test_a_cut_link_ends_the_job(pair, tmp_path):
     assert re.search(r"lost communication with a remote daemon.*h2", job.printed, re.DOTALL)
 
 
-@pytest.mark.parametrize("framework", ["torch", "keras"])
-def test_ranks_behind_a_cut_link_leave_by_themselves(pair, tmp_path, framework):
-    job = Job(pair, tmp_path, mpirun(pair), f"--config.framework={framework}")
+@pytest.mark.parametrize(
+    ("launcher", "framework"),
+    [(mpirun, "torch"), (mpirun, "keras"), (GLOO, "torch")],
+    ids=["mpirun-torch", "mpirun-keras", "gloo-torch"],
+)
+def test_ranks_behind_a_cut_link_leave_by_themselves(pair, tmp_path, launcher, framework):
+    job = Job(pair, tmp_path, launcher(pair), f"--config.framework={framework}")
     pair.cut("h2")
     try:
         job.until(lambda: not [*job.ranks("h1"), *job.ranks("h2")], PATIENCE + 20)
