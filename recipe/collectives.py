@@ -45,9 +45,6 @@ def init(framework: str, **options: Any) -> ModuleType:
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
     # Open MPI's ranks, waiting for each other, would spin on the cores that compute.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-    if _alone():
-        # Horovod's thread looks for work every millisecond: 7 % of a core, for a rank with nothing to reduce.
-        os.environ.setdefault("HOROVOD_CYCLE_TIME", "10")
     if not binding.is_initialized():
         binding.init(**options)
     return binding
@@ -67,6 +64,10 @@ def start(framework: str, deterministic: bool) -> tuple[int, int]:
         # Which tensors Horovod fuses depends on timing, and the order of a sum over three ranks or more on where in
         # the fused buffer a gradient lies: only given groups are fused then.
         os.environ["HOROVOD_DISABLE_GROUP_FUSION"] = "1"
+    if _alone():
+        # Horovod's thread looks for work every millisecond, and a run's only rank has hardly any. Not in `init`: a
+        # user's wrapped optimizer on one rank reduces, and would wait for the cycle at each step.
+        os.environ.setdefault("HOROVOD_CYCLE_TIME", "10")
     watchdog.start()
     return init(framework).local_rank(), cores()
 
