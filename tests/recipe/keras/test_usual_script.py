@@ -44,7 +44,7 @@ def test_the_import_brings_no_data_sets(backend):
 
 
 def test_a_wrapped_optimizer_on_one_rank_does_not_wait_for_slow_cycles():
-    """Horovod's own cycle is a millisecond; the ten of the recipe's only rank, which reduces nothing, cost each step."""
+    """Horovod's own is a millisecond; the ten of the recipe's only rank would cost each step."""
     program = "import os, recipe.keras as hvd; hvd.init(); assert 'HOROVOD_CYCLE_TIME' not in os.environ"
     done = launch(1, ["-c", program])
     assert done.returncode == 0, done.stdout[-2000:]
