@@ -109,12 +109,10 @@ def test_a_preempted_job_goes_on_and_ends_the_same(cluster, project, undisturbed
 def test_a_job_told_to_leave_before_its_run_began_begins_it_later(cluster, project):
     job = submit(cluster, project, TEMPLATE, *TINY)
     told = project / f"imagenet-1hr-{job}.log"
-
-    def begun_twice() -> bool:
-        cluster.run("scancel", "--batch", "--signal=USR1", job)
-        return told.exists() and log(project, job).count("env -i ") == 2
-
-    cluster.until(begun_twice, 60)
+    cluster.until(lambda: told.exists() and "env -i " in told.read_text(), 60)  # launched: the ranks start Python
+    assert cluster.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
+    cluster.until(lambda: told.read_text().count("env -i ") == 2, 60)
+    assert "--resume" not in told.read_text()
     assert cluster.ends(job) == "COMPLETED", log(project, job)
     assert len(weights(project / f"runs/imagenet-1hr-{job}")) == 2
 
