@@ -6,6 +6,7 @@ half of the cases, with as many threads or processes as there are cores.
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import sys
@@ -14,9 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 BATCH, SIZE = 64, 224
 WARMUP, IMAGES = 512, 2560
+QUALITY = 90  # of the JPEGs
 EPOCHS = 1000  # more than are read
 CORES = len(os.sched_getaffinity(0))
 
@@ -169,6 +172,38 @@ def dali(folder: Path) -> Iterable:
         yield images.as_array(), labels.as_array()
 
 
+def ffcv(folder: Path) -> Iterable:
+    """FFCV, which reads its own file only: the same images, encoded once more with the same quality."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip
+    from ffcv.writer import DatasetWriter
+    from PIL import Image
+
+    class Photos:
+        def __init__(self) -> None:
+            self.paths = sorted(folder.glob("*.jpg"))
+
+        def __len__(self) -> int:
+            return WARMUP + IMAGES  # one epoch: its end would interrupt
+
+        def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+            with Image.open(self.paths[i % len(self.paths)]) as opened:
+                return np.asarray(opened.convert("RGB")), i % 10
+
+    file = folder / "ffcv.beton"
+    if not file.exists():
+        fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=QUALITY), "label": IntField()}
+        DatasetWriter(str(file), fields, num_workers=CORES).from_indexed_dataset(Photos())
+        for child in multiprocessing.active_children():
+            child.join()
+    image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip()]
+    pipelines = {"image": image, "label": [IntDecoder()]}
+    options = {"num_workers": CORES, "order": OrderOption.RANDOM, "os_cache": True, "pipelines": pipelines}
+    return Loader(str(file), BATCH, **options)
+
+
 CONTENDERS: dict[str, Callable[[Path], Iterable]] = {
     "floor": floor,
     "ours": ours,
@@ -177,6 +212,7 @@ CONTENDERS: dict[str, Callable[[Path], Iterable]] = {
     "torch-simplejpeg": torch(simplejpeg),
     "torch-pillow": torch(pillow),
     "dali-cpu": dali,
+    "ffcv": ffcv,
 }
 
 
@@ -194,7 +230,7 @@ def measured(batches: Iterable) -> dict[str, float]:
         "wall": IMAGES / (time.perf_counter() - began),
         "cpu": IMAGES / spent,
         "read": (bytes_read() - read) / IMAGES,
-        "memory": sum(number(pid, "status", "VmHWM:") for pid in processes()) * 1024,
+        "memory": peak_memory(),
     }
 
 
@@ -203,24 +239,23 @@ def take(made: Iterator, images: int) -> None:
         next(made)
 
 
-def processes() -> list[int]:
+def processes() -> list[psutil.Process]:
     """This one and those that it started."""
-    tasks = Path("/proc/self/task").iterdir()
-    return [os.getpid(), *(int(pid) for task in tasks for pid in (task / "children").read_text().split())]
+    return [psutil.Process(), *psutil.Process().children()]
 
 
 def cpu_seconds() -> float:
-    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in processes()]
-    return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
+    return sum(sum(process.cpu_times()[:2]) for process in processes())
 
 
 def bytes_read() -> int:
-    return sum(number(pid, "io", "rchar:") for pid in processes())
+    return sum(process.io_counters().read_chars for process in processes())
 
 
-def number(pid: int, file: str, name: str) -> int:
-    words = Path(f"/proc/{pid}/{file}").read_text().split()
-    return int(words[words.index(name) + 1])
+def peak_memory() -> int:
+    """Bytes."""
+    fields = [Path(f"/proc/{process.pid}/status").read_text().split() for process in processes()]
+    return sum(int(words[words.index("VmHWM:") + 1]) for words in fields) * 1024
 
 
 if __name__ == "__main__":

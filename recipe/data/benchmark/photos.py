@@ -10,10 +10,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from recipe.data import builders
+from recipe.data.benchmark.contender import QUALITY
 
 COUNT = 256
 SHAPES = ((375, 500), (500, 375), (333, 500), (375, 500))  # (height, width), the frequent ones
-QUALITY = 90
 
 
 def photo(height: int, width: int, seed: int) -> bytes:
