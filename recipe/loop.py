@@ -45,9 +45,21 @@ def train(
     what is on disk. Raises UsageError, RunError or, when a
     rank's `notice` tells it to leave, Preempted, on every rank."""
     check_size(recipe)
-    sources = open_data(recipe)
-    steps = sharding.steps_per_epoch(len(sources[0]), recipe.k, recipe.n, recipe.data.remainder)
-    replica = make_replica(recipe, sources[0].num_classes)
+    prepare_data(recipe)
+    with watchdog.patience(recipe.run.step_timeout):
+        sources = open_data(recipe)
+        replica = make_replica(recipe, sources[0].num_classes)
+        stands = begin(recipe, run_dir, resume, replica, len(sources[0]), commits)
+        if stands.epochs == recipe.epochs:
+            return stands.errors
+        return Loop(recipe, run_dir, replica, sources, stands, commits).run(notice)
+
+
+def begin(
+    recipe: Recipe, run_dir: Path, resume: str, replica: Replica, examples: int, commits: elastic.Commits | None
+) -> Standing:
+    """Where the run stands, and its state on rank 0's replica. Collective."""
+    steps = sharding.steps_per_epoch(examples, recipe.k, recipe.n, recipe.data.remainder)
     hosts = collectives.gather(socket.gethostname(), "hosts")
 
     def begun() -> Standing:
@@ -57,22 +69,27 @@ def train(
         runlog.check_run(run_dir, recipe, resume)
         stands = Standing()
         if resume != "no":
-            stands = standing.restore(replica, run_dir, recipe, len(sources[0]), steps, resume == "force")
+            stands = standing.restore(replica, run_dir, recipe, examples, steps, resume == "force")
         runlog.begin_run(run_dir, recipe, hosts)
         return stands
 
-    stands = collectives.on_root(begun, "begun")
-    if stands.epochs == recipe.epochs:
-        return stands.errors
-    with watchdog.patience(recipe.run.step_timeout):
-        return Loop(recipe, run_dir, replica, sources, stands, commits).run(notice)
+    return collectives.on_root(begun, "begun")
 
 
 def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Sums:
     """Evaluates the newest whole checkpoint of a run, on any number of ranks. Collective."""
     recipe = replace(recipe, run=replace(recipe.run, workers_at_once=1))  # with precise BN ranks may share k unevenly
-    sources = open_data(recipe)
-    replica = make_replica(recipe, sources[0].num_classes)
+    prepare_data(recipe)
+    with watchdog.patience(recipe.run.step_timeout):
+        sources = open_data(recipe)
+        replica = make_replica(recipe, sources[0].num_classes)
+        epochs = restore(replica, run_dir)
+        replica.begin(steps=1)
+        return evaluate(recipe, replica, sources, epochs)
+
+
+def restore(replica: Replica, run_dir: Path) -> int:
+    """The newest whole checkpoint on rank 0's replica: the epochs it had finished. Collective."""
 
     def restored() -> int:
         found = checkpoint.newest(run_dir / "checkpoints", standing.warn)
@@ -81,20 +98,22 @@ def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Su
         replica.restore(found[0])
         return found[1]["epochs"]
 
-    epochs = collectives.on_root(restored, "restore")
-    with watchdog.patience(recipe.run.step_timeout):
-        replica.begin(steps=1)
-        return evaluate(recipe, replica, sources, epochs)
+    return collectives.on_root(restored, "restore")
+
+
+def prepare_data(recipe: Recipe) -> None:
+    """Rank 0 prepares the examples where they are not, which may take hours: nobody watches. Collective."""
+    collectives.on_root(lambda: prepare(recipe.data), "prepare")
 
 
 def open_data(recipe: Recipe) -> Sources:
-    """The training and the evaluation examples; rank 0 prepares them first where they are not. Collective."""
-    collectives.on_root(lambda: prepare(recipe.data), "prepare")
+    """The training and the evaluation examples. Collective."""
     sources = collectives.agreed(
         lambda: (open_source(recipe.data, "train", recipe.seed), open_source(recipe.data, "eval", recipe.seed)),
         "open_data",
     )
     check_data(sources)
+    watchdog.beat("the opening of the data")
     return sources
 
 
@@ -153,6 +172,7 @@ class Loop:
         """To the recipe's end: the top-1 error of each evaluated epoch."""
         elements = self._seen(iter(train_batches(self.sources[0], self.recipe, self.workers, self.stands.step)))
         self.replica.begin(self.steps)
+        watchdog.beat("the first step's beginning")
         if self.stands.step == 0:
             self._initial_weights = checkpoint.digest(self.replica.weights())
         try:

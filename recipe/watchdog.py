@@ -88,7 +88,7 @@ def beat(what: str = "") -> None:
 def patience(seconds: float) -> Iterator[None]:
     """Inside it the process leaves when it has given no sign of life for so many seconds; 0: it never does."""
     start()
-    _watchdog.beat("the first step's beginning")
+    _watchdog.beat("the start")
     _watchdog.patience = seconds
     try:
         yield

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from recipe import watchdog
 from recipe.config import Data
 from recipe.data import files, records, verify, work
 from recipe.errors import RunError, UsageError
@@ -168,6 +169,7 @@ def _files(folder: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
                 continue
             stat = entry.stat()
             images.append((entry.name, stat.st_size, stat.st_mtime_ns))
+    watchdog.beat()
     return sorted(images), sorted(others)
 
 

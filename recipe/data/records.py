@@ -11,6 +11,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from recipe import watchdog
 from recipe.data import files
 from recipe.data.work import whole_file
 from recipe.errors import RunError
@@ -42,6 +43,7 @@ def scan(path: str) -> np.ndarray:
     """int64[records + 1]: where each record of a TFRecord file begins, and the file's end, in bytes.
 
     Raises RunError on a truncated or unreadable file."""
+    watchdog.beat()
     try:
         return files.patiently(path, functools.partial(_scan, path))
     except OSError as error:

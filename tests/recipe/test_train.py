@@ -207,22 +207,40 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(finished, tmp_path, data
     assert checkpoint.digest(weights(folder)) == checkpoint.digest(weights(finished[0]))
 
 
-def test_one_rank_without_data_ends_the_run_with_its_message(tmp_path, data_dir):
-    """A failed read on one rank is agreed upon: no traceback, no hang, the rank is named."""
-    program = [sys.executable, *SMALL, f"--run_dir={tmp_path / 'run'}"]
-    empty = tmp_path / "empty"
-    empty.mkdir()
+def train_apart(run: Path, data: str, others: Path, *options: str) -> subprocess.CompletedProcess:
+    """Trains on two ranks, the second of which looks for its data elsewhere."""
+    program = [sys.executable, *SMALL, *options, f"--run_dir={run}"]
     mpirun = [str(BIN / "mpirun"), "--oversubscribe", "--bind-to", "none", "-np", "1", *program, ":", "-np", "1"]
-    done = subprocess.run(
-        [*mpirun, "env", f"TFDS_DATA_DIR={empty}", *program],
-        capture_output=True,
+    return subprocess.run(
+        [*mpirun, "env", f"TFDS_DATA_DIR={others}", *program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=100,
-        env=environment(TFDS_DATA_DIR=data_dir),
+        env=environment(TFDS_DATA_DIR=data),
         check=False,
     )
-    done.stdout += done.stderr
-    refused(done, 2, "rank 1: ", str(empty))
+
+
+def test_one_rank_without_data_ends_the_run_with_its_message(tmp_path, data_dir):
+    """A failed read on one rank is agreed upon: no traceback, no hang, the rank is named."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(train_apart(tmp_path / "run", data_dir, empty), 2, "rank 1: ", str(empty))
+
+
+def test_a_rank_that_hangs_before_the_first_step_ends_the_run(tmp_path, data_dir, finished):
+    """Rank 1 opens a file that never answers, as on a hard NFS mount; rank 0 waits for it."""
+    silent = tmp_path / "data"
+    shutil.copytree(data_dir, silent)
+    for index in silent.rglob("*.npz"):
+        index.unlink()
+        os.mkfifo(index)
+    done = train_apart(tmp_path / "run", data_dir, silent, "--config.framework=torch", "--config.run.step_timeout=5")
+    assert done.returncode == 1
+    assert re.search(
+        r"error: rank \d on .*: nothing was heard for .*; the last sign of life was the start", done.stdout
+    )
 
 
 def test_a_damaged_image_is_named(tmp_path, data_dir, finished):
