@@ -244,6 +244,9 @@ static void sweep(job *j, const double *box, int mirrored, int size, int filter,
 static void open_jpeg(job *j, const unsigned char *data, size_t length, double *box, int size, int filter)
 {
     struct jpeg_decompress_struct *c = &j->jpeg;
+    memset(c->quant_tbl_ptrs, 0, sizeof c->quant_tbl_ptrs); /* else an image without tables takes another image's */
+    memset(c->dc_huff_tbl_ptrs, 0, sizeof c->dc_huff_tbl_ptrs);
+    memset(c->ac_huff_tbl_ptrs, 0, sizeof c->ac_huff_tbl_ptrs);
     jpeg_mem_src(c, (unsigned char *)data, length);
     jpeg_read_header(c, TRUE);
     if (!(box[0] >= 0 && box[1] >= 0 && box[2] > 0 && box[3] > 0 && box[0] + box[2] <= c->image_height + 1e-3 &&

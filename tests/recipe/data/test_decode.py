@@ -142,6 +142,7 @@ def damaged() -> dict[str, tuple[bytes, str]]:
         "cut and closed": (jpeg[: (scan + len(jpeg)) // 2] + b"\xff\xd9", "premature end of data segment"),
         "cut in the head": (jpeg[: scan - 40], "Premature end|no image|Unsupported marker|SOS"),
         "no picture": (jpeg[:scan] + b"\xff\xd9", "missing SOS marker"),
+        "tables left out": (encoded(photo(), "JPEG", streamtype=2), "table 0x00 was not defined"),
         "twelve bits": (jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "precision"),
         "a cut PNG": (encoded(photo(), "PNG")[:-400], "truncated|broken|Truncated"),
         "sixteen bits": (encoded(Image.new("I;16", (80, 60)), "PNG"), "more than 8 bits"),
