@@ -233,10 +233,15 @@ def test_another_file_with_right_checksums_is_noticed(copied: Path, manual_dir: 
     assert f"bad: {path} is not the file whose digest is in SHA256SUMS" in done.stderr
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", photo(64, 64, seed=1)[:-900]])
+CUT = photo(64, 64, seed=1)[:-900]
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", CUT, CUT + b"\xff\xd9"])
 def test_an_image_that_does_not_decode_is_bad(content: bytes) -> None:
-    with pytest.raises(ValueError, match=r"neither JPEG nor PNG|truncated"):
-        verify.kind_of(content)
+    """Also a cut one that has an end again, of which Pillow makes the rest grey: a run would end at it."""
+    for action in (verify.kind_of, lambda image: reencode.smaller(image, 32, 90)):
+        with pytest.raises(ValueError, match=r"neither JPEG nor PNG|[Pp]remature end"):
+            action(content)
 
 
 def test_markers_without_a_length_are_passed_over() -> None:
@@ -293,11 +298,6 @@ def test_a_copy_of_smaller_images(copied: Path, manual_dir: Path, monkeypatch: p
 
 def sizes(split: tfds.core.SplitInfo) -> list[tuple[Path, int]]:
     return list(zip(map(Path, split.filepaths), split.shard_lengths, strict=True))
-
-
-def test_a_re_encoded_image_that_is_damaged_is_refused() -> None:
-    with pytest.raises(ValueError, match="truncated"):
-        reencode.smaller(photo(64, 64, seed=1)[:-900], 32, 90)
 
 
 def test_a_damaged_original_is_named(copied: Path, manual_dir: Path) -> None:
