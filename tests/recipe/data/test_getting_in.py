@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -178,6 +179,17 @@ def test_a_damaged_tar_is_named(tmp_path: Path, manual_dir: Path) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert f"{tar} " in done.stderr
     assert "download it again" in done.stderr
+
+
+@pytest.mark.parametrize(("position", "name"), [(1536, "n0.tar"), (5632, "t.tar")])
+def test_a_damaged_head_is_not_the_end(position: int, name: str, tmp_path: Path) -> None:
+    """As tarfile has it: the preparation would go on without the images behind it."""
+    tar, inner = tmp_path / "t.tar", tar_of({"0.JPEG": b"0", "1.JPEG": b"1"})
+    tar.write_bytes(tar_of({"n0.tar": inner[:5120], "n1.tar": inner}))
+    assert len(list(tars._heads(tar))) == 4
+    flip(tar, position)
+    with pytest.raises(tarfile.TarError, match=f"neither a head nor the end at byte .* of {name}"):
+        list(tars._heads(tar))
 
 
 def flip(path: Path, position: int) -> None:
