@@ -124,6 +124,9 @@ def _images(split: str, tar: Path, folder: Path) -> np.ndarray:
     kept = folder / f"{split}.{stat.st_size}.{stat.st_mtime_ns}.heads.npy"
     with contextlib.suppress(OSError, ValueError):
         return np.load(kept)
+    for heads in folder.glob(f"{split}.*.heads.npy"):  # of a tar that was here before: what was made of it goes
+        for path in (*folder.glob(f"*-{split}.tfrecord-*"), heads):
+            path.unlink()
     print(f"reading the heads in {tar} ...", flush=True)
     try:
         images = np.array(list(_heads(tar)), dtype=IMAGE)

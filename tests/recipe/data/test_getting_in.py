@@ -131,7 +131,12 @@ def examples(content: bytes) -> list[tf_example_pb2.Example]:
 
 
 def test_two_preparations_are_the_same_to_the_byte(prepared: tuple, tmp_path: Path, manual_dir: Path) -> None:
-    """One was killed, another not: the digests by which copies are compared are equal."""
+    """One was killed, another not, and has files of a tar that was damaged: the digests, by which copies are compared,
+    are equal."""
+    unfinished = tmp_path / "imagenet2012" / "unfinished.5.1.0"
+    unfinished.mkdir(parents=True)
+    for name in ("train.1.2.heads.npy", "imagenet2012-train.tfrecord-00001-of-00004"):
+        (unfinished / name).touch()
     done = run(0, tmp_path, manual_dir)
     assert done.returncode == 0, done.stderr
     one, other = (folder / "imagenet2012" / "5.1.0" / verify.SUMS for folder in (prepared[0], tmp_path))
