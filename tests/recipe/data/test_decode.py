@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,10 @@ def jpegs(draw: st.DrawFn) -> bytes:
         kinds["subsampling"] = draw(st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]))
     if draw(st.booleans()):
         kinds["restart_marker_blocks"] = draw(st.integers(1, 8))
-    return encoded(image, "JPEG", quality=draw(st.integers(20, 100)), **kinds)
+    jpeg = encoded(image, "JPEG", quality=draw(st.integers(20, 100)), **kinds)
+    later_scans = [found.start() for found in re.finditer(b"\xff\xda", jpeg)][1:]
+    end = draw(st.sampled_from([len(jpeg), *later_scans]))  # without the last scans blocks are smoothed
+    return jpeg[:end] + b"\xff\xd9"
 
 
 def encoded(image: Image.Image, form: str, **kinds: object) -> bytes:
