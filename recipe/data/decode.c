@@ -240,10 +240,23 @@ static void sweep(job *j, const double *box, int mirrored, int size, int filter,
     }
 }
 
+/* Whether libjpeg smooths the blocks, of a progressive image whose last scans are missing: across some blocks. */
+static int smoothed(const struct jpeg_decompress_struct *c)
+{
+    int missing = 0;
+    for (int i = 0; c->progressive_mode && i < c->num_components; i++)
+        for (int k = 0; k < DCTSIZE2; k++)
+            missing |= c->coef_bits[i][k];
+    return missing != 0;
+}
+
 /* Sets the decoder to the box's first row, at its scale; `box` is then in scaled pixels. */
 static void open_jpeg(job *j, const unsigned char *data, size_t length, double *box, int size, int filter)
 {
     struct jpeg_decompress_struct *c = &j->jpeg;
+    memset(c->quant_tbl_ptrs, 0, sizeof c->quant_tbl_ptrs); /* else an image without tables takes another image's */
+    memset(c->dc_huff_tbl_ptrs, 0, sizeof c->dc_huff_tbl_ptrs);
+    memset(c->ac_huff_tbl_ptrs, 0, sizeof c->ac_huff_tbl_ptrs);
     jpeg_mem_src(c, (unsigned char *)data, length);
     jpeg_read_header(c, TRUE);
     if (!(box[0] >= 0 && box[1] >= 0 && box[2] > 0 && box[3] > 0 && box[0] + box[2] <= c->image_height + 1e-3 &&
@@ -261,7 +274,8 @@ static void open_jpeg(job *j, const unsigned char *data, size_t length, double *
     bound(&j->columns, box[1], box[3], c->output_width, size, filter);
     if (j->rows.low >= j->rows.high || j->columns.low >= j->columns.high)
         refuse(j, "the box is not inside the image");
-    int margin = filter == PLAIN ? 0 : MARGIN, top = most(j->rows.low - margin, 0);
+    int margin = filter == PLAIN ? 0 : smoothed(c) ? JPEG_MAX_DIMENSION : MARGIN;
+    int top = most(j->rows.low - margin, 0);
     JDIMENSION left = most(j->columns.low - margin, 0);
     JDIMENSION width = least(j->columns.high + margin, c->output_width) - left;
     if (width < c->output_width)

@@ -20,7 +20,7 @@ from recipe.data import decode_build
 from recipe.data.images import check_depth, is_png
 from recipe.errors import RunError
 
-PLAIN, BILINEAR, SMOOTH = 0, 1, 2  # filters; the first, to measure with, decodes the boxes and writes nothing
+PLAIN, BILINEAR, SMOOTH = 0, 1, 2  # filters; the first decodes the boxes and writes nothing
 MESSAGE = 200  # bytes, JMSG_LENGTH_MAX
 
 
@@ -29,7 +29,7 @@ def decode(
 ) -> dict[int, str]:
     """Fills out, uint8[b, size, size, 3], which must be contiguous; gives what is wrong with an image, by its place.
 
-    boxes: [b, 4]; mirrored: bool[b]; kind: BILINEAR or SMOOTH. The pixels of an image that is wrong are undefined. The
+    boxes: [b, 4]; mirrored: bool[b]; kind: of filter. The pixels of an image that is wrong are undefined. The
     fast decoder hears of damage only where it lies in the part that it decodes."""
     boxes, mirrored = np.ascontiguousarray(boxes, np.float64), np.ascontiguousarray(mirrored, bool)
     jpegs = [i for i, image in enumerate(images) if not is_png(image)] if fast() else []
@@ -110,6 +110,8 @@ def _decode_by_pillow(image: bytes, box: np.ndarray, mirrored: bool, size: int, 
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return str(error)
     pixels = np.asarray(pixels)
+    if kind == PLAIN:
+        return ""
     if fast():
         height, width, _ = pixels.shape
         arguments = [_pointer(pixels), height, width, _pointer(box), mirrored, size, kind, _pointer(out)]

@@ -14,8 +14,7 @@ from google.protobuf.message import DecodeError
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from recipe.data import files, records, tars, work
-from recipe.data.images import check_depth
+from recipe.data import files, records, tars, verify, work
 from recipe.errors import RunError
 
 SAMPLE = 200  # images from which the copy's size is estimated
@@ -30,9 +29,9 @@ def copy_name(name: str, shorter_side: int, quality: int) -> str:
 def smaller(encoded: bytes, shorter_side: int, quality: int) -> bytes:
     """An image as an RGB JPEG of that shorter side; bicubic, with a low-pass filter. An image that isn't larger keeps
     its bytes. Raises ValueError when it can't be decoded."""
+    verify.kind_of(encoded)  # for Pillow makes missing pixels grey
     try:
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
-            check_depth(image.mode)
             if min(image.size) <= shorter_side:
                 return encoded
             scale = shorter_side / min(image.size)

@@ -124,6 +124,9 @@ def _images(split: str, tar: Path, folder: Path) -> np.ndarray:
     kept = folder / f"{split}.{stat.st_size}.{stat.st_mtime_ns}.heads.npy"
     with contextlib.suppress(OSError, ValueError):
         return np.load(kept)
+    for heads in folder.glob(f"{split}.*.heads.npy"):  # of a tar that was here before: what was made of it goes
+        for path in (*folder.glob(f"*-{split}.tfrecord-*"), heads):
+            path.unlink()
     print(f"reading the heads in {tar} ...", flush=True)
     try:
         images = np.array(list(_heads(tar)), dtype=IMAGE)
@@ -142,15 +145,23 @@ def _images(split: str, tar: Path, folder: Path) -> np.ndarray:
 def _heads(path: Path) -> Iterator[tuple]:
     """(archive, name, start, size): of an image in a tar in the tar, its own head included; else of its bytes only."""
     with tarfile.open(path, "r:") as outer:
-        for member in outer:
+        for member in _members(outer, path.name):
             if not member.name.endswith(".tar"):
                 if member.isfile():
                     yield "", member.name, member.offset_data, member.size
                 continue
             with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                for image in inner:
+                for image in _members(inner, member.name):
                     head = image.offset_data - image.offset
                     yield member.name, image.name, member.offset_data + image.offset, head + image.size
+
+
+def _members(tar: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
+    """All of them. tarfile takes a damaged head for the end, which is a block of zeros."""
+    yield from tar
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"neither a head nor the end at byte {tar.offset} of {name}")
 
 
 def _write(builder: tfds.core.GeneratorBasedBuilder, split: Split, folder: Path) -> tfds.core.SplitInfo:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from recipe.data import builders, files, records, work
-from recipe.data.images import check_depth
+from recipe.data import builders, decode, files, records, work
+from recipe.data.images import check_depth, image_shape
 from recipe.errors import RunError
 
 SUMS = "SHA256SUMS"  # beside the data, as sha256sum writes and checks it
@@ -102,15 +103,19 @@ def verified(folder: Path) -> bool:
 
 
 def kind_of(encoded: bytes) -> str:
-    """ "JPEG RGB" or the like, of an image all of which has been decoded. Raises ValueError saying what is wrong."""
+    """ "JPEG RGB" or the like, of an image all of which has been decoded, as in a run. Raises ValueError saying what is
+    wrong."""
     try:
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
             check_depth(image.mode)
-            image.load()
-            return f"{image.format} {image.mode}"
+            kind = f"{image.format} {image.mode}"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "it is neither JPEG nor PNG" if "cannot identify" in str(error) else str(error)
         raise ValueError(reason) from None
+    box, out = np.array([[0, 0, *image_shape(encoded)]]), np.empty((1, 1, 1, 3), dtype=np.uint8)
+    if problem := decode.decode([encoded], box, np.zeros(1, dtype=bool), 1, decode.PLAIN, out):
+        raise ValueError(problem[0])
+    return kind
 
 
 def _look_at_records(path: str, count: int, tally: work.Tally) -> Found:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,10 @@ def jpegs(draw: st.DrawFn) -> bytes:
         kinds["subsampling"] = draw(st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]))
     if draw(st.booleans()):
         kinds["restart_marker_blocks"] = draw(st.integers(1, 8))
-    return encoded(image, "JPEG", quality=draw(st.integers(20, 100)), **kinds)
+    jpeg = encoded(image, "JPEG", quality=draw(st.integers(20, 100)), **kinds)
+    later_scans = [found.start() for found in re.finditer(b"\xff\xda", jpeg)][1:]
+    end = draw(st.sampled_from([len(jpeg), *later_scans]))  # without the last scans blocks are smoothed
+    return jpeg[:end] + b"\xff\xd9"
 
 
 def encoded(image: Image.Image, form: str, **kinds: object) -> bytes:
@@ -142,6 +146,7 @@ def damaged() -> dict[str, tuple[bytes, str]]:
         "cut and closed": (jpeg[: (scan + len(jpeg)) // 2] + b"\xff\xd9", "premature end of data segment"),
         "cut in the head": (jpeg[: scan - 40], "Premature end|no image|Unsupported marker|SOS"),
         "no picture": (jpeg[:scan] + b"\xff\xd9", "missing SOS marker"),
+        "tables left out": (encoded(photo(), "JPEG", streamtype=2), "table 0x00 was not defined"),
         "twelve bits": (jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "precision"),
         "a cut PNG": (encoded(photo(), "PNG")[:-400], "truncated|broken|Truncated"),
         "sixteen bits": (encoded(Image.new("I;16", (80, 60)), "PNG"), "more than 8 bits"),

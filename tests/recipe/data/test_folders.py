@@ -138,7 +138,7 @@ def test_the_command_verifies_a_tree(tree: Path) -> None:
     assert done.returncode == 1
     assert "train: 23 good images in 3 classes of 7 to 8: 23 JPEG RGB" in done.stdout
     one, other, last = done.stderr.splitlines()
-    assert one.startswith(f"bad: {tree}/train/{CLASSES[0]}/{CLASSES[0]}_3.JPEG: image file is truncated")
+    assert one.startswith(f"bad: {tree}/train/{CLASSES[0]}/{CLASSES[0]}_3.JPEG: Premature end of JPEG file")
     assert other == f"bad: {tree}/val/{CLASSES[1]}/{CLASSES[1]}_0.JPEG: it is neither JPEG nor PNG"
     assert "2 bad images or files" in last
     assert not verify.verified(tree)
