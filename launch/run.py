@@ -43,6 +43,7 @@ FORWARDED = (
 )
 FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "UCX_", "FI_", "TF_FORCE_GPU_")
 LOCAL = (
+    "CUDA_VISIBLE_DEVICES",
     "SSH_AUTH_SOCK",
     "TERM",
     "OMPI_MCA_",
@@ -87,6 +88,8 @@ def main(argv: list[str]) -> None:
 
 def mpirun(job: Job) -> list[str]:
     """Open MPI: no rank bound to a core, ranks in the order of the hosts, one network, a lost host noticed."""
+    if ":" in job.log_dir:
+        raise UsageError(f"--log-dir={job.log_dir}: mpirun would cut it at the colon; name a folder without")
     place = ["-H", hostfile.render(job.hosts, "horovod")] if job.hosts else []
     words = ["mpirun", "-np", str(job.ranks), *place, "--bind-to", "none", "--map-by", "slot"]
     if os.geteuid() == 0:
@@ -128,7 +131,8 @@ def _srun(job: Job, mpi: str) -> list[str]:
     if "SLURM_JOB_ID" not in os.environ:
         raise UsageError("srun needs a Slurm allocation, of salloc or sbatch; elsewhere take --launcher=horovodrun")
     words = ["srun", f"--mpi={mpi}", f"--ntasks={job.ranks}", "--distribution=block", "--kill-on-bad-exit=1"]
-    return [*words, "--cpu-bind=none", *(["--output", f"{job.log_dir}/rank.%t"] if job.log_dir else [])]
+    folder = job.log_dir.replace("%", "%%")
+    return [*words, "--cpu-bind=none", *(["--output", f"{folder}/rank.%t"] if folder else [])]
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
@@ -279,8 +283,10 @@ def _networks(interface: str) -> dict[str, str]:
 
 
 def _local(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the launcher itself needs; SLURM_JWT is a key."""
-    return {name: value for name, value in environ.items() if name.startswith(LOCAL) and name != "SLURM_JWT"}
+    """What the launcher itself needs. SLURM_JWT is a key, and SLURM_EXPORT_ENV, of `sbatch --export`, would have srun
+    keep the variables chosen here from the ranks."""
+    names = [n for n in environ if n.startswith(LOCAL) and n not in ("SLURM_JWT", "SLURM_EXPORT_ENV")]
+    return {name: environ[name] for name in names}
 
 
 if __name__ == "__main__":

@@ -72,9 +72,12 @@ def test_horovodrun_on_this_machine():
 
 def test_srun_in_an_allocation():
     slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "bb[01-02]", "SLURM_TASKS_PER_NODE": "8(x2)"}
-    variables, command = dry("--launcher", "srun", "x", **slurm)
+    options = ["--launcher", "srun", "--log-dir", "100%"]
+    variables, command = dry(*options, "x", **slurm, SLURM_EXPORT_ENV="NONE", CUDA_VISIBLE_DEVICES="2,3")
     assert "--mpi=pmix --ntasks=16 --distribution=block --kill-on-bad-exit=1" in " ".join(command)
-    assert variables["SLURM_JOB_ID"] == "1"
+    assert command[-3:] == ["--output", "100%%/rank.%t", "x"]
+    assert (variables["SLURM_JOB_ID"], variables["CUDA_VISIBLE_DEVICES"]) == ("1", "2,3")
+    assert "SLURM_EXPORT_ENV" not in variables, "srun would send no other variable"
     _, command = dry("x", **slurm)
     assert command[:3] == ["mpirun", "-np", "16"] and "-H" not in command, "mpirun asks Slurm for the hosts"
 
@@ -102,6 +105,7 @@ def test_settings_follow_the_topology():
         (["--hostfile", "hostfiles/localhost", "-np", "3", "x"], "-np 3 ranks don't fit into 2 slots"),
         (["--hostfile", "hostfiles/none", "x"], "hostfiles/none"),
         (["-np", "0", "x"], "-np 0 ranks don't fit"),
+        (["-np", "1", "--log-dir", "at:noon", "x"], "--log-dir=at:noon: mpirun would cut it at the colon"),
         (["--hostfile", "hostfiles/localhost", "-np", "0", "x"], "-np 0 ranks don't fit"),
         (["--launcher", "srun", "-np", "2", "x"], "srun needs a Slurm allocation"),
         (["--elastic", "1:2", "--hostfile", "hostfiles/localhost", "x"], "--elastic needs --launcher=horovodrun"),
