@@ -99,10 +99,9 @@ class Hosts:
         """Waits until nothing but sshd runs: daemons and shells of other hosts end a moment after their launcher."""
         _until(lambda: not any(self.commands(host) for host in self.names), "all processes gone", 5)
 
-    def die(self, host: str) -> None:
-        """All of the host's processes end at once, sshd too, and its link is dead."""
-        self.cut(host)
-        for pid in self.pids(host):
+    def kill(self, host: str) -> None:
+        """All of the host's processes but its sshd end at once; some may have ended by the others' death."""
+        for pid in self.commands(host):
             _kill(pid)
 
     def mpirun(self, size: int, hosts: list[str], *options: str) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.preflight.rank import MARK
 from tests.hosts import NETNS, Hosts, hosts, needs_hosts
 from tests.ranks import ROOT, environment
 
@@ -177,8 +178,10 @@ def test_a_host_that_hangs_or_dies_in_the_middle_is_named(tmp_path, number):
     with hosts(tmp_path / "hosts", 3) as made, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         options = {"stdout": subprocess.PIPE, "cwd": ROOT, "env": environment(TMPDIR=folder)}
         process = made.popen("h1", command, **options)
-        until_heard(Path(folder), "round 1")
-        os.kill(next(pid for pid, command in made.commands("h2").items() if RANK in command), number)
+        until_heard(Path(folder), f"{MARK} 1 0 ")
+        rank = next(pid for pid, command in made.commands("h2").items() if RANK in command)
+        until_heard(Path(folder), "round 1")  # all rounds are over two seconds later
+        os.kill(rank, number)
         printed, _ = process.communicate(timeout=limit + 30)
         made.settle()
     assert process.returncode == 1
