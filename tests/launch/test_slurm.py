@@ -135,7 +135,8 @@ def test_a_job_that_may_not_queue_again_says_how_to_go_on(cluster, project):
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert cluster.ends(job) == "FAILED"
     assert "preempted: told to leave after step" in log(project, job)
-    assert f"Go on by: RUN_DIR={run} sbatch launch/slurm/train.sbatch --config=quick" in log(project, job)
+    again = f"Go on by: RUN_DIR={run} LAUNCHER=mpirun sbatch --nodes=2 launch/slurm/train.sbatch --config=quick"
+    assert again in log(project, job)
     for ends in (True, False):
         job = submit(cluster, project, TEMPLATE, *TINY, *LONGER, RUN_DIR=run)
         assert cluster.ends(job) == "COMPLETED", log(project, job)
