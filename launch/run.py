@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -246,6 +247,9 @@ def _ready(command: list[str], job: Job, variables: dict[str, str]) -> None:
     """Raises UsageError when the command can't be run here; makes the folder for the ranks' output."""
     if not shutil.which(command[0], path=variables.get("PATH")):
         raise UsageError(f"{command[0]} is not on the PATH: put .venv/bin there, or take another --launcher")
+    known = [name for _, name in socket.if_nameindex()]
+    if job.interface and command[0] != "srun" and not set(job.interface.split(",")) <= set(known):
+        raise UsageError(f"--interface={job.interface}: this machine has {', '.join(known)}; name the network of all")
     if "--mpi=pmix" in command:
         _try_pmix(job.servers, variables)
     if job.log_dir:

@@ -130,6 +130,14 @@ def test_a_folder_for_the_output_that_cannot_be_made():
     assert "error: --log-dir=/proc/none can't be made" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_an_interface_that_is_not_there(launcher):
+    """horovodrun would end with a traceback."""
+    done = launch_run("--launcher", launcher, "--interface", "ib7", "-np", "1", sys.executable, "-c", "")
+    assert done.returncode == 2
+    assert "error: --interface=ib7: this machine has lo" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_ranks_of_this_machine(launcher):
