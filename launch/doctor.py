@@ -79,6 +79,7 @@ def judge(
         *verdicts.gpus(facts, slots),
         *verdicts.limits(facts, slots),
         *verdicts.addresses(facts, options.interface),
+        *([] if in_slurm else verdicts.doubles(facts)),
         *verdicts.names(facts, in_slurm),
         *verdicts.clocks(parts.get("clocks", {})),
         *verdicts.data(facts, asked),
