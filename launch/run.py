@@ -177,7 +177,8 @@ def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
         raise UsageError("nothing to run: end the command with one, such as python -m recipe.train --config=quick")
     hosts = _hosts(options, environ)
     slots = sum(host.slots for host in hosts)
-    most = min(options.elastic[1], slots) if options.elastic else slots
+    asked = slots if options.hostfile else int(environ.get("SLURM_NTASKS", slots))  # --ntasks may leave slots free
+    most = min(slots, asked, options.elastic[1] if options.elastic else slots)
     ranks = most if options.np is None else options.np
     if not 1 <= ranks <= slots:
         raise UsageError(f"-np {ranks} ranks don't fit into {slots} slots; lower -np or add hosts")

@@ -80,6 +80,7 @@ def test_srun_in_an_allocation():
     assert "SLURM_EXPORT_ENV" not in variables, "srun would send no other variable"
     _, command = dry("x", **slurm)
     assert command[:3] == ["mpirun", "-np", "16"] and "-H" not in command, "mpirun asks Slurm for the hosts"
+    assert dry("x", **slurm, SLURM_NTASKS="9")[1][:3] == ["mpirun", "-np", "9"], "of sbatch --ntasks=9"
 
 
 def test_an_elastic_run_asks_for_the_hosts_again_and_again():
