@@ -50,6 +50,7 @@ def examine(hosts: list[Host], options: argparse.Namespace) -> dict[str, Any]:
     reached = dict.fromkeys(names, Reach("srun")) if in_slurm else reach_all(names)
     findings = [Finding(name, r.reason, r.fix) for name, r in reached.items() if not r.how]
     met = [name for name in names if reached[name].how]
+    met.sort(key=lambda name: reached[name].how != "this machine")  # mpirun puts its own host first, wherever it stands
     parts: dict[str, Any] = {}
     if met and not shutil.which("mpirun"):
         findings.append(Finding("", "there is no mpirun in PATH", "source .venv/bin/activate"))
@@ -78,6 +79,7 @@ def judge(
         *verdicts.gpus(facts, slots),
         *verdicts.limits(facts, slots),
         *verdicts.addresses(facts, options.interface),
+        *([] if in_slurm else verdicts.doubles(facts)),
         *verdicts.names(facts, in_slurm),
         *verdicts.clocks(parts.get("clocks", {})),
         *verdicts.data(facts, asked),

@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -43,6 +44,7 @@ FORWARDED = (
 )
 FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "UCX_", "FI_", "TF_FORCE_GPU_")
 LOCAL = (
+    "CUDA_VISIBLE_DEVICES",
     "SSH_AUTH_SOCK",
     "TERM",
     "OMPI_MCA_",
@@ -87,6 +89,8 @@ def main(argv: list[str]) -> None:
 
 def mpirun(job: Job) -> list[str]:
     """Open MPI: no rank bound to a core, ranks in the order of the hosts, one network, a lost host noticed."""
+    if ":" in job.log_dir:
+        raise UsageError(f"--log-dir={job.log_dir}: mpirun would cut it at the colon; name a folder without")
     place = ["-H", hostfile.render(job.hosts, "horovod")] if job.hosts else []
     words = ["mpirun", "-np", str(job.ranks), *place, "--bind-to", "none", "--map-by", "slot"]
     if os.geteuid() == 0:
@@ -128,7 +132,8 @@ def _srun(job: Job, mpi: str) -> list[str]:
     if "SLURM_JOB_ID" not in os.environ:
         raise UsageError("srun needs a Slurm allocation, of salloc or sbatch; elsewhere take --launcher=horovodrun")
     words = ["srun", f"--mpi={mpi}", f"--ntasks={job.ranks}", "--distribution=block", "--kill-on-bad-exit=1"]
-    return [*words, "--cpu-bind=none", *(["--output", f"{job.log_dir}/rank.%t"] if job.log_dir else [])]
+    folder = job.log_dir.replace("%", "%%")
+    return [*words, "--cpu-bind=none", *(["--output", f"{folder}/rank.%t"] if folder else [])]
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
@@ -172,7 +177,8 @@ def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
         raise UsageError("nothing to run: end the command with one, such as python -m recipe.train --config=quick")
     hosts = _hosts(options, environ)
     slots = sum(host.slots for host in hosts)
-    most = min(options.elastic[1], slots) if options.elastic else slots
+    asked = slots if options.hostfile else int(environ.get("SLURM_NTASKS", slots))  # --ntasks may leave slots free
+    most = min(slots, asked, options.elastic[1] if options.elastic else slots)
     ranks = most if options.np is None else options.np
     if not 1 <= ranks <= slots:
         raise UsageError(f"-np {ranks} ranks don't fit into {slots} slots; lower -np or add hosts")
@@ -242,6 +248,9 @@ def _ready(command: list[str], job: Job, variables: dict[str, str]) -> None:
     """Raises UsageError when the command can't be run here; makes the folder for the ranks' output."""
     if not shutil.which(command[0], path=variables.get("PATH")):
         raise UsageError(f"{command[0]} is not on the PATH: put .venv/bin there, or take another --launcher")
+    known = [name for _, name in socket.if_nameindex()]
+    if job.interface and command[0] != "srun" and not set(job.interface.split(",")) <= set(known):
+        raise UsageError(f"--interface={job.interface}: this machine has {', '.join(known)}; name the network of all")
     if "--mpi=pmix" in command:
         _try_pmix(job.servers, variables)
     if job.log_dir:
@@ -279,8 +288,10 @@ def _networks(interface: str) -> dict[str, str]:
 
 
 def _local(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the launcher itself needs; SLURM_JWT is a key."""
-    return {name: value for name, value in environ.items() if name.startswith(LOCAL) and name != "SLURM_JWT"}
+    """What the launcher itself needs. SLURM_JWT is a key, and SLURM_EXPORT_ENV, of `sbatch --export`, would have srun
+    keep the variables chosen here from the ranks."""
+    names = [n for n in environ if n.startswith(LOCAL) and n not in ("SLURM_JWT", "SLURM_EXPORT_ENV")]
+    return {name: environ[name] for name in names}
 
 
 if __name__ == "__main__":

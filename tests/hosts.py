@@ -95,10 +95,13 @@ class Hosts:
         found = {pid: _cmdline(pid) for pid in self.pids(host)}
         return {pid: command for pid, command in found.items() if command and "sshd" not in command.split()[0]}
 
-    def die(self, host: str) -> None:
-        """All of the host's processes end at once, sshd too, and its link is dead."""
-        self.cut(host)
-        for pid in self.pids(host):
+    def settle(self) -> None:
+        """Waits until nothing but sshd runs: daemons and shells of other hosts end a moment after their launcher."""
+        _until(lambda: not any(self.commands(host) for host in self.names), "all processes gone", 5)
+
+    def kill(self, host: str) -> None:
+        """All of the host's processes but its sshd end at once; some may have ended by the others' death."""
+        for pid in self.commands(host):
             _kill(pid)
 
     def mpirun(self, size: int, hosts: list[str], *options: str) -> list[str]:
@@ -170,7 +173,7 @@ def _ip(*words: str, check: bool = True) -> str:
 def _until(true, what: str, seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < end, f"{what} did not come up in {seconds} s"
+        assert time.monotonic() < end, f"not after {seconds} s: {what}"
         time.sleep(0.05)
 
 

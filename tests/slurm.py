@@ -141,7 +141,8 @@ class Slurm:
 
     def ends(self, job: str, seconds: float = 150) -> str:
         """Waits for a job's end: the state it ended in."""
-        self.until(lambda: not {"PENDING", "RUNNING", "COMPLETING"} & set(self.state(job).split()), seconds)
+        going_on = {"PENDING", "RUNNING", "SIGNALING", "COMPLETING"}
+        self.until(lambda: not going_on & set(self.state(job).split()), seconds)
         return self.state(job)
 
     def until(self, true, seconds: float) -> None:

@@ -151,6 +151,15 @@ def _address(host: str, f: Mapping[str, Any], interface: str) -> list[Finding]:
     return []
 
 
+def doubles(facts: Facts) -> list[Finding]:
+    """Machines that stand in the hostfile under two names, by their own name and addresses."""
+    known: dict[tuple, list[str]] = {}
+    for host, f in facts.items():
+        known.setdefault((f["hostname"], *sorted(_own(f))), []).append(host)
+    fix = "write it once, with all its slots"
+    return [Finding(listed(hosts), "names of one machine", fix) for hosts in known.values() if len(hosts) > 1]
+
+
 def names(facts: Facts, in_slurm: bool) -> list[Finding]:
     """Whether all hosts see each host's name alike, and as the address that it has."""
     found = []

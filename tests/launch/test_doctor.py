@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.preflight.rank import MARK
 from tests.hosts import NETNS, Hosts, hosts, needs_hosts
 from tests.ranks import ROOT, environment
 
@@ -96,17 +97,17 @@ def test_an_environment_that_lacks_mpi_is_named(tmp_path):
 @needs_hosts
 def test_hosts_that_are_well(tmp_path):
     with hosts(tmp_path / "hosts", 3) as made:
-        status, report = examined(made, tmp_path / "three", "h[1-3] slots=1")
+        status, report = examined(made, tmp_path / "three", "h[2,1,3] slots=1")
         assert (status, report["well"], faults(report)) == (0, True, {}), report
-        assert [host["how"] for host in report["hosts"]] == ["this machine", "ssh", "ssh"]
-        assert {f["address"] for f in report["facts"].values()} == {f"10.213.0.{i}" for i in (1, 2, 3)}
+        assert [host["how"] for host in report["hosts"]] == ["ssh", "this machine", "ssh"]
+        assert {h: f["address"] for h, f in report["facts"].items()} == {f"h{i}": f"10.213.0.{i}" for i in (1, 2, 3)}
         assert all(abs(clock["ahead"]) <= clock["bound"] + 1e-3 for clock in report["clocks"].values()), "one clock"
         network = report["network"]
         assert (len(network["links"]), network["rounds"]) == (6, 3)
         assert network["seconds_for_32_hosts"] < 60
         assert all(link["bandwidth"] > 0 < link["latency"] for link in network["links"])
         assert report["together"]["bytes"] > 0
-        assert not any(made.commands(host) for host in made.names), "something is left"
+        made.settle()
 
 
 @pytest.mark.ranks
@@ -177,11 +178,12 @@ def test_a_host_that_hangs_or_dies_in_the_middle_is_named(tmp_path, number):
     with hosts(tmp_path / "hosts", 3) as made, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         options = {"stdout": subprocess.PIPE, "cwd": ROOT, "env": environment(TMPDIR=folder)}
         process = made.popen("h1", command, **options)
-        until_heard(Path(folder), "round 1")
-        os.kill(next(pid for pid, command in made.commands("h2").items() if RANK in command), number)
+        until_heard(Path(folder), f"{MARK} 1 0 ")
+        rank = next(pid for pid, command in made.commands("h2").items() if RANK in command)
+        until_heard(Path(folder), "round 1")  # all rounds are over two seconds later
+        os.kill(rank, number)
         printed, _ = process.communicate(timeout=limit + 30)
-        time.sleep(1)
-        assert not any(made.commands(host) for host in made.names), "something is left"
+        made.settle()
     assert process.returncode == 1
     what = (
         f"no end after {limit} s: h2 has been silent since " if number == signal.SIGSTOP else "its process was ended by"

@@ -139,7 +139,6 @@ def test_a_launcher_that_is_killed_leaves_nothing_behind(pair, tmp_path, launche
 
 def test_a_dead_host_ends_the_job(pair, tmp_path):
     job = Job(pair, tmp_path, mpirun(pair))
-    for pid in pair.commands("h2"):
-        os.kill(pid, signal.SIGKILL)
+    pair.kill("h2")
     job.ends(15)
     assert job.process.returncode not in (0, 2)

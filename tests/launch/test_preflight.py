@@ -152,6 +152,13 @@ def test_gloo_listens_at_the_address_of_the_hosts_own_name(changed, interface, s
     assert verdicts.addresses({"h1": a_host(**changed)}, interface) == [], "one host has nobody to reach"
 
 
+def test_a_machine_that_stands_there_twice():
+    other = a_host(hostname="h2", interfaces={"eth0": ["10.0.0.2/255.0.0.0"]})
+    twice = {"h1": a_host(), "h2": other, "h1.example.org": a_host()}
+    assert said(verdicts.doubles(twice)) == ["h1, h1.example.org: names of one machine"]
+    assert verdicts.doubles({"h1": a_host(), "h2": other}) == []
+
+
 def test_names_mean_the_same_address_everywhere():
     def cluster(**seen_by_h1):
         right = {"h1": "10.0.0.1", "h2": "10.0.0.2", "h3": "10.0.0.3"}

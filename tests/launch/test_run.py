@@ -72,11 +72,15 @@ def test_horovodrun_on_this_machine():
 
 def test_srun_in_an_allocation():
     slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "bb[01-02]", "SLURM_TASKS_PER_NODE": "8(x2)"}
-    variables, command = dry("--launcher", "srun", "x", **slurm)
+    options = ["--launcher", "srun", "--log-dir", "100%"]
+    variables, command = dry(*options, "x", **slurm, SLURM_EXPORT_ENV="NONE", CUDA_VISIBLE_DEVICES="2,3")
     assert "--mpi=pmix --ntasks=16 --distribution=block --kill-on-bad-exit=1" in " ".join(command)
-    assert variables["SLURM_JOB_ID"] == "1"
+    assert command[-3:] == ["--output", "100%%/rank.%t", "x"]
+    assert (variables["SLURM_JOB_ID"], variables["CUDA_VISIBLE_DEVICES"]) == ("1", "2,3")
+    assert "SLURM_EXPORT_ENV" not in variables, "srun would send no other variable"
     _, command = dry("x", **slurm)
     assert command[:3] == ["mpirun", "-np", "16"] and "-H" not in command, "mpirun asks Slurm for the hosts"
+    assert dry("x", **slurm, SLURM_NTASKS="9")[1][:3] == ["mpirun", "-np", "9"], "of sbatch --ntasks=9"
 
 
 def test_an_elastic_run_asks_for_the_hosts_again_and_again():
@@ -102,6 +106,7 @@ def test_settings_follow_the_topology():
         (["--hostfile", "hostfiles/localhost", "-np", "3", "x"], "-np 3 ranks don't fit into 2 slots"),
         (["--hostfile", "hostfiles/none", "x"], "hostfiles/none"),
         (["-np", "0", "x"], "-np 0 ranks don't fit"),
+        (["-np", "1", "--log-dir", "at:noon", "x"], "--log-dir=at:noon: mpirun would cut it at the colon"),
         (["--hostfile", "hostfiles/localhost", "-np", "0", "x"], "-np 0 ranks don't fit"),
         (["--launcher", "srun", "-np", "2", "x"], "srun needs a Slurm allocation"),
         (["--elastic", "1:2", "--hostfile", "hostfiles/localhost", "x"], "--elastic needs --launcher=horovodrun"),
@@ -124,6 +129,14 @@ def test_a_folder_for_the_output_that_cannot_be_made():
     done = launch_run("--log-dir", "/proc/none", "-np", "1", sys.executable, "-c", "")
     assert done.returncode == 2
     assert "error: --log-dir=/proc/none can't be made" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_an_interface_that_is_not_there(launcher):
+    """horovodrun would end with a traceback."""
+    done = launch_run("--launcher", launcher, "--interface", "ib7", "-np", "1", sys.executable, "-c", "")
+    assert done.returncode == 2
+    assert "error: --interface=ib7: this machine has lo" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.ranks

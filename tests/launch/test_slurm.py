@@ -118,8 +118,9 @@ def test_a_job_told_to_leave_before_its_run_began_begins_it_later(cluster, proje
 
 
 def test_a_cancelled_job_stays_cancelled(cluster, project):
-    job = submit(cluster, project, TEMPLATE, *TINY, *LONGER)
-    run = project / f"runs/imagenet-1hr-{job}"
+    """Of an array, whose runs have names of the user's."""
+    job = submit(cluster, project, "--array=3", TEMPLATE, *TINY, *LONGER, RUN_DIR="runs/five seeds")
+    run = project / "runs/five seeds-seed3"
     cluster.until(lambda: (run / "metrics.jsonl").exists() and runlog.read_lines(run, "step"), 60)
     cluster.run("scancel", job)
     cluster.until(lambda: not cluster.run("squeue", "-h").stdout, 60)
@@ -134,7 +135,8 @@ def test_a_job_that_may_not_queue_again_says_how_to_go_on(cluster, project):
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert cluster.ends(job) == "FAILED"
     assert "preempted: told to leave after step" in log(project, job)
-    assert f"Go on by: RUN_DIR={run} sbatch launch/slurm/train.sbatch --config=quick" in log(project, job)
+    again = f"Go on by: RUN_DIR={run} LAUNCHER=mpirun sbatch --nodes=2 launch/slurm/train.sbatch --config=quick"
+    assert again in log(project, job)
     for ends in (True, False):
         job = submit(cluster, project, TEMPLATE, *TINY, *LONGER, RUN_DIR=run)
         assert cluster.ends(job) == "COMPLETED", log(project, job)
@@ -142,8 +144,10 @@ def test_a_job_that_may_not_queue_again_says_how_to_go_on(cluster, project):
 
 
 def test_an_array_of_seeds_and_its_summary(cluster, project):
-    """Each seed on one node, side by side."""
+    """Each seed on one node, side by side; told to leave, each queues itself again, and not the others."""
     job = submit(cluster, project, "--nodes=1", "--array=0-1", TEMPLATE, *TINY)
+    cluster.until(lambda: sum("env -i " in told.read_text() for told in project.glob("*.log")) == 2, 60)
+    assert cluster.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
     commands = [line for line in Path(TEMPLATE).read_text().splitlines() if "recipe.report" in line]
     words = shlex.split(commands[0].removeprefix("#   sbatch ").replace("$job", job))
     report = cluster.submit("--chdir", str(project), "--output=report.log", *words)
@@ -171,6 +175,12 @@ def test_a_k_that_the_tasks_cannot_share_fails_at_once(cluster, project):
     assert cluster.ends(job, 60) == "FAILED"
     assert "error: config.k=3 workers can't be shared evenly by 2 ranks" in log(project, job)
     assert not list((project / "runs").rglob("config.json"))
+
+
+def test_a_run_named_in_the_recipes_way_is_refused(cluster, project):
+    job = submit(cluster, project, TEMPLATE, *TINY, "--run_dir=runs/mine")
+    assert cluster.ends(job, 60) == "FAILED"
+    assert "error: --run_dir is set here: name the run by RUN_DIR=" in log(project, job)
 
 
 def test_a_slurm_without_pmix_is_told(cluster, project, tmp_path):
