@@ -62,7 +62,7 @@ def train(
         return stands
 
     stands = collectives.on_root(begun, "begun")
-    if stands.epochs == recipe.epochs:
+    if stands.epochs >= recipe.epochs:  # more, after --resume=force
         return stands.errors
     with watchdog.patience(recipe.run.step_timeout):
         return Loop(recipe, run_dir, replica, sources, stands, commits).run(notice)

@@ -212,17 +212,29 @@ def test_one_rank_without_data_ends_the_run_with_its_message(tmp_path, data_dir)
     program = [sys.executable, *SMALL, f"--run_dir={tmp_path / 'run'}"]
     empty = tmp_path / "empty"
     empty.mkdir()
-    mpirun = [str(BIN / "mpirun"), "--oversubscribe", "--bind-to", "none", "-np", "1", *program, ":", "-np", "1"]
-    done = subprocess.run(
-        [*mpirun, "env", f"TFDS_DATA_DIR={empty}", *program],
-        capture_output=True,
+    done = two_ranks(program, ["env", f"TFDS_DATA_DIR={empty}", *program], TFDS_DATA_DIR=data_dir)
+    refused(done, 2, "rank 1: ", str(empty))
+
+
+def test_one_rank_that_fails_before_horovod_starts_says_why(finished, tmp_path):
+    """The directory isn't on its host: rank 0 waits for it in Horovod's start, and has nothing to say."""
+    program = [sys.executable, "-m", "recipe.evaluate"]
+    done = two_ranks([*program, f"--run_dir={finished[0]}"], [*program, f"--run_dir={tmp_path}"])
+    refused(done, 2, "rank 1 on ", str(tmp_path), "config.json")
+
+
+def two_ranks(first: list[str], second: list[str], **extra: str) -> subprocess.CompletedProcess:
+    """Two ranks with a command each."""
+    mpirun = [str(BIN / "mpirun"), "--oversubscribe", "--bind-to", "none"]
+    return subprocess.run(
+        [*mpirun, "-np", "1", *first, ":", "-np", "1", *second],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=100,
-        env=environment(TFDS_DATA_DIR=data_dir),
+        env=environment(**extra),
         check=False,
     )
-    done.stdout += done.stderr
-    refused(done, 2, "rank 1: ", str(empty))
 
 
 def test_a_damaged_image_is_named(tmp_path, data_dir, finished):
@@ -287,6 +299,15 @@ def test_a_finished_run_resumes_to_its_result(finished, data_dir):
     assert done.returncode == 0, done.stdout
     assert done.stdout.splitlines()[-2:] == printed.splitlines()[-2:]
     assert len(lines(folder, "epoch")) == 3
+
+
+def test_a_run_forced_to_fewer_epochs_than_it_has_done_is_finished(finished, tmp_path, data_dir):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    arguments = [*SMALL, "--config.epochs=2", "--config.schedule.decay_epochs=()", "--resume=force"]
+    done = launch(2, [*arguments, f"--run_dir={folder}"], TFDS_DATA_DIR=data_dir)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-2].startswith("top-1 error ")
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_resumes_from_the_start(finished, tmp_path, data_dir):
