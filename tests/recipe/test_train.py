@@ -223,6 +223,15 @@ def test_one_rank_that_fails_before_horovod_starts_says_why(finished, tmp_path):
     refused(done, 2, "rank 1 on ", str(tmp_path), "config.json")
 
 
+@pytest.mark.parametrize(("name", "value", "other"), [("seed", 1, 0), ("n", 32, 64), ("run.replica_check_every", 4, 3)])
+def test_a_rank_with_another_recipe_is_named(tmp_path, data_dir, name, value, other):
+    """Other examples without a word, or a hang, or both."""
+    program = [sys.executable, *SMALL, f"--run_dir={tmp_path / 'run'}"]
+    done = two_ranks(program, [*program, f"--config.{name}={value}"], TFDS_DATA_DIR=data_dir)
+    refused(done, 2, f"rank 1 has another recipe than rank 0: config.{name}={value} instead of {other};")
+    assert not (tmp_path / "run").exists()
+
+
 def two_ranks(first: list[str], second: list[str], **extra: str) -> subprocess.CompletedProcess:
     """Two ranks with a command each."""
     mpirun = [str(BIN / "mpirun"), "--oversubscribe", "--bind-to", "none"]
