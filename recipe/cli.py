@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pkgutil
+import socket
 import sys
 import time
 import traceback
@@ -150,12 +151,16 @@ def _unexpected(error: Exception) -> str:
 
 
 def _leave(status: int, message: str, everywhere: bool = False, kind: str = "error") -> None:
-    """Says why, and ends the process. What all ranks know rank 0 says; the others give it time to."""
+    """Says why, and ends the process. What all ranks know rank 0 says; the others give it time to. Before Horovod has
+    started none knows what the others do: one that still lives then failed without rank 0, and says so itself."""
     several = collectives.started() and collectives.size() > 1
-    if quiet() and (everywhere or not several):
+    who, said = "", False
+    if several and not everywhere:
+        who = f"rank {collectives.rank()} of {collectives.size()}: "
+    elif quiet():
         time.sleep(10)  # the launcher ends this rank as soon as rank 0 has left
-    else:
-        who = f"rank {collectives.rank()} of {collectives.size()}: " if several and not everywhere else ""
+        who, said = f"rank {watchdog.launched_rank()} on {socket.gethostname()}: ", several
+    if not said:
         print(f"{kind}: {who}{message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)

@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 GROUP = 2**24  # bytes of gradients that are reduced together when the order of their sum must not vary
 
+# The number of ranks by horovodrun, Open MPI's mpirun, MPICH's, and srun.
+SIZE_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
+
 _binding: ModuleType | None = None
 
 
@@ -54,8 +57,7 @@ def _alone() -> bool:
     """Whether the launcher, or its absence, says before Horovod does that there is one rank, and will be."""
     if os.environ.get("HOROVOD_ELASTIC"):
         return False
-    sizes = [os.environ[v] for v in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS") if v in os.environ]
-    return set(sizes) <= {"1"}
+    return {os.environ[v] for v in SIZE_VARIABLES if v in os.environ} <= {"1"}
 
 
 def start(framework: str, deterministic: bool) -> tuple[int, int]:

@@ -43,8 +43,11 @@ def main(argv: list[str]) -> None:
     if found is None:
         raise RunError(f"{old / 'checkpoints'} holds no checkpoint yet")
     arrays, meta = converted(*found, recipe)
-    shutil.copytree(old, new, ignore=shutil.ignore_patterns("checkpoints"))
-    runlog.write_recipe(new, recipe)
+    try:
+        shutil.copytree(old, new, ignore=shutil.ignore_patterns("checkpoints"))
+        runlog.write_recipe(new, recipe)
+    except (OSError, shutil.Error) as error:
+        raise UsageError(f"--to={new} can't be written: {error}; free space or rights, or name another directory")
     path = checkpoint.save(new / "checkpoints", meta["step"], arrays, meta, keep=1)
     print(
         f"{path}: the state after step {meta['step']} for {recipe.framework}; "

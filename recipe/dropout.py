@@ -1,5 +1,6 @@
 """Which features an example drops: a function of (seed, epoch, example index), whatever the framework."""
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ def kept(keys: Any, counters: Any, rate: float, ops: ModuleType) -> Any:
     `keras.ops` or `torch`. A feature is dropped where `recipe.augment.uniforms` has a number below `rate`; integers are
     compared, so that no framework rounds otherwise."""
     words = _mixed(ops.bitwise_xor(keys[:, None], counters[None]), ops)
-    return ops.greater_equal(_shifted(words, 11, ops), np.int64(np.ceil(rate * 2.0**53)))
+    return ops.greater_equal(_shifted(words, 11, ops), _signed(math.ceil(rate * 2.0**53)))
 
 
 def counters(units: int) -> np.ndarray:
@@ -37,4 +38,5 @@ def _shifted(x: Any, bits: int, ops: ModuleType) -> Any:
 
 
 def _signed(word: int) -> np.int64:
-    return np.uint64(word).astype(np.int64)
+    """The int64 with the bits of this word, by Python's numbers: torch.compile can't follow a cast of NumPy's."""
+    return np.int64(word - 2**64 if word >= 2**63 else word)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from recipe import checkpoint, collectives, elastic, runlog, sharding, standing, watchdog
+from recipe import checkpoint, collectives, config, elastic, runlog, sharding, standing, watchdog
 from recipe.config import Recipe
 from recipe.data import decode
 from recipe.data.pipeline import replaced, train_batches
 from recipe.data.sources import open_source, prepare
-from recipe.errors import Preempted, RunError
+from recipe.errors import Preempted, RunError, UsageError
 from recipe.evaluation import Sources, evaluate
 from recipe.metrics import Sums
 from recipe.preemption import Notice
@@ -44,13 +44,14 @@ def train(
     `resume`: "no", "yes", or "force", which takes up another recipe's state; `commits`, in an elastic run, comes before
     what is on disk. Raises UsageError, RunError or, when a
     rank's `notice` tells it to leave, Preempted, on every rank."""
+    check_recipe(recipe)
     check_size(recipe)
     prepare_data(recipe)
     with watchdog.patience(recipe.run.step_timeout):
         sources = open_data(recipe)
         replica = make_replica(recipe, sources[0].num_classes)
         stands = begin(recipe, run_dir, resume, replica, len(sources[0]), commits)
-        if stands.epochs == recipe.epochs:
+        if stands.epochs >= recipe.epochs:  # more, after --resume=force
             return stands.errors
         return Loop(recipe, run_dir, replica, sources, stands, commits).run(notice)
 
@@ -78,6 +79,7 @@ def begin(
 
 def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Sums:
     """Evaluates the newest whole checkpoint of a run, on any number of ranks. Collective."""
+    check_recipe(recipe)
     recipe = replace(recipe, run=replace(recipe.run, workers_at_once=1))  # with precise BN ranks may share k unevenly
     prepare_data(recipe)
     with watchdog.patience(recipe.run.step_timeout):
@@ -131,6 +133,21 @@ def check_data(sources: Sources) -> None:
     slow = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(found) if why]
     if slow and collectives.rank() == 0:
         standing.warn(slow[0])
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises UsageError when a rank has another recipe, from another copy of its file, say: the ranks would wait for
+    each other, or train on other examples without a word. The data's folders may differ. Collective."""
+    mine = {name: value for name, value in config.flatten(recipe).items() if name not in config.FOLDERS}
+    first, *others = collectives.gather(mine, "recipe")
+    for rank, theirs in enumerate(others, 1):
+        if theirs != first:
+            different = [f"config.{n}={v} instead of {first.get(n)}" for n, v in theirs.items() if v != first.get(n)]
+            raise UsageError(
+                f"rank {rank} has another recipe than rank 0: {', '.join(different)}; give all ranks the same command "
+                "and the same files",
+                everywhere=True,
+            )
 
 
 def check_size(recipe: Recipe) -> None:

@@ -28,6 +28,7 @@ from recipe.errors import RunError, UsageError
 
 WARMUP = 5  # steps that don't count
 PEERS = {"torch-here": ("torch-ddp", "torch-ddp"), "keras-here": ("keras-fit", "tf-mirrored")}  # on 1 and 2 ranks
+PATIENCE = 300  # seconds for the steps of one contender
 PROGRAM = ["-m", "recipe.benchmark.contender"]
 
 
@@ -86,11 +87,22 @@ def measured(entry: Entry) -> tuple[float, float]:
             for core, result in enumerate(results)
             for command, extra in commands(entry, core, [*PROGRAM, entry.name, str(entry.ranks), str(result)])
         ]
-        printed = [job.communicate(timeout=300)[0].decode() for job in jobs]
-        if any(job.returncode for job in jobs):
-            raise RunError(f"{entry} failed: {printed[0][-2000:]}")
+        printed = outputs(entry, jobs)
+        if failed := [text for text, job in zip(printed, jobs, strict=True) if job.returncode]:
+            raise RunError(f"{entry} failed: {failed[0][-2000:]}")
         times = [json.loads(result.read_text()) for result in results]
     return speed(times), max(each[0] for each in times) - began
+
+
+def outputs(entry: Entry, jobs: list[subprocess.Popen]) -> list[str]:
+    """What the jobs print until they end; none of them outlives this."""
+    try:
+        return [job.communicate(timeout=PATIENCE)[0].decode() for job in jobs]
+    except subprocess.TimeoutExpired:
+        raise RunError(f"{entry} has not ended after {PATIENCE} s") from None
+    finally:
+        for job in jobs:
+            job.terminate()
 
 
 def speed(times: list[list[float]]) -> float:

@@ -1,10 +1,12 @@
 """`python -m recipe.benchmark` with real ranks: it runs and says what it found."""
 
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from recipe.benchmark import __main__
 from recipe.benchmark.__main__ import speed, verdict
 from recipe.errors import RunError
 from tests.ranks import ROOT, environment
@@ -41,6 +43,25 @@ def test_a_users_mistake_is_one_sentence(arguments, prefix, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_contenders_in_pytorch_load_no_tensorflow(tmp_path):
+    """It would be two seconds of their way to the first step."""
+    program = (
+        "import sys; from recipe.benchmark import contender; contender.CONTENDERS[sys.argv[1]] = lambda *_: None; "
+        "contender.main(sys.argv[1], 1, sys.argv[2]); assert 'tensorflow' not in sys.modules"
+    )
+    for name in ("torch-here", "torch-ddp"):
+        command = [sys.executable, "-c", program, name, str(tmp_path / "result")]
+        subprocess.run(command, cwd=ROOT, env=environment(BENCHMARK_CORE="0"), check=True)
+
+
+def test_a_contender_that_hangs_is_ended_and_named(monkeypatch):
+    monkeypatch.setattr(__main__, "PATIENCE", 0.5)
+    jobs = [subprocess.Popen(["sleep", "100"], stdout=subprocess.PIPE) for _ in range(2)]
+    with pytest.raises(RunError, match=r"tf-mirrored .* has not ended"):
+        __main__.outputs(__main__.Entry("tf-mirrored", 2), jobs)
+    assert [job.wait(timeout=10) for job in jobs] == [-signal.SIGTERM] * 2
 
 
 def test_the_verdict_is_by_the_median_then_by_the_spread():

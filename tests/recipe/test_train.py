@@ -207,26 +207,29 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(finished, tmp_path, data
     assert checkpoint.digest(weights(folder)) == checkpoint.digest(weights(finished[0]))
 
 
-def train_apart(run: Path, data: str, others: Path, *options: str) -> subprocess.CompletedProcess:
-    """Trains on two ranks, the second of which looks for its data elsewhere."""
-    program = [sys.executable, *SMALL, *options, f"--run_dir={run}"]
-    mpirun = [str(BIN / "mpirun"), "--oversubscribe", "--bind-to", "none", "-np", "1", *program, ":", "-np", "1"]
-    return subprocess.run(
-        [*mpirun, "env", f"TFDS_DATA_DIR={others}", *program],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=100,
-        env=environment(TFDS_DATA_DIR=data),
-        check=False,
-    )
-
-
 def test_one_rank_without_data_ends_the_run_with_its_message(tmp_path, data_dir):
     """A failed read on one rank is agreed upon: no traceback, no hang, the rank is named."""
+    program = [sys.executable, *SMALL, f"--run_dir={tmp_path / 'run'}"]
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(train_apart(tmp_path / "run", data_dir, empty), 2, "rank 1: ", str(empty))
+    done = two_ranks(program, ["env", f"TFDS_DATA_DIR={empty}", *program], TFDS_DATA_DIR=data_dir)
+    refused(done, 2, "rank 1: ", str(empty))
+
+
+def test_one_rank_that_fails_before_horovod_starts_says_why(finished, tmp_path):
+    """The directory isn't on its host: rank 0 waits for it in Horovod's start, and has nothing to say."""
+    program = [sys.executable, "-m", "recipe.evaluate"]
+    done = two_ranks([*program, f"--run_dir={finished[0]}"], [*program, f"--run_dir={tmp_path}"])
+    refused(done, 2, "rank 1 on ", str(tmp_path), "config.json")
+
+
+@pytest.mark.parametrize(("name", "value", "other"), [("seed", 1, 0), ("n", 32, 64), ("run.replica_check_every", 4, 3)])
+def test_a_rank_with_another_recipe_is_named(tmp_path, data_dir, name, value, other):
+    """Other examples without a word, or a hang, or both."""
+    program = [sys.executable, *SMALL, f"--run_dir={tmp_path / 'run'}"]
+    done = two_ranks(program, [*program, f"--config.{name}={value}"], TFDS_DATA_DIR=data_dir)
+    refused(done, 2, f"rank 1 has another recipe than rank 0: config.{name}={value} instead of {other};")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_that_hangs_before_the_first_step_ends_the_run(tmp_path, data_dir, finished):
@@ -236,10 +239,25 @@ def test_a_rank_that_hangs_before_the_first_step_ends_the_run(tmp_path, data_dir
     for index in silent.rglob("*.npz"):
         index.unlink()
         os.mkfifo(index)
-    done = train_apart(tmp_path / "run", data_dir, silent, "--config.framework=torch", "--config.run.step_timeout=5")
+    program = [sys.executable, *SMALL, "--config.framework=torch", f"--run_dir={tmp_path / 'run'}"]
+    program.append("--config.run.step_timeout=5")
+    done = two_ranks(program, ["env", f"TFDS_DATA_DIR={silent}", *program], TFDS_DATA_DIR=data_dir)
     assert done.returncode == 1
-    assert re.search(
-        r"error: rank \d on .*: nothing was heard for .*; the last sign of life was the start", done.stdout
+    told = r"error: rank \d on .*: nothing was heard for .*; the last sign of life was the start"
+    assert re.search(told, done.stdout)
+
+
+def two_ranks(first: list[str], second: list[str], **extra: str) -> subprocess.CompletedProcess:
+    """Two ranks with a command each."""
+    mpirun = [str(BIN / "mpirun"), "--oversubscribe", "--bind-to", "none"]
+    return subprocess.run(
+        [*mpirun, "-np", "1", *first, ":", "-np", "1", *second],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=100,
+        env=environment(**extra),
+        check=False,
     )
 
 
@@ -305,6 +323,15 @@ def test_a_finished_run_resumes_to_its_result(finished, data_dir):
     assert done.returncode == 0, done.stdout
     assert done.stdout.splitlines()[-2:] == printed.splitlines()[-2:]
     assert len(lines(folder, "epoch")) == 3
+
+
+def test_a_run_forced_to_fewer_epochs_than_it_has_done_is_finished(finished, tmp_path, data_dir):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    arguments = [*SMALL, "--config.epochs=2", "--config.schedule.decay_epochs=()", "--resume=force"]
+    done = launch(2, [*arguments, f"--run_dir={folder}"], TFDS_DATA_DIR=data_dir)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-2].startswith("top-1 error ")
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_resumes_from_the_start(finished, tmp_path, data_dir):

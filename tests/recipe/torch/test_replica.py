@@ -52,7 +52,7 @@ def test_all_state_is_the_same_bits_on_all_ranks(found, size, form):
 def test_less_precision_is_the_same_training(found, form):
     """8 bits of mantissa in the activations, 11 on the wire: the losses agree to three digits."""
     np.testing.assert_allclose(found[2][0][form]["losses"], found[1][0]["plain"]["losses"], rtol=1e-2)
-    assert found[2][0]["bfloat16"]["losses"].tolist() != found[2][0]["plain"]["losses"].tolist()
+    assert found[2][0][form]["losses"].tolist() != found[2][0]["plain"]["losses"].tolist()
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -124,6 +124,9 @@ def test_dropout_decides_as_keras_and_the_generator_do(rate):
         tensors = (torch.from_numpy, keras.ops.convert_to_tensor)[ops is keras.ops]
         found = dropout.kept(tensors(keys), tensors(dropout.counters(units)), rate, ops)
         np.testing.assert_array_equal(np.asarray(found), kept)
+    compiled = torch.compile(dropout.kept, backend="eager", fullgraph=True)  # run.compile meets it in the network
+    found = compiled(torch.from_numpy(keys), torch.from_numpy(dropout.counters(units)), rate, torch)
+    np.testing.assert_array_equal(found, kept)
 
 
 def test_dropout_in_the_network_is_that_of_keras():

@@ -119,6 +119,8 @@ def test_another_frameworks_run_is_refused(finished, data_dir):
 def test_conversion_wants_a_run_and_a_new_directory(finished, tmp_path):
     refused(launch(1, ["-m", "recipe.convert", f"--run_dir={finished}"]), 2, "--to")
     refused(launch(1, ["-m", "recipe.convert", f"--run_dir={finished}", f"--to={finished}"]), 2, "exists")
+    nowhere = finished / "config.json" / "new"
+    refused(launch(1, ["-m", "recipe.convert", f"--run_dir={finished}", f"--to={nowhere}"]), 2, "can't be written")
     refused(launch(1, ["-m", "recipe.convert", f"--run_dir={tmp_path}", f"--to={tmp_path / 'new'}"]), 2, "config.json")
 
 
