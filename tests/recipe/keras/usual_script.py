@@ -9,6 +9,7 @@ import numpy as np
 import recipe.keras as hvd
 
 hvd.init()
+keras.utils.set_random_seed(1)
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
