@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
-from recipe import cli, noise, runlog
+from recipe import cli, noise, runlog, watchdog
 from recipe.errors import UsageError
 
 VALUES = flags.FlagValues()
@@ -21,7 +21,8 @@ def main(argv: list[str]) -> None:
         from recipe import collectives, loop, replica
 
         fit = replica.of(recipe.framework)
-    fit.start(recipe.run.deterministic)
+    with watchdog.patience(recipe.run.step_timeout):
+        fit.start(recipe.run.deterministic)
     sums = loop.evaluate_run(recipe, run_dir, fit.make_replica)
     if collectives.rank() == 0:
         print(f"top-1 error {sums.error:.2%}  loss {sums.mean_loss:.4f}  examples {sums.count:.0f}")

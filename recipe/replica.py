@@ -81,8 +81,8 @@ def check_structure(ours: dict[str, tuple], arrays: dict[str, np.ndarray]) -> No
     for name in arrays.keys() ^ ours.keys():
         where = "the model lacks" if name in arrays else "the checkpoint lacks"
         raise RunError(
-            f"{where} {name}; the checkpoint is of another model or library version, or of another framework and wants "
-            "`python -m recipe.convert`"
+            f"{where} {name}: since the checkpoint config.model, its precision, config.optimizer.momentum or a library "
+            "has changed, or the framework, for which there is `python -m recipe.convert`"
         )
     for name, shape in ours.items():
         if arrays[name].shape != shape:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from recipe import cli, noise, preemption
+from recipe import cli, noise, preemption, watchdog
 from recipe.config import Recipe
 
 VALUES = flags.FlagValues()
@@ -35,7 +35,9 @@ def train(recipe: Recipe, run_dir: str, notice: preemption.Notice) -> None:
         from recipe import collectives, elastic, loop, metrics, replica
 
         fit = replica.of(recipe.framework)
-    fit.start(recipe.run.deterministic)
+    # Ranks that join an elastic run wait for the next commit.
+    with watchdog.patience(0.0 if elastic.wanted() else recipe.run.step_timeout):
+        fit.start(recipe.run.deterministic)
 
     def trained(run_dir: str, commits: elastic.Commits | None) -> tuple[str, list[float]]:
         errors = loop.train(recipe, Path(run_dir), VALUES.resume, fit.make_replica, notice, commits)

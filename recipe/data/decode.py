@@ -107,8 +107,8 @@ def _decode_by_pillow(image: bytes, box: np.ndarray, mirrored: bool, size: int, 
             scale = _scale(box, size) if kind == BILINEAR and opened.format != "PNG" else 1
             opened.draft(None, (opened.width // scale, opened.height // scale))
             pixels, box = opened.convert("RGB"), box / scale
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return str(error)
+    except (OSError, SyntaxError, ValueError, AssertionError, Image.DecompressionBombError) as error:
+        return str(error) or "it is damaged"  # Pillow asserts that there is a palette
     pixels = np.asarray(pixels)
     if kind == PLAIN:
         return ""

@@ -164,6 +164,8 @@ def _files(folder: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
         for entry in entries:
             if entry.is_dir():
                 raise UsageError(f"{entry.path} is a folder within a class's: move its images one folder up")
+            if "\n" in entry.name:
+                raise UsageError(f"{entry.path!r} has a line break in its name: rename it")
             if entry.name.startswith(".") or not entry.name.lower().endswith(SUFFIXES):
                 others.append(entry.path)
                 continue

@@ -247,6 +247,13 @@ def test_a_rank_that_hangs_before_the_first_step_ends_the_run(tmp_path, data_dir
     assert re.search(told, done.stdout)
 
 
+def test_a_rank_that_never_starts_horovod_ends_the_run(tmp_path):
+    program = [sys.executable, *MIXED, "--config.run.step_timeout=5", f"--run_dir={tmp_path / 'run'}"]
+    done = two_ranks(program, ["sleep", "90"])
+    assert done.returncode == 1
+    assert "error: rank 0 on " in done.stdout and "the last sign of life was the start" in done.stdout
+
+
 def two_ranks(first: list[str], second: list[str], **extra: str) -> subprocess.CompletedProcess:
     """Two ranks with a command each."""
     mpirun = [str(BIN / "mpirun"), "--oversubscribe", "--bind-to", "none"]

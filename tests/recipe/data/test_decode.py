@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,14 @@ def test_a_halved_image_is_as_good_as_a_low_pass() -> None:
     assert np.abs(decoded(image, box, 50, decode.BILINEAR) - smooth).mean() < np.abs(unscaled - smooth).mean() / 2
 
 
+def without_palette(png: bytes) -> bytes:
+    """The chunk by another name, with the checksum of that."""
+    start = png.index(b"PLTE")
+    end = start + 4 + int.from_bytes(png[start - 4 : start])
+    chunk = b"none" + png[start + 4 : end]
+    return png[:start] + chunk + zlib.crc32(chunk).to_bytes(4) + png[end + 4 :]
+
+
 def damaged() -> dict[str, tuple[bytes, str]]:
     """Bytes and what is said of them, by kind."""
     jpeg = encoded(photo(), "JPEG", quality=95)
@@ -149,6 +158,7 @@ def damaged() -> dict[str, tuple[bytes, str]]:
         "tables left out": (encoded(photo(), "JPEG", streamtype=2), "table 0x00 was not defined"),
         "twelve bits": (jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "precision"),
         "a cut PNG": (encoded(photo(), "PNG")[:-400], "truncated|broken|Truncated"),
+        "a PNG without its palette": (without_palette(encoded(photo().convert("P"), "PNG", transparency=3)), "damaged"),
         "sixteen bits": (encoded(Image.new("I;16", (80, 60)), "PNG"), "more than 8 bits"),
     }  # fmt: skip
 

@@ -109,6 +109,7 @@ def flat(tree: Path) -> None:
             r"train has 1 classes that .*val lacks, such as n014848",
         ),
         (lambda tree: (tree / "val" / "other").mkdir(), r"val has 1 classes that .*train lacks, such as other"),
+        (lambda tree: (tree / "val" / CLASSES[0] / "a\nb.JPEG").touch(), r"a\\nb.JPEG' has a line break in its name"),
         (lambda tree: (tree / "train" / CLASSES[0] / "sub").mkdir(), r"sub is a folder within a class's"),
     ],
 )
