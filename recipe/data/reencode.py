@@ -4,6 +4,7 @@ same pixels."""
 import io
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +70,7 @@ def _write_files(builder: tfds.core.DatasetBuilder, name: str, folder: Path, sho
     splits = builder.info.splits.values()
     counts = {Path(path): n for split in splits for path, n in zip(split.filepaths, split.shard_lengths, strict=True)}
     targets = {path: folder / path.name.replace(builder.name, name, 1) for path in counts}
-    missing = [path for path, target in targets.items() if not target.exists()]
+    missing = [path for path, target in targets.items() if not _made_of(path, target)]
     if not missing:
         return
     share = _estimate(missing, shorter_side, quality)
@@ -83,12 +84,19 @@ def _write_files(builder: tfds.core.DatasetBuilder, name: str, folder: Path, sho
             pass
 
 
+def _made_of(path: Path, target: Path) -> bool:
+    """By its time, which is that of the file it was made of: another source may have come since."""
+    return target.exists() and target.stat().st_mtime_ns == path.stat().st_mtime_ns
+
+
 def _write(path: Path, target: Path, shorter_side: int, quality: int, tally: work.Tally) -> None:
     try:
         with work.whole_file(target) as out:
             for _, example in _smaller_examples(path, None, shorter_side, quality):
                 out.write(records.record(example))
                 tally.add()
+        time = path.stat().st_mtime_ns
+        os.utime(target, ns=(time, time))
     except OSError as error:
         raise RunError(f"{target} can't be written: {error.strerror}") from None
 

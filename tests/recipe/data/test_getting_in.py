@@ -281,13 +281,15 @@ def test_deep_pixels_are_refused() -> None:
 
 def test_a_copy_of_smaller_images(copied: Path, manual_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the original's order, by a name that the recipe reads; an image that is small enough keeps its bytes. What a
-    killed process was writing is removed."""
+    killed process was writing is removed, and what it made of files that were here before."""
     leftover = copied / "imagenet2012_short90_q80" / "unfinished.5.1.0" / ".imagenet2012_short90_q80-train-x1y2"
     leftover.parent.mkdir(parents=True)
     leftover.touch()
+    name = "imagenet2012_short90_q80"
+    for path in (copied / "imagenet2012" / "5.1.0").glob("*-train.tfrecord-*"):
+        (leftover.parent / path.name.replace("imagenet2012", name)).write_bytes(b"of another")
     done = run(0, copied, manual_dir, "--shorter_side=90", "--quality=80")
     assert done.returncode == 0, done.stderr
-    name = "imagenet2012_short90_q80"
     assert not (copied / name / "5.1.0" / leftover.name).exists()
     assert f"--config.data.name={name}" in done.stdout
     monkeypatch.setattr(builders, "IMAGENET_EXAMPLES", {"train": 36, "validation": 6})
