@@ -47,10 +47,12 @@ def examine(hosts: list[Host], options: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     in_slurm = "SLURM_JOB_ID" in os.environ and shutil.which("srun") is not None
     names = [host.name for host in hosts]
-    reached = dict.fromkeys(names, Reach("srun")) if in_slurm else reach_all(names)
+    allocated = [host.name for host in hostfile.from_slurm(os.environ)] if in_slurm else []
+    reached = {name: _allocated(name, allocated) for name in names} if in_slurm else reach_all(names)
     findings = [Finding(name, r.reason, r.fix) for name, r in reached.items() if not r.how]
     met = [name for name in names if reached[name].how]
-    met.sort(key=lambda name: reached[name].how != "this machine")  # mpirun puts its own host first, wherever it stands
+    # mpirun has orders of its own: the allocation's, or its own host first, wherever it stands.
+    met.sort(key=allocated.index if in_slurm else lambda name: reached[name].how != "this machine")
     parts: dict[str, Any] = {}
     if met and not shutil.which("mpirun"):
         findings.append(Finding("", "there is no mpirun in PATH", "source .venv/bin/activate"))
@@ -66,6 +68,12 @@ def examine(hosts: list[Host], options: argparse.Namespace) -> dict[str, Any]:
         "findings": [asdict(finding) for finding in findings],
         "seconds": time.monotonic() - began,
     }
+
+
+def _allocated(name: str, allocated: list[str]) -> Reach:
+    if name in allocated:
+        return Reach("srun")
+    return Reach("", reason="it is not in this job's allocation", fix="take it out of the hostfile, or give none")
 
 
 def judge(

@@ -157,6 +157,19 @@ def test_an_array_of_seeds_and_its_summary(cluster, project):
     assert seeds == [0, 1]
 
 
+def test_the_doctor_in_an_allocation(cluster, project):
+    """Without ssh; a host of the hostfile that isn't the job's is told, and the others examined."""
+    (project / "hosts").write_text("n2 slots=1\nn9 slots=1\nn1 slots=1\n")
+    doctor = ".venv/bin/python -m launch.doctor --json --hostfile hosts"
+    job = cluster.submit("--chdir", str(project), *TWO_NODES, "--output=doctor.log", "--wrap", doctor)
+    cluster.ends(job)
+    printed = (project / "doctor.log").read_text()
+    report = json.loads(printed[printed.index("{\n") :])
+    assert [host["how"] for host in report["hosts"]] == ["srun", "", "srun"]
+    assert list(report["facts"]) == ["n1", "n2"] and len(report["network"]["links"]) == 2
+    assert {"host": "n9", "what": "it is not in this job's allocation"}.items() <= report["findings"][0].items()
+
+
 def test_nodes_that_are_down_drop_out_of_an_elastic_run(cluster):
     allocation = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "4(x2)"}
     discover = [str(BIN / "python"), "-m", "launch.hostfile", "discover"]
