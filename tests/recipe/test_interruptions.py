@@ -242,7 +242,8 @@ def killed(job: Job, chance: random.Random, first: int, moment: str) -> bool:
         job.wait_until(lambda: stopped_in_a_save(job, ranks[0]))
     for rank, process in ranks.items():
         if victims in ("everything", f"rank {rank}"):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # the launcher ends a rank as soon as another has died
+                process.kill()
     if victims == "everything":
         job.process.kill()
     began = time.monotonic()
