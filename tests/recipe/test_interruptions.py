@@ -231,13 +231,13 @@ def killed(job: Job, chance: random.Random, first: int, moment: str) -> bool:
     """Kills one rank or the whole job at once; whether that left half a checkpoint. `first`: where the job began."""
     victims = chance.choice(["rank 0", "everything"] if moment == "save" else ["rank 0", "rank 1", "everything"])
     ranks = job.wait_for_ranks()
-    if moment == "start":
-        time.sleep(chance.uniform(0, 8))
-    else:
-        step = min(first + chance.randint(1, 4), STEPS * EPOCHS - 2)
-        job.wait_until((job.folder / f"checkpoints/step-{step:08d}.npz").exists)
-    if moment == "step":
-        time.sleep(chance.uniform(0, 0.3))
+    step, last = (
+        job.folder / f"checkpoints/step-{n:08d}.npz" for n in (first + chance.randint(1, 2), STEPS * EPOCHS - 2)
+    )
+    if moment != "start":
+        job.wait_until(lambda: step.exists() or last.exists())
+    end = time.monotonic() + chance.uniform(0, {"start": 8, "step": 0.1, "save": 0}[moment])
+    job.wait_until(lambda: time.monotonic() >= end or last.exists())  # on a fast machine the run would be over
     if moment == "save":
         job.wait_until(lambda: stopped_in_a_save(job, ranks[0]))
     for rank, process in ranks.items():
