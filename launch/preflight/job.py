@@ -108,6 +108,9 @@ def failed(names: list[str], said: str, status: int) -> Finding:
         r"lost communication with a remote daemon.*?Remote daemon:[^\n]*? on node (\S+)", said, re.DOTALL
     ):
         return Finding(match[1], "the host or its link died in the middle", "see its power, its network and its log")
+    if match := re.search(r"unexpectedly disconnected.*?Peer host:\s+(\S+)", said, re.DOTALL):
+        what = "its process ended or its link was cut: another host lost the connection to it"
+        return Finding(match[1], what, "see dmesg there for a lack of memory, and its network")
     text = [
         line.strip() for line in said.splitlines() if re.search(r"\w", line) and not line.startswith((MARK, "env -i "))
     ]

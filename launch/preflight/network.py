@@ -2,6 +2,7 @@
 
 n hosts meet in n - 1 rounds, in each of them all in disjoint pairs, and each direction of a pair gets BOX seconds: the
 time grows with n, though the pairs grow with n². All pairs of a round send at once, as they do in a ring allreduce.
+What seems to be a fault is measured again: a moment's disturbance is none.
 """
 
 import array
@@ -75,15 +76,22 @@ def clocks(comm: "MPI.Comm") -> list[dict[str, float]]:
     return found
 
 
-def pairs(comm: "MPI.Comm", names: list[str], say: Callable[[int, str], None]) -> dict[str, Any]:
+def agreed(comm: "MPI.Comm", mine: bool) -> bool:
+    """What rank 0 says."""
+    said = bytearray([mine])
+    comm.Bcast(said)
+    return bool(said[0])
+
+
+def pairs(comm: "MPI.Comm", names: list[str], say: Callable[[int, str], None], start: int = 1) -> dict[str, Any]:
     """What this rank measured as a sender, and the seconds of all rounds.
 
     {"rows": [{"from", "to", "latency" in seconds, "bandwidth" in bytes/s}, … one a peer], "seconds"}; `names`: the
-    ranks' hosts; `say`: is told of each round's beginning and end."""
+    ranks' hosts; `say`: is told of each round's beginning and end; `start`: the first round's number."""
     rows, buffer = [], bytearray(LARGEST)
     comm.Barrier()
     began = time.monotonic()
-    for number, meetings in enumerate(rounds(comm.size), 1):
+    for number, meetings in enumerate(rounds(comm.size), start):
         mine = next((pair for pair in meetings if comm.rank in pair), ())
         peer = sum(mine) - comm.rank
         say(FIRST + 2 * number, f"round {number}, with {names[peer]}" if mine else f"round {number}, resting")
@@ -99,21 +107,27 @@ def pairs(comm: "MPI.Comm", names: list[str], say: Callable[[int, str], None]) -
     return {"rows": rows, "seconds": time.monotonic() - began}
 
 
+def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Of two results of `pairs` of one rank, each link's lower latency and higher bandwidth."""
+    rows = [
+        one | {"latency": min(one["latency"], two["latency"]), "bandwidth": max(one["bandwidth"], two["bandwidth"])}
+        for one, two in zip(first["rows"], second["rows"], strict=True)
+    ]
+    return first | {"rows": rows}
+
+
 def together(comm: "MPI.Comm") -> dict[str, float]:
     """The allreduce of all hosts: {"bytes", "seconds"} of the largest that the time allows, up to GRADIENTS floats."""
     from mpi4py import MPI
 
     ours, sums = array.array("f", bytes(4 * GRADIENTS)), array.array("f", bytes(4 * GRADIENTS))
     count, seconds = GRADIENTS // 4**5, 0.0
-    agreed = bytearray(1)
     while True:
         comm.Barrier()
         began = time.monotonic()
         comm.Allreduce([ours, count, MPI.FLOAT], [sums, count, MPI.FLOAT])
         seconds = time.monotonic() - began
-        agreed[0] = count == GRADIENTS or seconds > BOX
-        comm.Bcast(agreed)
-        if agreed[0]:
+        if agreed(comm, count == GRADIENTS or seconds > BOX):
             return {"bytes": 4 * count, "seconds": seconds}
         count = min(4 * count, GRADIENTS)
 

@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from launch.preflight import network
+from launch.preflight import network, verdicts
 
 MARK = "launch.doctor:"  # begins a line on stderr: MARK rank order part, MARK rank error what, MARK rank alive
 MPI_STARTS = 1  # the order of the part in which nobody beats: mpi4py holds Python's lock until MPI has started
@@ -36,10 +36,20 @@ def main(names: list[str], data_dir: str, limit: float) -> None:
     say(3, "the clocks")
     emit(comm, "clocks", network.clocks(comm))
     if comm.size > 1:
-        emit(comm, "pairs", network.gather(comm, network.pairs(comm, names, say)))
+        _measure_pairs(comm, names)
         say(network.LAST, "the allreduce")
         emit(comm, "together", network.together(comm))
     say(network.LAST + 1, "the end")
+
+
+def _measure_pairs(comm: Any, names: list[str]) -> None:
+    """Twice, and the better of both, when a link or a host seems to be at fault."""
+    found = network.gather(comm, network.pairs(comm, names, say))
+    emit(comm, "pairs", found)
+    seem = verdicts.links([row for each in found for row in each["rows"]])
+    if network.agreed(comm, any(finding.fault for finding in seem)):
+        again = network.gather(comm, network.pairs(comm, names, say, comm.size + 1))
+        emit(comm, "pairs", list(map(network.better, found, again)))
 
 
 def say(order: int, part: str) -> None:

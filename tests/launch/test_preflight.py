@@ -53,6 +53,15 @@ def test_every_two_hosts_meet_once_in_as_few_rounds_as_can_be(count):
     assert sorted(itertools.chain(*found)) == list(itertools.combinations(range(count), 2))
 
 
+def test_of_a_link_measured_twice_the_better_counts():
+    first, second = (
+        {"rows": [{"from": 0, "to": 1, "latency": latency, "bandwidth": bandwidth}], "seconds": 1.0}
+        for latency, bandwidth in ((1e-5, 1e6), (1e-3, 1e9))
+    )
+    best = {"rows": [{"from": 0, "to": 1, "latency": 1e-5, "bandwidth": 1e9}], "seconds": 1.0}
+    assert network.better(first, second) == network.better(second, first) == best
+
+
 @given(HOSTS)
 def test_a_majority_is_more_than_half_and_the_rest_is_odd(values):
     common, others = verdicts.odd(values)
@@ -295,6 +304,10 @@ def test_why_a_job_ended_early():
     assert (by_itself.host, "No module named 'mpi4py'" in by_itself.what) == ("h2", True)
     killed = "mpirun noticed that process rank 1 with PID 7 on node h2 exited on signal 9 (Killed)."
     assert job.failed(names, killed, 137).host == "h2"
+    lost = (
+        "An MPI communication peer process has unexpectedly disconnected.\n\n  Local PID:  10062\n  Peer host:  h2\n---"
+    )
+    assert job.failed(names, lost, 1).host == "h2"
     other = job.failed(names, "----\nThere are not enough slots available in the system\n----", 1)
     assert "not enough slots" in other.what
 
