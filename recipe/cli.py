@@ -158,7 +158,8 @@ def _leave(status: int, message: str, everywhere: bool = False, kind: str = "err
     if several and not everywhere:
         who = f"rank {collectives.rank()} of {collectives.size()}: "
     elif quiet():
-        time.sleep(10)  # the launcher ends this rank as soon as rank 0 has left
+        # The launcher ends this rank as soon as rank 0 has left, but for one that leaves by such a signal already.
+        time.sleep(3 if status == preemption.STATUS else 10)
         who, said = f"rank {watchdog.launched_rank()} on {socket.gethostname()}: ", several
     if not said:
         print(f"{kind}: {who}{message}", file=sys.stderr, flush=True)

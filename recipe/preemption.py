@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
+from recipe.errors import Preempted
+
 STATUS = 75  # EX_TEMPFAIL: exit status of a run that has saved its state and can be resumed
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -17,7 +19,10 @@ class Notice:
 
 @contextlib.contextmanager
 def noticed() -> Iterator[Notice]:
-    """Inside it the signals only set the notice; outside of it they do what they did before."""
+    """The signals only set the notice; when a run fails inside, they do again what they did before.
+
+    Not after its end, nor when it leaves by Preempted: one more signal, also the first to a rank that another one has
+    told, would end the process before it has said so, and with another status."""
     notice = Notice()
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -26,6 +31,9 @@ def noticed() -> Iterator[Notice]:
     before = {number: signal.signal(number, receive) for number in SIGNALS}
     try:
         yield notice
-    finally:
+    except Preempted:
+        raise
+    except BaseException:
         for number, handler in before.items():
             signal.signal(number, handler)
+        raise

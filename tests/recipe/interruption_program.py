@@ -1,16 +1,20 @@
 """recipe.train with one fault: interruption_program.py FAULT PLACE STEP, then recipe.train's own arguments.
 
 FAULT at step STEP, counted from 1: "nan", in Keras, or "native nan": the loss of worker PLACE is NaN; "error": rank
-PLACE raises an ordinary exception; "unreadable": rank PLACE can't read an example of its first worker."""
+PLACE raises an ordinary exception; "unreadable": rank PLACE can't read an example of its first worker; "SIGTERM" or
+"SIGUSR1": rank PLACE, or for -1 rank 0's launcher, gets the signal when the line of the step is written."""
 
 import os
+import signal
+import time
 from typing import Any
 
 import numpy as np
 from keras import ops
 
-from recipe import cli, sharding, train, watchdog
+from recipe import cli, collectives, loop, sharding, train, watchdog
 from recipe.data.sources import TFDSSource
+from recipe.preemption import Notice
 
 
 def make_nan(worker: int, step: int) -> None:
@@ -57,14 +61,30 @@ def fail(step: int) -> None:
 
 def make_unreadable(example: int) -> None:
     """The file of this example is no longer open when it is read."""
-    whole = TFDSSource._example
+    whole = TFDSSource._record
 
-    def read(self: TFDSSource, i: int) -> tuple:
-        if i == example:
-            self._fds = [-1] * len(self._fds)
-        return whole(self, i)
+    def read(self: TFDSSource, i: int) -> bytes:
+        return os.pread(-1, 1, 0) if i == example else whole(self, i)
 
-    TFDSSource._example = read
+    TFDSSource._record = read
+
+
+def tell(number: signal.Signals, place: int, step: int) -> None:
+    """A signal from inside comes at the same moment every time."""
+    run, write, notices = loop.Loop.run, loop.Loop._write_line, []
+
+    def run_or_leave(self: loop.Loop, notice: Notice) -> list[float]:
+        notices.append(notice)
+        return run(self, notice)
+
+    def write_and_tell(self: loop.Loop) -> None:
+        write(self)
+        if self.stands.step == step and collectives.rank() == max(place, 0):
+            os.kill(os.getpid() if place >= 0 else os.getppid(), number)
+            while not notices[0].received:
+                time.sleep(0.001)
+
+    loop.Loop.run, loop.Loop._write_line = run_or_leave, write_and_tell
 
 
 def first_example(argv: list[str], rank: int, size: int, step: int) -> int:
@@ -87,6 +107,8 @@ def main(argv: list[str]) -> None:
         fail(step)
     elif fault == "unreadable" and rank == place:
         make_unreadable(first_example(argv[3:], rank, size, step))
+    elif fault.startswith("SIG"):
+        tell(signal.Signals[fault], place, step)
     train.main(argv[3:])
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import os
 import shutil
 import subprocess
@@ -289,6 +290,7 @@ def open_files() -> int:
 
 
 def test_files_are_closed(fashion: Data) -> None:
+    gc.collect()  # of other tests' sources
     before = open_files()
     source = sources.open_source(fashion, "train")
     assert open_files() >= before + 16
