@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from horovod.runner.common.util.hosts import HostInfo, SlotInfo, get_host_assignments
 from horovod.runner.gloo_run import create_slot_env_vars
@@ -83,9 +83,14 @@ def serve(port: int, slots: list[SlotInfo]) -> None:
 
 def status_of(program: list[str]) -> int:
     """Runs the program as a child, which gets the signals that end or preempt it; its exit status."""
-    child = subprocess.Popen(program)
+    told: list[int] = []  # before there is a child
+    pass_on: Callable[[int], None] = told.append
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: child.send_signal(number))
+        signal.signal(number, lambda number, frame: pass_on(number))
+    child = subprocess.Popen(program)
+    pass_on = child.send_signal
+    for number in told:
+        child.send_signal(number)
     status = child.wait()
     return status if status >= 0 else 128 - status
 

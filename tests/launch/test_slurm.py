@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -33,7 +34,14 @@ TINY = [
     "--config.model.width=8",
     "--config.framework=torch",
 ]
-LONGER = ["--config.data.train_examples=3200", "--config.run.log_every=5"]  # 200 steps
+LONGER = ["--config.data.train_examples=6400", "--config.run.log_every=5"]  # 400 steps
+HOLD = """\
+import sys, time
+from pathlib import Path
+if sys.orig_argv[1:3] == ["-m", "recipe.train"]:  # a rank, before it can notice a signal
+    while not Path("go").exists():
+        time.sleep(0.1)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +109,19 @@ def test_a_preempted_job_goes_on_and_ends_the_same(cluster, project, undisturbed
     assert "--resume" in log(project, job)
     if launcher != "mpirun":  # with TERM a race: Slurm ends its daemons, too
         assert "preempted: told to leave after step" in output(run / f"ranks/{job}-0")
-        assert " step 5 of 200" not in output(run / f"ranks/{job}-1")
+        assert " step 5 of 400" not in output(run / f"ranks/{job}-1")
     assert json.loads((run / "environment.json").read_text())["hosts"] == [socket.gethostname()] * 2
     assert weights(run) == undisturbed  # two ranks: a + b is the same in any order, whoever adds
 
 
 def test_a_job_told_to_leave_before_its_run_began_begins_it_later(cluster, project):
-    job = submit(cluster, project, TEMPLATE, *TINY)
+    (project / "sitecustomize.py").write_text(HOLD)
+    job = submit(cluster, project, TEMPLATE, *TINY, PYTHONPATH=f"{project}:{ROOT}")
     told = project / f"imagenet-1hr-{job}.log"
     cluster.until(lambda: told.exists() and "env -i " in told.read_text(), 60)  # launched: the ranks start Python
     assert cluster.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
     cluster.until(lambda: told.read_text().count("env -i ") == 2, 60)
+    (project / "go").touch()
     assert "--resume" not in told.read_text()
     assert cluster.ends(job) == "COMPLETED", log(project, job)
     assert len(weights(project / f"runs/imagenet-1hr-{job}")) == 2
@@ -211,6 +221,16 @@ def test_a_slurm_without_pmix_is_told(cluster, project, tmp_path):
     done = cluster.run("salloc", "--quiet", *TWO_NODES, *words, SLURM_CONF=str(conf))
     assert done.returncode == 2
     assert "error: srun --mpi=pmix does not work here (" in done.stderr, done.stderr
+
+
+def test_the_gloo_step_passes_on_a_signal_that_comes_before_its_program_has_started():
+    program = (
+        "import signal, subprocess; from launch import gloo; start = subprocess.Popen; "
+        "subprocess.Popen = lambda words: (signal.raise_signal(signal.SIGUSR1), start(words))[1]; "
+        "print(gloo.status_of(['sleep', '60']))"
+    )
+    done = subprocess.run([BIN / "python", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.stdout == f"{128 + signal.SIGUSR1}\n", done.stderr
 
 
 def test_the_gloo_step_outside_of_slurm_says_so():
