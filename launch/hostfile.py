@@ -233,9 +233,11 @@ def _check_name(name: str) -> None:
         raise UsageError(f"{name!r} is a setting of Open MPI, not a host: begin the line with a host, bb01 slots=8")
     if re.fullmatch(r"[0-9.]+", name):
         try:
-            ipaddress.IPv4Address(name)
+            address = ipaddress.IPv4Address(name)
         except ValueError:
             raise UsageError(f"{name[:80]!r} is neither a host name nor an IPv4 address: write one, such as bb01")
+        if address.is_unspecified or address.is_multicast:  # mpirun takes 0.0.0.0 for the machine it runs on
+            raise UsageError(f"{name} is not the address of one machine: write its name, such as bb01")
     elif not NAME.fullmatch(name):
         raise UsageError(
             f"{name[:80]!r} is not a host name: letters, digits, inner hyphens and dots, as in bb01 or bb01.example.org"

@@ -64,7 +64,6 @@ def test_notations(text):
 
 
 @pytest.mark.parametrize("notation", NOTATIONS)
-@settings(deadline=None)  # processors here may be busy
 @given(hosts=hosts())
 def test_what_is_written_is_read(notation, hosts):
     text = render(hosts, notation)
@@ -72,7 +71,6 @@ def test_what_is_written_is_read(notation, hosts):
     assert parse("\ufeff" + text.replace("\n", " \t# x\r\n"), "F") == hosts
 
 
-@settings(deadline=None)  # processors here may be busy
 @given(
     first=st.integers(0, 2000),
     count=st.integers(1, 50),
@@ -137,6 +135,8 @@ def test_lists_of_ranges_and_several_in_a_name():
         ("rank slots=8", "'rank' is a setting of Open MPI"),
         ("0007 slots=8", "neither a host name nor an IPv4 address"),
         ("10.0.0.300:8", "neither a host name nor an IPv4 address"),
+        ("0.0.0.0:8", "0.0.0.0 is not the address of one machine"),
+        ("224.0.0.1:8", "224.0.0.1 is not the address of one machine"),
         ("::1 slots=2", "::1 is an IPv6 address, which neither mpirun nor mpiexec nor horovodrun takes"),
         ("[fe80::1]:8", "IPv6 address"),
         ("2001:db8::7:8", "IPv6 address"),
@@ -192,7 +192,7 @@ def check_outcome(call, where: str, lines: int) -> None:
         assert parse(render(found, "horovod"), "again") == found
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(text=TEXTS)
 @example("[" * 5000)
 @example("bb[1]" * 5000 + ":8")
@@ -202,7 +202,7 @@ def test_any_text_gives_hosts_or_a_sentence(text):
     check_outcome(lambda: parse(text, "F"), "F", len(re.split(r"\r\n?|\n", text)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(content=st.one_of(st.binary(), TEXTS.map(lambda text: text.encode("utf-16"))))
 def test_any_file_gives_hosts_or_a_sentence(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any"
@@ -268,7 +268,7 @@ def slurm(**variables: str) -> dict[str, str]:
     return {names[name]: value for name, value in variables.items()}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(nodes=TEXTS, tasks=st.one_of(st.text(), st.from_regex(r"([0-9]{1,2}(\(x[0-9]\))?,?){1,3}", fullmatch=True)))
 def test_any_slurm_variables_give_hosts_or_a_sentence(nodes, tasks):
     try:
@@ -298,11 +298,13 @@ def test_scontrol_expands_the_same(tmp_path, nodes):
 
 
 def mpirun_reads(path, ranks: int) -> dict[str, int]:
-    """Slots by host, as `mpirun --hostfile` understands them. It starts nothing, but looks each name up."""
+    """Slots by host, as `mpirun --hostfile` understands them, who calls 127.0.0.1 by this machine's name.
+
+    It starts nothing, but looks each name up."""
     options = ["--do-not-launch", "--display-allocation", "--mca", "orte_keep_fqdn_hostnames", "1"]
     command = [str(BIN / "mpirun"), *options, "--hostfile", str(path), "-np", str(ranks), "true"]
     env = environment(RES_OPTIONS="timeout:1 attempts:1")
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0 and "illegal character" not in done.stderr, done.stdout + done.stderr
     return {name: int(n) for name, n in re.findall(r"Data for node: (\S+)\s+Num slots: (\d+)", done.stdout)}
 
@@ -318,8 +320,8 @@ def test_mpirun_reads_a_template(open_mpi):
     assert mpirun_reads(ROOT / "hostfiles/bigbasin-4", 32) == {"bb01": 8, "bb02": 8, "bb03": 8, "bb04": 8}
 
 
-@settings(max_examples=4, deadline=None)
-@given(hosts=hosts(most=4, size=5))
+@settings(max_examples=4)
+@given(hosts=hosts(most=4, size=5).filter(lambda found: not any(host.name.startswith("127.") for host in found)))
 def test_mpirun_reads_what_is_written(open_mpi, tmp_path_factory, hosts):
     path = tmp_path_factory.getbasetemp() / "openmpi"
     path.write_text(render(hosts, "openmpi"))
@@ -327,7 +329,6 @@ def test_mpirun_reads_what_is_written(open_mpi, tmp_path_factory, hosts):
     assert {name.lower(): n for name, n in found.items()} == {host.name.lower(): host.slots for host in hosts}
 
 
-@settings(deadline=None)  # processors here may be busy
 @given(hosts=hosts())
 def test_horovodrun_reads_what_is_written(tmp_path_factory, hosts):
     from horovod.runner.common.util import hosts as horovod
