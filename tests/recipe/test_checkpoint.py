@@ -38,7 +38,7 @@ def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path):
 
 
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_bit_that_flips_is_noticed(where, bit, whole):
     content = bytearray(whole.read_bytes())
     content[int(where * len(content))] ^= 1 << bit
@@ -49,7 +49,7 @@ def test_any_bit_that_flips_is_noticed(where, bit, whole):
 
 
 @given(length=st.floats(0, 1, exclude_max=True))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_truncation_is_noticed(length, whole):
     content = whole.read_bytes()
     damaged = whole.with_name("damaged.npz")

@@ -64,7 +64,7 @@ def test_the_library_is_built() -> None:
     assert decode.fast(), decode.why_slow()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(jpegs(), st.data())
 def test_crops_are_exact(image: bytes, data: st.DataObject) -> None:
     """Bits, not levels: the box of a partly decoded image is that of the whole one, resized by other code."""
@@ -115,7 +115,6 @@ def test_png_among_jpegs(mode: str, library: bool, monkeypatch: pytest.MonkeyPat
         assert np.array_equal(pixels[:, ::step], whole(image)[10:42, 20:52])
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 70))
 @example(60, 60, 7)
 def test_smooth_is_pil_s_bilinear(height: int, width: int, size: int) -> None:
