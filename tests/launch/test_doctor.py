@@ -15,7 +15,7 @@ import pytest
 
 from launch.preflight.rank import MARK
 from tests.hosts import NETNS, Hosts, hosts, needs_hosts
-from tests.ranks import ROOT, environment
+from tests.ranks import ROOT, environment, launch
 
 DOCTOR = [sys.executable, "-m", "launch.doctor"]
 RANK = "-m launch.preflight.rank"
@@ -188,6 +188,29 @@ def test_a_host_that_hangs_or_dies_in_the_middle_is_named(tmp_path, number):
     assert process.returncode == 1
     what = f"no end after {limit} s: h2 has been silent since " if number == signal.SIGSTOP else "its process "
     assert f"FAULT  h2: {what}" in printed, printed
+
+
+@pytest.mark.ranks
+def test_what_seems_a_fault_is_measured_again():
+    """Rank 0 says of its first measurement that it was slow; both then measure once more, and the better counts."""
+    program = (
+        "from mpi4py import MPI; from launch.preflight import network, rank; pairs, starts = network.pairs, []\n"
+        "def slow(comm, names, say, start=1):\n"
+        "    found = pairs(comm, names, say, start)\n"
+        "    if not starts and comm.rank == 0: found['rows'][0]['bandwidth'] = 1.0\n"
+        "    starts.append(start)\n"
+        "    return found\n"
+        "network.pairs = slow; rank._measure_pairs(MPI.COMM_WORLD, ['h1', 'h2']); assert starts == [1, 3], starts"
+    )
+    done = launch(2, ["-c", program])
+    assert done.returncode == 0, done.stdout
+    first, second = ([row["bandwidth"] for each in found for row in each["rows"]] for found in measured(done.stdout))
+    assert first[0] == 1.0 and min(second) > 1.0 and second[1] >= first[1]
+
+
+def measured(printed: str) -> list[list[dict]]:
+    """The parts "pairs" among what ranks have printed."""
+    return [json.loads(line)["pairs"] for line in printed.splitlines() if line.startswith('{"pairs"')]
 
 
 def until_heard(folder: Path, words: str) -> None:

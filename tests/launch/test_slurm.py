@@ -127,6 +127,25 @@ def test_a_job_told_to_leave_before_its_run_began_begins_it_later(cluster, proje
     assert len(weights(project / f"runs/imagenet-1hr-{job}")) == 2
 
 
+EARLY = """\
+[ -n "${SLURM_RESTART_COUNT:-}" ] || trap 'case $BASH_COMMAND in restarts=*) kill -USR1 $$ ;; esac' DEBUG
+"""
+
+
+def test_a_job_told_to_leave_before_it_has_launched_anything_begins_later(cluster, project):
+    """The batch script's bash reads EARLY first, and signals itself, at its first command after the trap."""
+    (project / "early").write_text(EARLY)
+    (project / "sitecustomize.py").write_text(HOLD)
+    early = {"BASH_ENV": str(project / "early"), "PYTHONPATH": f"{project}:{ROOT}"}
+    job = submit(cluster, project, TEMPLATE, *TINY, **early)
+    run = project / f"runs/imagenet-1hr-{job}"
+    cluster.until((run / f"ranks/{job}-1").exists, 60)  # it was queued again
+    (project / "go").touch()
+    assert cluster.ends(job) == "COMPLETED", log(project, job)
+    assert "--resume" not in log(project, job)
+    assert len(weights(run)) == 2
+
+
 def test_a_cancelled_job_stays_cancelled(cluster, project):
     """Of an array, whose runs have names of the user's."""
     job = submit(cluster, project, "--array=3", TEMPLATE, *TINY, *LONGER, RUN_DIR="runs/five seeds")
