@@ -248,6 +248,8 @@ def _ready(command: list[str], job: Job, variables: dict[str, str]) -> None:
     """Raises UsageError when the command can't be run here; makes the folder for the ranks' output."""
     if not shutil.which(command[0], path=variables.get("PATH")):
         raise UsageError(f"{command[0]} is not on the PATH: put .venv/bin there, or take another --launcher")
+    if command[0] == "mpirun":
+        _check_mpirun(variables)
     known = [name for _, name in socket.if_nameindex()]
     if job.interface and command[0] != "srun" and not set(job.interface.split(",")) <= set(known):
         raise UsageError(f"--interface={job.interface}: this machine has {', '.join(known)}; name the network of all")
@@ -260,6 +262,14 @@ def _ready(command: list[str], job: Job, variables: dict[str, str]) -> None:
             raise UsageError(
                 f"--log-dir={job.log_dir} can't be made ({error.strerror}): name a folder you may write to"
             )
+
+
+def _check_mpirun(variables: dict[str, str]) -> None:
+    """Raises UsageError when another MPI's comes first. MPICH's prints its usage, starts nothing, and ends with 0."""
+    found = subprocess.run(["mpirun", "--version"], env=variables, capture_output=True, text=True, check=False).stdout
+    if "(Open MPI)" not in found:
+        path = shutil.which("mpirun", path=variables.get("PATH"))
+        raise UsageError(f"{path} is not Open MPI's: put the environment's first: source .venv/bin/activate")
 
 
 def _try_pmix(servers: int, variables: dict[str, str]) -> None:

@@ -49,7 +49,7 @@ def measure(names: list[str], interface: str, data_dir: str, limit: float) -> Me
         seconds = time.monotonic() - began
         printed, said = (path.read_text(errors="replace") for path in (out, err))
     parts = parse(printed)
-    if status == 0:
+    if status == 0 and "facts" in parts:
         return Measured(parts, [], seconds)
     return Measured(
         parts, [hung(names, said, heard, limit) if status is None else failed(names, said, status)], seconds

@@ -1,5 +1,6 @@
 """launch.run: the command it prints is the one it runs, with what people forget, without their secrets."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -137,6 +138,20 @@ def test_an_interface_that_is_not_there(launcher):
     done = launch_run("--launcher", launcher, "--interface", "ib7", "-np", "1", sys.executable, "-c", "")
     assert done.returncode == 2
     assert "error: --interface=ib7: this machine has lo" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_mpi_that_comes_first_is_told(tmp_path):
+    """As MPICH's does, it takes the options for a call for help, starts nothing, and ends with 0."""
+    other = tmp_path / "mpirun"
+    other.write_text("#!/bin/sh\necho Usage: ./mpiexec\n")
+    other.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = launch_run("-np", "1", sys.executable, "-c", "", PATH=path)
+    assert done.returncode == 2
+    assert f"error: {other} is not Open MPI's: put the environment's first: source .venv/bin/activate" in done.stderr
+    command = [sys.executable, "-m", "launch.doctor", "--hostfile", "hostfiles/localhost"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(PATH=path), capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and f"{other} is not Open MPI's" in done.stdout, done.stdout
 
 
 @pytest.mark.ranks
