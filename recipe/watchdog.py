@@ -28,6 +28,7 @@ class Watchdog(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.patience = 0.0  # seconds without a sign of life; 0: any time
+        self.setting = "config.run.step_timeout"  # what sets it
         self._launchers = launchers()
         self._rendezvous = [os.environ[v] for v in RENDEZVOUS if v in os.environ]
         self._failures = 0
@@ -49,7 +50,7 @@ class Watchdog(threading.Thread):
             waited = time.monotonic() - self._when
             if 0 < self.patience < waited:
                 leave(
-                    f"nothing was heard for {waited:.0f} s (config.run.step_timeout={self.patience:g}); the last sign "
+                    f"nothing was heard for {waited:.0f} s ({self.setting}={self.patience:g}); the last sign "
                     f"of life was {self._last}: a host or a link is gone, or another rank hangs"
                 )
 
@@ -94,6 +95,13 @@ def patience(seconds: float) -> Iterator[None]:
         yield
     finally:
         _watchdog.patience = 0.0
+
+
+def keep(seconds: float, setting: str) -> None:
+    """From now on the process leaves when it has given no sign of life for so many seconds; `setting` names them."""
+    start()
+    _watchdog.beat("the start")
+    _watchdog.patience, _watchdog.setting = seconds, setting
 
 
 def launched_rank() -> str:

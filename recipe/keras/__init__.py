@@ -7,7 +7,7 @@ lists them one by one, with what is better here and what is refused.
 from typing import Any
 
 from recipe import collectives
-from recipe.keras import backend, callbacks, elastic
+from recipe.keras import backend, callbacks, elastic, rollcall, together
 from recipe.keras.backend import Compression
 from recipe.keras.distributed import DistributedOptimizer, PartialDistributedOptimizer, load_model
 from recipe.keras.normalization import SyncBatchNormalization
@@ -117,8 +117,14 @@ __all__ = [
 ]
 
 
-def init(comm: Any = None, process_sets: Any = None) -> None:
+def init(comm: Any = None, process_sets: Any = None, step_timeout: float | None = None) -> None:
     """Starts Horovod through the binding of Keras's backend.
 
-    `comm` is a list of ranks or an mpi4py communicator (default: all), `process_sets` the ProcessSets to register."""
+    `comm` is a list of ranks or an mpi4py communicator (default: all), `process_sets` the ProcessSets to register.
+    A job in which the ranks wait for each other for `step_timeout` seconds ends with where each of them is (default:
+    RECIPE_STEP_TIMEOUT in the environment, or 600; 0: never)."""
     collectives.init(backend.FRAMEWORK, comm=comm, process_sets=process_sets)
+    rollcall.start(step_timeout)
+
+
+together.install()

@@ -22,14 +22,24 @@ else:
 
 FRAMEWORK = keras.backend.backend()
 DEVICES = _module.DEVICES
+WORD_ALONE = _module.WORD_ALONE
 Compression = _module.Compression
 horovod = _module.hvd
 broadcast = _module.broadcast
 compiled = _module.compiled
 dense = _module.dense
 divided_by_size = _module.divided_by_size
+gathered_bytes = _module.gathered_bytes
 gradients = _module.gradients
+kind = _module.kind
+nothing = _module.nothing
 on_device = _module.on_device
+prepare = _module.prepare
 reduce = _module.reduce
+scaled = _module.scaled
+spoken = _module.spoken
+strategy = _module.strategy
 total = _module.total
 use_local_device = _module.use_local_device
+without_gradients = _module.without_gradients
+zeros = _module.zeros

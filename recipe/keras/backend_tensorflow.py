@@ -1,5 +1,7 @@
 """What Horovod does to gradients and variables under Keras's TensorFlow backend."""
 
+import contextlib
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,17 +12,22 @@ import tensorflow as tf
 
 from recipe.collectives import check_gpus
 from recipe.data.batches import ALIGNMENT
+from recipe.keras import recording
 
 Compression = hvd.Compression
 DEVICES = True  # tf.device takes the names that device_dense and device_sparse give
+WORD_ALONE = True  # an agreement's word is an operation of its own, so that it can be heard before any gradient
 
 
-def reduce(gradients: list, variables: list, groups: list[list[int]], how: Any) -> list:
-    """The gradients (tensors, IndexedSlices or None) at the places in `groups`, reduced over the ranks as `how`, a
-    Reduction, says; the others as they are.
+def reduce(
+    gradients: list, variables: list, groups: list[list[int]], how: Any, word: tf.Tensor | None = None
+) -> tuple[list, tf.Tensor | None]:
+    """Returns the gradients (tensors, IndexedSlices or None) at the places in `groups`, reduced over the ranks as
+    `how`, a Reduction, says, the others as they are; and the sum of all ranks' `word`, a vector that goes with them.
 
     One named allreduce for each group: in a traced step it starts when backprop has produced its gradients, and
     Horovod fuses those that wait together. None stays None: the traced step, and so None, is the same on all ranks."""
+    heard = None if word is None else spoken(word, how)
     reduced = [dense(g) if how.sparse_as_dense else g for g in gradients]
     for group in groups:
         sparse = [i for i in group if isinstance(reduced[i], tf.IndexedSlices)]
@@ -29,7 +36,51 @@ def reduce(gradients: list, variables: list, groups: list[list[int]], how: Any) 
         together = [i for i in group if reduced[i] is not None and i not in sparse]
         for i, result in zip(together, _allreduced([reduced[i] for i in together], group[0], how), strict=True):
             reduced[i] = result
-    return reduced
+    return reduced, heard
+
+
+def spoken(word: tf.Tensor, how: Any) -> tf.Tensor:
+    """The sum of all ranks' `word`, alone. `how`, a Reduction, names it."""
+    how.give_name()
+    return hvd.allreduce(word, op=hvd.Sum, name=f"{how.wire_name}.word", ignore_name_scope=True)
+
+
+def scaled(gradient: Any, factor: Any) -> Any:
+    """The gradient, which may be sparse, times a number."""
+    if isinstance(gradient, tf.IndexedSlices):
+        values = gradient.values * tf.cast(factor, gradient.dtype)
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    return gradient * tf.cast(factor, gradient.dtype)
+
+
+def kind(gradient: Any) -> str:
+    """ "none", "sparse" or "dense"."""
+    if gradient is None:
+        return "none"
+    return "sparse" if isinstance(gradient, tf.IndexedSlices) else "dense"
+
+
+def nothing(variable: Any, kind: str) -> Any:
+    """The gradient of no examples, of this kind."""
+    if kind == "none":
+        return None
+    shape = tuple(variable.shape)
+    if kind == "sparse":
+        indices = tf.cast(zeros((1,), "float32"), tf.int32)[:0]
+        return tf.IndexedSlices(zeros((1, *shape[1:]), variable.dtype)[:0], indices, tf.constant(shape))
+    return zeros(shape, variable.dtype)
+
+
+def zeros(shape: tuple, dtype: str) -> tf.Tensor:
+    """Zeros that are no constant in a graph: TensorFlow evaluates what depends on constants only, an allreduce among
+    it, once and for all."""
+    return tf.fill(shape, tf.cast(_zero().read_value(), dtype))
+
+
+@functools.cache
+def _zero() -> tf.Variable:
+    with tf.init_scope():
+        return tf.Variable(0.0, trainable=False)
 
 
 def _allreduced(tensors: list, number: int, how: Any) -> list:
@@ -79,9 +130,13 @@ def total(tensor: tf.Tensor, name: str, process_set: Any = hvd.global_process_se
     """The sum of a tensor over all ranks; differentiable: its gradient is the sum of all ranks' gradients."""
     options = {"op": hvd.Sum, "process_set": process_set, "ignore_name_scope": True}
 
+    def allreduced(x: tf.Tensor, name: str) -> tf.Tensor:
+        recording.note(recording.Total(name, tuple(x.shape), x.dtype.name, process_set))
+        return hvd.allreduce(x, name=name, **options)
+
     @tf.custom_gradient
     def summed(x: tf.Tensor) -> tuple:
-        return hvd.allreduce(x, name=name, **options), lambda g: hvd.allreduce(g, name=f"{name}.gradient", **options)
+        return allreduced(x, name), lambda g: allreduced(g, f"{name}.gradient")
 
     return summed(tensor)
 
@@ -94,7 +149,23 @@ def broadcast(variables: list, root_rank: int, name: str) -> None:
         for i, v in enumerate(variables):
             v.value.assign(hvd.broadcast(v.value.read_value(), root_rank, name=f"{name}.{i}"))
 
-    assign_all()
+    assign_all.get_concrete_function()()  # a call of the function itself would warn of retracing from the fifth on
+
+
+def gathered_bytes(values: np.ndarray, name: str) -> np.ndarray:
+    """All ranks' bytes, uint8 of one length, one after another. Collective.
+
+    Traced: an eager operation goes by its type, whatever its name, and would meet another thread's."""
+    return _gather(name, len(values))(tf.constant(values)).numpy()
+
+
+@functools.cache
+def _gather(name: str, length: int) -> Callable:
+    def gather(values: tf.Tensor) -> tf.Tensor:
+        with tf.device("/cpu:0"):
+            return hvd.allgather(values, name=name, ignore_name_scope=True)
+
+    return compiled(gather, [("uint8", (length,))])
 
 
 def compiled(function: Callable, signature: list[tuple]) -> Callable:
@@ -108,6 +179,21 @@ def gradients(forward: Callable[[], tuple], variables: list) -> tuple[list, tupl
     with tf.GradientTape() as tape:
         loss, *found = forward()
     return tape.gradient(loss, [v.value for v in variables]), found
+
+
+def without_gradients() -> contextlib.AbstractContextManager:
+    """A context for updates outside of a step: TensorFlow records gradients on its tapes only."""
+    return contextlib.nullcontext()
+
+
+def strategy() -> str:
+    """The name of the tf.distribute strategy in force; empty: none."""
+    return type(tf.distribute.get_strategy()).__name__ if tf.distribute.has_strategy() else ""
+
+
+def prepare(train_function: Callable, batch: Any) -> None:
+    """Traces a training step on a batch and doesn't run it: variables that it makes come to exist."""
+    tf.function(lambda: train_function([batch]), autograph=False).get_concrete_function()
 
 
 def on_device(element: tuple) -> tuple:

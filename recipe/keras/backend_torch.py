@@ -1,42 +1,74 @@
 """What Horovod does to gradients and variables under Keras's PyTorch backend."""
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
+import keras
+import numpy as np
 import torch
 
+from recipe.keras import recording
 from recipe.torch import device
 
 Compression = hvd.Compression
 DEVICES = False  # a tensor is reduced where it lies
+WORD_ALONE = False  # an agreement's word is part of a vector that goes with the gradients
 on_device = device.on_device
 use_local_device = device.use_local_device
 
 
-def reduce(gradients: list, variables: list, groups: list[list[int]], how: Any) -> list:
-    """The gradients (tensors or None) at the places in `groups`, reduced over the ranks as `how`, a Reduction, says;
-    the others as they are.
+def reduce(
+    gradients: list, variables: list, groups: list[list[int]], how: Any, word: torch.Tensor | None = None
+) -> tuple[list, torch.Tensor | None]:
+    """Returns the gradients (tensors or None) at the places in `groups`, reduced over the ranks as `how`, a Reduction,
+    says, the others as they are; and the sum of all ranks' `word`, a vector that goes with them.
 
     All start before the first is waited for, so that Horovod fuses them. Keras hands the gradients over when backprop
     is done, so here they don't overlap with it. A rank that lacks a gradient sends zeros, since the others may have
     it (a layer that only some ranks' examples reach) and would wait for ever; None comes back when no rank has it."""
     places = list(itertools.chain(*groups))
-    have = torch.tensor([gradients[i] is not None for i in places], dtype=torch.int32)
-    have = hvd.allreduce_async_(have, op=hvd.Max, name=f"{how.wire_name}.present", process_set=how.process_set)
+    have = torch.tensor([gradients[i] is not None for i in places], dtype=torch.float32)
+    told = have if word is None else torch.cat([have, word.to(have.device)])
+    told = hvd.allreduce_async_(told, op=hvd.Sum, name=f"{how.wire_name}.present", process_set=how.process_set)
     started = []
     for group in groups:
         filled = [torch.zeros_like(variables[i].value) if gradients[i] is None else gradients[i] for i in group]
         started.append(_start([dense(g) for g in filled], f"{how.wire_name}.{group[0]}", how))
-    present = dict(zip(places, hvd.synchronize(have).tolist(), strict=True))
+    told = hvd.synchronize(told)
+    present = dict(zip(places, told[: len(places)].tolist(), strict=True))
     reduced = list(gradients)
     for group, (handle, contexts) in zip(groups, started, strict=True):
         results = hvd.synchronize(handle)
         results = results if isinstance(results, (list, tuple)) else [results]
         for i, result, context in zip(group, results, contexts, strict=True):
             reduced[i] = how.compression.decompress(result, context) if present[i] else None
-    return reduced
+    return reduced, None if word is None else told[len(places) :]
+
+
+def spoken(word: torch.Tensor, how: Any) -> torch.Tensor:
+    """The sum of all ranks' `word`, alone. `how`, a Reduction, names it."""
+    how.give_name()
+    return hvd.allreduce(word.contiguous(), op=hvd.Sum, name=f"{how.wire_name}.word")
+
+
+def scaled(gradient: torch.Tensor, factor: float) -> torch.Tensor:
+    """The gradient times a number."""
+    return gradient if float(factor) == 1.0 else gradient * float(factor)
+
+
+def kind(gradient: Any) -> str:
+    """ "none", "sparse" or "dense"."""
+    if gradient is None:
+        return "none"
+    return "sparse" if gradient.is_sparse else "dense"
+
+
+def nothing(variable: Any, kind: str) -> torch.Tensor | None:
+    """The gradient of no examples: none, for `reduce` fills in zeros where another rank has one."""
+    return None
 
 
 def _start(tensors: list[torch.Tensor], name: str, how: Any) -> tuple:
@@ -51,6 +83,11 @@ def _start(tensors: list[torch.Tensor], name: str, how: Any) -> tuple:
     if len(wires) > 1:
         return hvd.grouped_allreduce_async_(list(wires), **options), contexts
     return hvd.allreduce_async_(wires[0], **options), contexts
+
+
+def zeros(shape: tuple, dtype: str) -> torch.Tensor:
+    """Zeros to take part with in another rank's sum."""
+    return keras.ops.zeros(shape, dtype)
 
 
 def dense(gradient: Any) -> Any:
@@ -74,16 +111,17 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, name: str, process_set: Any) -> torch.Tensor:
         ctx.name, ctx.process_set = name, process_set
-        return hvd.allreduce(tensor.contiguous(), op=hvd.Sum, name=name, process_set=process_set)
+        return _summed(tensor, name, process_set)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
-        name = f"{ctx.name}.gradient"
-        return (
-            hvd.allreduce(gradient.contiguous(), op=hvd.Sum, name=name, process_set=ctx.process_set),
-            None,
-            None,
-        )
+        return _summed(gradient, f"{ctx.name}.gradient", ctx.process_set), None, None
+
+
+def _summed(tensor: torch.Tensor, name: str, process_set: Any) -> torch.Tensor:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    recording.note(recording.Total(name, tuple(tensor.shape), dtype, process_set))
+    return hvd.allreduce(tensor.contiguous(), op=hvd.Sum, name=name, process_set=process_set)
 
 
 def broadcast(variables: list, root_rank: int, name: str) -> None:
@@ -91,6 +129,25 @@ def broadcast(variables: list, root_rank: int, name: str) -> None:
     handles = [hvd.broadcast_async_(v.value.data, root_rank, name=f"{name}.{i}") for i, v in enumerate(variables)]
     for handle in handles:
         hvd.synchronize(handle)
+
+
+def without_gradients() -> contextlib.AbstractContextManager:
+    """A context for updates outside of a step."""
+    return torch.no_grad()
+
+
+def strategy() -> str:
+    """The name of a strategy that averages gradients; empty: PyTorch's are seen by what wraps the model."""
+    return ""
+
+
+def prepare(train_function: Callable, batch: Any) -> None:
+    """Nothing: with PyTorch Keras builds a model before its first step."""
+
+
+def gathered_bytes(values: np.ndarray, name: str) -> np.ndarray:
+    """All ranks' bytes, uint8 of one length, one after another. Collective."""
+    return hvd.allgather(torch.from_numpy(values.copy()), name=name).numpy()
 
 
 def compiled(function: Callable, signature: list[tuple]) -> Callable:

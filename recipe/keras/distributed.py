@@ -1,12 +1,13 @@
 """`DistributedOptimizer` for Keras 3: any Keras optimizer, applied to the gradient reduced over all ranks."""
 
+import contextlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
 
-from recipe.keras import backend
+from recipe.keras import backend, rollcall
 from recipe.keras.reduction import Reduction
 
 Average, Sum, Adasum = backend.horovod.Average, backend.horovod.Sum, backend.horovod.Adasum
@@ -42,14 +43,50 @@ class _Distributed:
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
         if len(variables) != len(gradients):
             super().apply(gradients, trainable_variables)  # which says what is wrong
-        elif self._hvd.passes > 1 or self.gradient_accumulation_steps:
-            if not self.built:
-                self.build(variables)
-                self.built = True
-            step = self._apply_after_passes if self._hvd.passes > 1 else self._apply_accumulating
-            step(gradients, variables)
-        else:
-            super().apply(self._hvd(gradients, variables), variables)
+            return
+        self._hvd.note(self, gradients, variables)
+        if self._hvd.passes > 1 or self.gradient_accumulation_steps:
+            self._apply_pass(gradients, variables)
+            return
+        agreement = self._hvd.agreement
+        reduced, heard = self._hvd(gradients, variables, agreement and agreement.word(self))
+        if agreement:
+            factor = agreement.hear(heard)
+            if not backend.WORD_ALONE and agreement.nobody():
+                return
+            reduced = self._hvd.weighted(reduced, factor)
+        super().apply(reduced, variables)
+
+    def _apply_pass(self, gradients: list, variables: list) -> None:
+        """One of several backward passes of a step. The agreement's word travels alone: most passes reduce nothing."""
+        if not self.built:
+            self.build(variables)
+            self.built = True
+        if agreement := self._hvd.agreement:
+            word = agreement.word(self)
+            factor = agreement.hear(None if word is None else backend.spoken(word, self._hvd))
+            gradients = self._hvd.weighted(gradients, factor)
+        step = self._apply_after_passes if self._hvd.passes > 1 else self._apply_accumulating
+        step(gradients, variables)
+
+    def take_part(self, variables: list, kinds: list[str]) -> Iterator[Callable]:
+        """Yields what this rank does, one after another, in an `apply` of the other ranks for which it has no
+        examples: tells its word, then reduces nothing and updates. Collective.
+
+        Whoever runs them stops after the first when no rank has examples."""
+        agreement = self._hvd.agreement
+        alone = backend.WORD_ALONE or self._hvd.passes > 1 or self.gradient_accumulation_steps
+
+        def tell() -> None:
+            agreement.hear(backend.spoken(agreement.word(self), self._hvd))
+
+        def update() -> None:
+            with agreement.told() if alone else contextlib.nullcontext():
+                self.apply([backend.nothing(v, kind) for v, kind in zip(variables, kinds, strict=True)], variables)
+
+        if alone:
+            yield tell
+        yield update
 
     def _apply_after_passes(self, gradients: list, variables: list) -> None:
         """Adds up on this rank; every `passes` passes reduces the sums and updates. `iterations` counts updates."""
@@ -58,7 +95,7 @@ class _Distributed:
         how.accumulate(gradients, places)
 
         def last() -> None:
-            update(how(how.take(places), variables), variables)
+            update(how(how.take(places), variables)[0], variables)
 
         keras.ops.cond(keras.ops.equal(how.count, how.passes), last, lambda: None)
 
@@ -73,7 +110,7 @@ class _Distributed:
 
         def last() -> list:
             sums = [g + keras.ops.cast(a, g.dtype) for g, a in zip(mine, accumulators, strict=True)]
-            for accumulator, total in zip(accumulators, self._hvd(sums, variables), strict=True):
+            for accumulator, total in zip(accumulators, self._hvd(sums, variables)[0], strict=True):
                 accumulator.assign(total)
             return [keras.ops.zeros_like(g) for g in mine]
 
@@ -149,6 +186,7 @@ def DistributedOptimizer(
     if optimizer.built:
         optimizer._hvd.build(optimizer._trainable_variables)
     optimizer.__class__ = _distributed_class(type(optimizer), options)
+    rollcall.optimizers.add(optimizer)
     return optimizer
 
 
@@ -201,6 +239,13 @@ def load_model(
     if model.optimizer is not None and not is_distributed(model.optimizer):
         model.optimizer = DistributedOptimizer(model.optimizer, compression=compression)
     return model
+
+
+def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
+    """Returns the optimizers that train a model: the compiled one first, then those in its attributes, as a GAN has."""
+    held = [model.optimizer, *vars(model).values()]
+    found = {id(o): o for o in held if isinstance(o, keras.optimizers.Optimizer)}
+    return list(found.values())
 
 
 def is_distributed(optimizer: Any) -> bool:

@@ -44,7 +44,7 @@ class KerasState(ObjectState):
 
     def sync(self) -> None:
         with lost_ranks_told():
-            state.broadcast_model(self.model, self.optimizer)
+            state.broadcast_model(self.model, [self.optimizer])
         self._forget_passes()
         self._save_variables()
         super().sync()

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from recipe.keras import backend, names
+from recipe.keras import backend, names, recording
 
 
 @dataclass
@@ -31,26 +31,43 @@ class Reduction:
     count: Any = None  # backward passes since the last step
     wire_name: str | None = None  # prefix of the names of its collectives; given at its first reduction
     seen: set[int] = field(default_factory=set)  # places of the sums that have had a gradient since the last step
+    agreement: Any = None  # the Agreement of the `fit` that trains with it; None outside of one
 
-    def __call__(self, gradients: list, variables: list) -> list:
-        """The gradients reduced over the ranks; those of local variables stay here."""
+    def __call__(self, gradients: list, variables: list, word: Any = None) -> tuple[list, Any]:
+        """Returns the gradients reduced over the ranks, those of local variables as they are, and the sum of all ranks'
+        `word`, an Agreement's, which travels with them."""
         if self.process_set.process_set_id is None:
             raise ValueError(
                 f"process_set={self.process_set} is unknown to Horovod; pass it to init(process_sets=[…]) or "
                 "add_process_set()"
             )
         if not self.process_set.included():
-            return gradients
-        self.wire_name = self.wire_name or names.give(self.prefix, self.process_set.process_set_id)
+            return gradients, None
+        self.give_name()
         shared = [i for i, v in enumerate(variables) if not self.is_local(v)]
         local = [i for i, v in enumerate(variables) if self.is_local(v) and gradients[i] is not None]
-        reduced = backend.reduce(gradients, variables, self._grouped(shared, variables), self)
+        reduced, heard = backend.reduce(gradients, variables, self._grouped(shared, variables), self, word)
         if self.loss_scaled and local:
             self._share_overflow([gradients[i] for i in local], reduced, local)
         if self.scale_local:
             for i in local:
                 reduced[i] = backend.divided_by_size(reduced[i], self.process_set)
-        return reduced
+        return reduced, heard
+
+    def give_name(self) -> None:
+        """Names its collectives, at its first: all ranks use the same optimizers in the same order."""
+        self.wire_name = self.wire_name or names.give(self.prefix, self.process_set.process_set_id)
+
+    def weighted(self, gradients: list, factor: Any) -> list:
+        """Returns the gradients times `factor`, which makes a mean over all ranks one over those that have examples;
+        sums stay sums."""
+        if self.op != backend.horovod.Average:
+            return gradients
+        return [None if g is None else backend.scaled(g, factor) for g in gradients]
+
+    def note(self, optimizer: keras.optimizers.Optimizer, gradients: list, variables: list) -> None:
+        """Records a call of the optimizer's `apply`, when a step is being recorded."""
+        recording.note(recording.Update(optimizer, list(variables), [backend.kind(g) for g in gradients]))
 
     def add_local(self, variable: Any) -> None:
         self.local[id(framework_variable(variable))] = framework_variable(variable)

@@ -8,7 +8,7 @@ import numpy as np
 from recipe import collectives, replica
 from recipe.errors import RunError
 from recipe.keras import backend, names
-from recipe.keras.distributed import reduction_of
+from recipe.keras.distributed import optimizers_of, reduction_of
 from recipe.keras.normalization import SyncBatchNormalization
 from recipe.keras.reduction import framework_variable
 
@@ -18,16 +18,25 @@ _NO_SLOTS = ("_variables", "_trainable_variables")  # lists of variables that do
 def replicated(model: keras.Model) -> list:
     """The variables that must be equal on all ranks after every step: weights and optimizer state.
 
-    Not the moving statistics of batch normalisation: each worker has its own (paper, sec. 2.3). Nor the variables
-    that a DistributedOptimizer was told to leave on their ranks."""
-    reduction = reduction_of(model.optimizer)
-    local = [v for v in model.trainable_variables if reduction and reduction.is_local(v)]
-    return without(model.trainable_variables + model.optimizer.variables, local, model.optimizer)
+    Not the moving statistics of batch normalisation: each worker has its own (paper, sec. 2.3). Nor what an optimizer
+    accumulates between its updates, nor the variables that a DistributedOptimizer leaves on their ranks."""
+    found = list(model.trainable_variables)
+    for optimizer in optimizers_of(model):
+        reduction = reduction_of(optimizer)
+        local = [v for v in model.trainable_variables if reduction and reduction.is_local(v)]
+        found = without(found + optimizer.variables, [*local, *_accumulators(optimizer)], optimizer)
+    return found
 
 
 def everything(model: keras.Model) -> list:
-    """All state of training: weights, moving statistics, random seeds, optimizer slots, learning rate, counters."""
-    return model.variables + model.optimizer.variables
+    """All state of training: weights, moving statistics, random seeds, optimizer slots, learning rates, counters."""
+    return model.variables + [v for optimizer in optimizers_of(model) for v in optimizer.variables]
+
+
+def _accumulators(optimizer: keras.optimizers.Optimizer) -> list:
+    """A rank's own sums of gradients, which `gradient_accumulation_steps` keeps among the optimizer's variables."""
+    singles = [optimizer, getattr(optimizer, "inner_optimizer", None)]
+    return [v for single in singles for v in getattr(single, "_accumulated_gradients", [])]
 
 
 def without(variables: list, excluded: list, optimizer: keras.optimizers.Optimizer) -> list:
@@ -47,18 +56,20 @@ def broadcast_state(model: keras.Model, root_rank: int = 0, local: Sequence = ()
     """Rank root_rank's state on every rank, optimizer slots included, which are built first. Collective.
 
     The variables in `local`, and their slots, keep what they have."""
-    broadcast_model(model, model.optimizer, root_rank, local)
+    if model.optimizer is not None and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    broadcast_model(model, optimizers_of(model), root_rank, local)
 
 
 def broadcast_model(
-    model: keras.Model, optimizer: keras.optimizers.Optimizer, root_rank: int = 0, local: Sequence = ()
+    model: keras.Model, optimizers: Sequence[keras.optimizers.Optimizer], root_rank: int = 0, local: Sequence = ()
 ) -> None:
-    """`broadcast_state` for a model and an optimizer that is perhaps not compiled into it. Collective."""
-    if not optimizer.built:
-        optimizer.build(model.trainable_variables)
-    variables = without(model.variables + optimizer.variables, local, optimizer)
+    """`broadcast_state` for a model and optimizers that are perhaps not compiled into it. Collective."""
+    variables = model.variables
+    for optimizer in optimizers:
+        variables = without(variables + optimizer.variables, local, optimizer)
     _check_same_structure(variables)
-    _agree_on_names(model, optimizer, root_rank)
+    _agree_on_names(model, optimizers, root_rank)
     floats = [v for v in variables if keras.backend.is_float_dtype(v.dtype)]
     others = [v for v in variables if not keras.backend.is_float_dtype(v.dtype)]
     backend.broadcast(floats, root_rank, "state")
@@ -91,10 +102,10 @@ def from_arrays(model: keras.Model, arrays: dict[str, np.ndarray]) -> None:
         v.assign(arrays[name])
 
 
-def _agree_on_names(model: keras.Model, optimizer: keras.optimizers.Optimizer, root_rank: int) -> None:
+def _agree_on_names(model: keras.Model, optimizers: Sequence, root_rank: int) -> None:
     """Optimizers and layers of a rank that is new to an elastic job go by the names they have on the others."""
     layers = [layer for layer in model._flatten_layers() if isinstance(layer, SyncBatchNormalization)]
-    named = [*layers, *filter(None, [reduction_of(optimizer)])]
+    named = [*layers, *filter(None, map(reduction_of, optimizers))]
     mine = [n.wire_name for n in named], names.given()
     theirs, given = collectives.gather(mine, "state.names")[root_rank]
     names.go_on_from(given)

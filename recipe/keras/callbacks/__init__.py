@@ -7,17 +7,9 @@ from recipe.keras.callbacks.compatible import (
     LearningRateWarmupCallback,
     MetricAverageCallback,
 )
-from recipe.keras.callbacks.own import (
-    BroadcastState,
-    GradualWarmup,
-    MetricSums,
-    ReplicaCheck,
-    ScheduledRate,
-    StepDecay,
-    rate_of,
-    set_rate,
-    sum_metrics,
-)
+from recipe.keras.callbacks.metrics import MetricSums
+from recipe.keras.callbacks.own import GradualWarmup, ScheduledRate, StepDecay, rate_of, set_rate
+from recipe.keras.callbacks.replicas import BroadcastState, ReplicaCheck
 
 __all__ = [
     "BestModelCheckpoint",
@@ -33,5 +25,4 @@ __all__ = [
     "StepDecay",
     "rate_of",
     "set_rate",
-    "sum_metrics",
 ]

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 
 from recipe import collectives
 from recipe.keras import backend
-from recipe.keras.callbacks.own import BroadcastState, MetricSums, ScheduledRate, rate_of, set_rate
+from recipe.keras.callbacks.metrics import MetricSums, unweighted
+from recipe.keras.callbacks.own import ScheduledRate, rate_of, set_rate
+from recipe.keras.callbacks.replicas import BroadcastState
 
 _UNSET = "unset.keras"  # Keras insists on a file name when a ModelCheckpoint is made
 
@@ -39,10 +40,6 @@ class MetricAverageCallback(MetricSums):
         super().__init__()
         self.unweighted = unweighted
 
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        if not self.unweighted:
-            super().on_train_batch_end(batch, logs)
-
     def on_test_begin(self, logs: dict | None = None) -> None:
         if not self.unweighted:
             super().on_test_begin(logs)
@@ -56,12 +53,10 @@ class MetricAverageCallback(MetricSums):
             super().on_test_end(logs)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        if not self.unweighted:
+        if self.unweighted:
+            logs.update(unweighted(logs))
+        else:
             super().on_epoch_end(epoch, logs)
-        elif logs:
-            names = sorted(logs)
-            mean = collectives.total(np.array([float(logs[n]) for n in names]), "logs") / collectives.size()
-            logs.update(zip(names, mean.tolist(), strict=True))
 
 
 class LearningRateScheduleCallback(ScheduledRate):
