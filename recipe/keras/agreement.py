@@ -51,7 +51,8 @@ class Agreement:
         self.size, self.rank = collectives.size(), collectives.rank()
         self.nothing = False  # this rank takes part without examples
         self._told = False
-        self.calls: weakref.WeakKeyDictionary[keras.Model, list[Call]] = weakref.WeakKeyDictionary()  # of a step
+        # The calls of a step; None before the first.
+        self.calls: weakref.WeakKeyDictionary[keras.Model, list[Call] | None] = weakref.WeakKeyDictionary()
         self._mine = _variable(np.array([1.0, 0.0]))
         self._heard = _variable(np.zeros((self.size, ROW)))
 
@@ -74,10 +75,10 @@ class Agreement:
         return ops.reshape(ops.where(own, row, ops.zeros_like(row)), (-1,))
 
     def hear(self, summed: Any) -> Any:
-        """Takes the sum of all ranks' words, None when it was heard already. Returns size / (ranks with examples)."""
+        """Takes the sum of all ranks' words, None when it was heard already. Returns the share of ranks with examples."""
         if summed is not None:
             self._heard.assign(ops.reshape(summed, (self.size, ROW)))
-        return self.size / ops.sum(self._heard[:, 0])
+        return ops.maximum(ops.sum(self._heard[:, 0]), 1) / self.size
 
     def nobody(self) -> bool:
         """Whether this rank, which has no examples, has heard that no other has any."""

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -27,7 +27,7 @@ def reduce(
 
     One named allreduce for each group: in a traced step it starts when backprop has produced its gradients, and
     Horovod fuses those that wait together. None stays None: the traced step, and so None, is the same on all ranks."""
-    heard = None if word is None else spoken(word, how)
+    heard = None if word is None else spoken(word, how, gradients)
     reduced = [dense(g) if how.sparse_as_dense else g for g in gradients]
     for group in groups:
         sparse = [i for i in group if isinstance(reduced[i], tf.IndexedSlices)]
@@ -39,18 +39,32 @@ def reduce(
     return reduced, heard
 
 
-def spoken(word: tf.Tensor, how: Any) -> tf.Tensor:
-    """The sum of all ranks' `word`, alone. `how`, a Reduction, names it."""
+def spoken(word: tf.Tensor, how: Any, gradients: Sequence = ()) -> tf.Tensor:
+    """The sum of all ranks' `word`, alone. `how`, a Reduction, names it.
+
+    It follows the first of the gradients that backprop makes, the last variable's: a step that finds no more data
+    must not have spoken."""
     how.give_name()
-    return hvd.allreduce(word, op=hvd.Sum, name=f"{how.wire_name}.word", ignore_name_scope=True)
+    made = [g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients if g is not None]
+    with tf.control_dependencies(made[-1:]):
+        return hvd.allreduce(tf.identity(word), op=hvd.Sum, name=f"{how.wire_name}.word", ignore_name_scope=True)
 
 
-def scaled(gradient: Any, factor: Any) -> Any:
-    """The gradient, which may be sparse, times a number."""
+def after(tensor: tf.Tensor | None) -> contextlib.AbstractContextManager:
+    """A context whose operations wait for `tensor`: in a step that finds no more data they must not run, also where
+    they don't depend on the data, as the count of steps."""
+    return tf.control_dependencies([tensor]) if tensor is not None else contextlib.nullcontext()
+
+
+def divided(gradient: Any, by: tf.Tensor) -> Any:
+    """The gradient, which may be sparse, divided by a number.
+
+    Not multiplied: TensorFlow would put products with other numbers together, otherwise on a rank without examples
+    than on the others, whose weights would differ in their last bit."""
     if isinstance(gradient, tf.IndexedSlices):
-        values = gradient.values * tf.cast(factor, gradient.dtype)
+        values = gradient.values / tf.cast(by, gradient.dtype)
         return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-    return gradient * tf.cast(factor, gradient.dtype)
+    return gradient / tf.cast(by, gradient.dtype)
 
 
 def kind(gradient: Any) -> str:

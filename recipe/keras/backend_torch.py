@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import horovod.torch as hvd
@@ -48,15 +48,20 @@ def reduce(
     return reduced, None if word is None else told[len(places) :]
 
 
-def spoken(word: torch.Tensor, how: Any) -> torch.Tensor:
+def spoken(word: torch.Tensor, how: Any, gradients: Sequence = ()) -> torch.Tensor:
     """The sum of all ranks' `word`, alone. `how`, a Reduction, names it."""
     how.give_name()
     return hvd.allreduce(word.contiguous(), op=hvd.Sum, name=f"{how.wire_name}.word")
 
 
-def scaled(gradient: torch.Tensor, factor: float) -> torch.Tensor:
-    """The gradient times a number."""
-    return gradient if float(factor) == 1.0 else gradient * float(factor)
+def after(tensor: torch.Tensor | None) -> contextlib.AbstractContextManager:
+    """Nothing: PyTorch's operations run one after another."""
+    return contextlib.nullcontext()
+
+
+def divided(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """The gradient divided by a number."""
+    return gradient if float(by) == 1.0 else gradient / float(by)
 
 
 def kind(gradient: Any) -> str:
@@ -67,8 +72,8 @@ def kind(gradient: Any) -> str:
 
 
 def nothing(variable: Any, kind: str) -> torch.Tensor | None:
-    """The gradient of no examples: none, for `reduce` fills in zeros where another rank has one."""
-    return None
+    """The gradient of no examples, dense: so a sparse one is reduced."""
+    return None if kind == "none" else torch.zeros_like(variable.value.data)
 
 
 def _start(tensors: list[torch.Tensor], name: str, how: Any) -> tuple:

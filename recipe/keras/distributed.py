@@ -45,29 +45,35 @@ class _Distributed:
             super().apply(gradients, trainable_variables)  # which says what is wrong
             return
         self._hvd.note(self, gradients, variables)
+        if self._hvd.agreement and not self.built:  # variables can't be made where operations wait for others
+            self.build(variables)
+            self.built = True
         if self._hvd.passes > 1 or self.gradient_accumulation_steps:
             self._apply_pass(gradients, variables)
             return
         agreement = self._hvd.agreement
         reduced, heard = self._hvd(gradients, variables, agreement and agreement.word(self))
         if agreement:
-            factor = agreement.hear(heard)
+            share = agreement.hear(heard)
             if not backend.WORD_ALONE and agreement.nobody():
                 return
-            reduced = self._hvd.weighted(reduced, factor)
-        super().apply(reduced, variables)
+            reduced = self._hvd.weighted(reduced, share)
+        with backend.after(heard):
+            super().apply(reduced, variables)
 
     def _apply_pass(self, gradients: list, variables: list) -> None:
         """One of several backward passes of a step. The agreement's word travels alone: most passes reduce nothing."""
         if not self.built:
             self.build(variables)
             self.built = True
+        heard = None
         if agreement := self._hvd.agreement:
             word = agreement.word(self)
-            factor = agreement.hear(None if word is None else backend.spoken(word, self._hvd))
-            gradients = self._hvd.weighted(gradients, factor)
+            heard = None if word is None else backend.spoken(word, self._hvd, gradients)
+            gradients = self._hvd.weighted(gradients, agreement.hear(heard))
         step = self._apply_after_passes if self._hvd.passes > 1 else self._apply_accumulating
-        step(gradients, variables)
+        with backend.after(heard):
+            step(gradients, variables)
 
     def take_part(self, variables: list, kinds: list[str]) -> Iterator[Callable]:
         """Yields what this rank does, one after another, in an `apply` of the other ranks for which it has no

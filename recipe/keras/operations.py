@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from recipe.keras import backend, names
+from recipe.keras import backend, names, recording
 from recipe.keras.backend import Compression
 
 _hvd = backend.horovod
@@ -28,6 +28,7 @@ def allreduce(
     """The mean of a value of the same shape over the ranks, or what `op` says: Sum, Min, Max, Product, Adasum.
 
     `average` is an old way to say op=Average (True) or op=Sum (False); both at once is a ValueError."""
+    recording.note(recording.Foreign("hvd.allreduce"))
     options = {
         "op": _op(op, average),
         "name": name or _name("allreduce", process_set),
@@ -50,6 +51,7 @@ def grouped_allreduce(
     process_set: Any = _hvd.global_process_set,
 ) -> list:
     """Several values of one type, reduced as one operation; otherwise as `allreduce`."""
+    recording.note(recording.Foreign("hvd.grouped_allreduce"))
     options = {
         "op": _op(op, average),
         "name": name or _name("allreduce", process_set),
@@ -63,11 +65,13 @@ def grouped_allreduce(
 
 def allgather(value: Any, name: str | None = None, process_set: Any = _hvd.global_process_set) -> Any:
     """All ranks' values one after another along the first axis, in which they may differ."""
+    recording.note(recording.Foreign("hvd.allgather"))
     return _hvd.allgather(_tensor(value), name=name or _name("allgather", process_set), process_set=process_set)
 
 
 def broadcast(value: Any, root_rank: int, name: str | None = None, process_set: Any = _hvd.global_process_set) -> Any:
     """Rank root_rank's value, on all ranks."""
+    recording.note(recording.Foreign("hvd.broadcast"))
     name = name or _name("broadcast", process_set)
     return _hvd.broadcast(_tensor(value), root_rank, name=name, process_set=process_set)
 
@@ -76,6 +80,7 @@ def reducescatter(
     value: Any, name: str | None = None, op: int = _hvd.Average, process_set: Any = _hvd.global_process_set
 ) -> Any:
     """This rank's part, along the first axis, of the reduced value; op is Average or Sum."""
+    recording.note(recording.Foreign("hvd.reducescatter"))
     name = name or _name("reducescatter", process_set)
     return _hvd.reducescatter(_tensor(value), name=name, op=op, process_set=process_set)
 
@@ -86,6 +91,7 @@ def alltoall(
     """Sends the i-th part of the value's first axis to rank i and joins what all ranks sent here.
 
     Without `splits` (one length for each rank) the parts are equal; with it, (joined, lengths received) comes back."""
+    recording.note(recording.Foreign("hvd.alltoall"))
     if splits is not None:
         splits = keras.ops.cast(_tensor(splits), "int32")
     name = name or _name("alltoall", process_set)
@@ -96,12 +102,15 @@ def broadcast_object(
     obj: Any, root_rank: int = 0, name: str | None = None, process_set: Any = _hvd.global_process_set
 ) -> Any:
     """Rank root_rank's object, which must be picklable, on all ranks."""
-    return _hvd.broadcast_object(obj, root_rank=root_rank, name=name, process_set=process_set)
+    recording.note(recording.Foreign("hvd.broadcast_object"))
+    # Horovod's own default is the name of the object's type, which may differ from rank to rank.
+    return _hvd.broadcast_object(obj, root_rank=root_rank, name=name or "broadcast_object", process_set=process_set)
 
 
 def allgather_object(obj: Any, name: str | None = None) -> list:
     """All ranks' objects, which must be picklable, in the order of the ranks."""
-    return _hvd.allgather_object(obj, name=name)
+    recording.note(recording.Foreign("hvd.allgather_object"))
+    return _hvd.allgather_object(obj, name=name or "allgather_object")
 
 
 def broadcast_variables(variables: Iterable[keras.Variable], root_rank: int) -> None:

@@ -45,10 +45,10 @@ def start() -> None:
     _calls = []
 
 
-def stop() -> list[Call]:
-    """Ends the list and returns it; it is empty where a traced step ran again."""
+def stop() -> list[Call] | None:
+    """Ends the list and returns it; None where none was begun, as when a traced step runs again."""
     global _calls
-    calls, _calls = _calls or [], None
+    calls, _calls = _calls, None
     return calls
 
 

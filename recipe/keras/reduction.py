@@ -58,12 +58,12 @@ class Reduction:
         """Names its collectives, at its first: all ranks use the same optimizers in the same order."""
         self.wire_name = self.wire_name or names.give(self.prefix, self.process_set.process_set_id)
 
-    def weighted(self, gradients: list, factor: Any) -> list:
-        """Returns the gradients times `factor`, which makes a mean over all ranks one over those that have examples;
-        sums stay sums."""
+    def weighted(self, gradients: list, share: Any) -> list:
+        """Returns the gradients divided by the share of ranks that have examples: a mean over all becomes one over
+        those; sums stay sums."""
         if self.op != backend.horovod.Average:
             return gradients
-        return [None if g is None else backend.scaled(g, factor) for g in gradients]
+        return [None if g is None else backend.divided(g, share) for g in gradients]
 
     def note(self, optimizer: keras.optimizers.Optimizer, gradients: list, variables: list) -> None:
         """Records a call of the optimizer's `apply`, when a step is being recorded."""

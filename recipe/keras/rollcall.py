@@ -26,7 +26,7 @@ from recipe.keras import backend
 VARIABLE = "RECIPE_STEP_TIMEOUT"  # seconds; 0: no limit
 DEFAULT = 600.0  # seconds, as config.run.step_timeout
 PERIOD = 2.0  # seconds between two meetings
-PATIENCE = 10.0  # seconds that ranks wait for one that has failed
+PATIENCE = 5.0  # seconds that ranks wait for one that has failed
 ROW = 768  # bytes that a rank says
 
 _LIBRARIES = tuple({sysconfig.get_path(p) for p in ("purelib", "platlib", "stdlib")})
@@ -115,8 +115,11 @@ class RollCall(threading.Thread):
             time.sleep(PERIOD)
             try:
                 seen = _meet(self._look())
-            except Exception:
-                return  # Horovod was shut down
+            except Exception as error:
+                watchdog.keep(0.0, "step_timeout")
+                if "Horovod" in str(error) or not collectives.started():
+                    return  # it was shut down
+                raise
             if why := self._stuck(seen):
                 _leave(why, seen)
 

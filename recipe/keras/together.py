@@ -117,7 +117,7 @@ def _agreement(model: keras.Model) -> Agreement | None:
     for reduction in reductions:
         reduction.agreement = agreement
     if model not in agreement.calls:
-        agreement.calls[model] = []
+        agreement.calls[model] = None
         if model.train_function is not None:  # traced without the agreement's word
             model.make_train_function(force=True)
     return agreement
@@ -196,7 +196,7 @@ class Together(keras.callbacks.Callback):
         rollcall.here.at(f"epoch {self._epoch}, step {batch}")
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        if calls := recording.stop():
+        if (calls := recording.stop()) is not None:
             self.agreement.calls[self.model] = calls
         self._end_step(batch, logs)
 
@@ -302,6 +302,8 @@ class Together(keras.callbacks.Callback):
     def _take_part(self, batch: int) -> bool:
         """Does the collectives of one step, with no examples, and its update. Returns whether any rank had examples."""
         self._check_possible()
+        if not self.agreement.calls[self.model]:
+            return False  # the step has no collectives
         if self._begun < batch:
             self.on_train_batch_begin(batch)
         self.agreement.say(nothing=True, stop=bool(self._wish))
@@ -324,7 +326,7 @@ class Together(keras.callbacks.Callback):
         """Raises RunError where this rank can't take part with nothing."""
         calls, rank = self.agreement.calls[self.model], collectives.rank()
         ended = f"rank {rank}'s data end after {self._done} steps of epoch {self._epoch}"
-        if not calls:
+        if calls is None:
             raise RunError(f"{ended}, and it never had any; give each rank data (recipe.keras.divide)")
         if self.model.steps_per_execution > 1:
             raise RunError(f"{ended}; with steps_per_execution > 1 all ranks need as many steps")

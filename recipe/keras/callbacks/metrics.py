@@ -14,6 +14,8 @@ from recipe import collectives
 from recipe.errors import RunError
 from recipe.keras.distributed import optimizers_of, reduction_of
 
+Number = float | np.ndarray  # what Keras logs: a number, or one for each class
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -28,7 +30,7 @@ class Weight:
 class Captured:
     """A rank's metrics after an epoch's training or an evaluation, before they are reset."""
 
-    results: dict[str, float]  # by the names that Keras logs
+    results: dict[str, Number]  # by the names that Keras logs
     summable: frozenset[str]  # names among them whose metric's state can be summed
     state: list[np.ndarray]  # of the metrics whose state can be summed
     weight: Weight
@@ -42,7 +44,7 @@ class Captured:
 class Message:
     """What a rank says at the end of an epoch."""
 
-    logs: dict[str, float]
+    logs: dict[str, Number]
     captured: dict[str, Captured]  # by the prefix of their names in the logs, without their states
     shapes: dict[str, list[tuple[int, ...]]]  # of the states, by prefix
     own_shapes: list[tuple[int, ...]]  # of the states of this rank's model, now
@@ -103,14 +105,14 @@ class MetricSums(keras.callbacks.Callback):
         logs.update(_agreed(self.model, logs, captured))
 
 
-def unweighted(logs: dict) -> dict[str, float]:
+def unweighted(logs: dict) -> dict[str, Number]:
     """The mean of each number over the ranks that have it, however many examples each holds. Collective."""
     mine = _numbers(logs)
     ranks = collectives.gather(mine, "logs")
     return {name: _mean([(theirs[name], 1.0) for theirs in ranks if name in theirs]) for name in _names(ranks, mine)}
 
 
-def _agreed(model: keras.Model, logs: dict, captured: dict[str, Captured]) -> dict[str, float]:
+def _agreed(model: keras.Model, logs: dict, captured: dict[str, Captured]) -> dict[str, Number]:
     """The numbers of the logs over all ranks; a name that only some ranks have is there on all. Collective."""
     mine = _numbers(logs)
     plain = {prefix: Captured(c.results, c.summable, [], c.weight) for prefix, c in captured.items()}
@@ -125,7 +127,7 @@ def _agreed(model: keras.Model, logs: dict, captured: dict[str, Captured]) -> di
     return agreed
 
 
-def _whole(model: keras.Model, ranks: list[Message], mine: Captured | None, prefix: str) -> dict[str, float] | None:
+def _whole(model: keras.Model, ranks: list[Message], mine: Captured | None, prefix: str) -> dict[str, Number] | None:
     """The metrics' results over all ranks; None when no rank has this kind. Collective."""
     having = [message.shapes[prefix] for message in ranks if prefix in message.shapes]
     if not having:
@@ -144,7 +146,7 @@ def _whole(model: keras.Model, ranks: list[Message], mine: Captured | None, pref
     return results
 
 
-def _agreed_number(name: str, prefix: str, ranks: list[Message], whole: dict[str, float]) -> float:
+def _agreed_number(name: str, prefix: str, ranks: list[Message], whole: dict[str, Number]) -> Number:
     """A metric's result over all ranks, when that is what all of them have logged by this name; else their mean."""
     having = [message for message in ranks if name in message.logs]
     captured = [message.captured[prefix] for message in having if prefix in message.captured]
@@ -158,8 +160,8 @@ def _agreed_number(name: str, prefix: str, ranks: list[Message], whole: dict[str
     return _mean([(message.logs[name], w) for message, w in zip(having, weights, strict=True)])
 
 
-def _same(logged: float, result: float | None) -> bool:
-    return result is not None and (logged == result or (np.isnan(logged) and np.isnan(result)))
+def _same(logged: Number, result: Number | None) -> bool:
+    return result is not None and np.array_equal(logged, result, equal_nan=True)
 
 
 def _weights(weights: list[Weight | None]) -> list[float]:
@@ -171,25 +173,31 @@ def _weights(weights: list[Weight | None]) -> list[float]:
     return [1.0] * len(weights)
 
 
-def _mean(numbers: list[tuple[float, float]]) -> float:
+def _mean(numbers: list[tuple[Number, float]]) -> Number:
     """The mean of (number, weight); equal numbers stay what they are."""
     values = [number for number, weight in numbers if weight] or [number for number, _ in numbers]
-    if all(value == values[0] for value in values):
+    if all(_same(value, values[0]) for value in values):
         return values[0]
-    weights = np.array([weight for _, weight in numbers], np.float64)
-    return float(np.average([number for number, _ in numbers], weights=weights if weights.any() else None))
+    weights = [weight for _, weight in numbers]
+    mean = np.average([number for number, _ in numbers], axis=0, weights=weights if any(weights) else None)
+    return _number(mean)
 
 
-def _numbers(logs: dict | None) -> dict[str, float]:
+def _numbers(logs: dict | None) -> dict[str, Number]:
     """The numbers among the logs; what is none stays each rank's own."""
-    found = {}
-    for name, value in (logs or {}).items():
-        if np.ndim(value) == 0 and isinstance(value, (int, float, np.number, np.ndarray)):
-            found[name] = float(value)
-    return found
+    return {
+        name: _number(value)
+        for name, value in (logs or {}).items()
+        if isinstance(value, (int, float, np.number, np.ndarray)) and np.asarray(value).dtype.kind in "biuf"
+    }
 
 
-def _names(ranks: list[dict[str, float]], mine: dict[str, float]) -> list[str]:
+def _number(value: Any) -> Number:
+    array = np.asarray(value)
+    return float(array) if array.ndim == 0 else array
+
+
+def _names(ranks: list[dict[str, Number]], mine: dict[str, Number]) -> list[str]:
     """All ranks' names, this rank's first."""
     return list(dict.fromkeys([*mine, *(name for names in ranks for name in names)]))
 
@@ -199,15 +207,15 @@ def _captured(model: keras.Model, batches: int) -> Captured:
     kept_apart = {m.name for m in _leaves(model) if not _is_sum(type(m))}
     summable = frozenset(n for n in results if not any(n == k or n.endswith(f"_{k}") for k in kept_apart))
     means = [m for m in _leaves(model) if isinstance(m, keras.metrics.Mean)]
-    examples = next((_number(m.count) for m in means if m.name == "loss"), 0.0)
-    weight = Weight(examples, next((_number(m.count) for m in means), 0.0), float(batches))
+    examples = next((_count(m) for m in means if m.name == "loss"), 0.0)
+    weight = Weight(examples, next(map(_count, means), 0.0), float(batches))
     return Captured(results, summable, _state(model), weight)
 
 
-def _results(model: keras.Model) -> dict[str, float]:
+def _results(model: keras.Model) -> dict[str, Number]:
     """What Keras would log of the metrics now."""
-    found = {name: keras.ops.convert_to_numpy(value) for name, value in model.get_metrics_result().items()}
-    return {name: float(value) for name, value in found.items() if value.ndim == 0}
+    results = model.get_metrics_result().items()
+    return {name: _number(keras.ops.convert_to_numpy(value)) for name, value in results}
 
 
 def _state(model: keras.Model) -> list[np.ndarray]:
@@ -273,5 +281,6 @@ def _has_nothing(model: keras.Model) -> bool:
     return any(agreement and agreement.nothing for agreement in agreements)
 
 
-def _number(value: Any) -> float:
-    return float(keras.ops.convert_to_numpy(value))
+def _count(mean: keras.metrics.Mean) -> float:
+    """How many examples, or batches, a mean is of."""
+    return float(keras.ops.convert_to_numpy(mean.count))

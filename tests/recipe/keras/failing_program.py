@@ -1,0 +1,51 @@
+"""Run on two real ranks by test_together.py: ways in which ranks can't come together; the first argument chooses."""
+
+import sys
+import time
+
+import keras
+import numpy as np
+
+import recipe.keras as hvd
+
+WAY = sys.argv[1]
+hvd.init()
+rank = hvd.rank()
+
+
+class Trouble(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if WAY == "error" and rank == 1 and batch == 1:
+            raise KeyError("no such thing")
+        if WAY == "long callback" and rank == 0 and batch == 1:
+            time.sleep(12)  # a save, say, of four times the limit
+
+    def on_test_batch_end(self, batch, logs=None):
+        if WAY == "long validation" and rank == 0:
+            time.sleep(6)  # twice
+
+
+def main():
+    x = np.ones((64, 4), np.float32)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse", jit_compile=False)
+    data = (x, x[:, :1])
+    validation = data if rank == 0 and WAY == "long validation" else None
+    if WAY == "absent" and rank == 1:
+        waits_for_something_else()
+    if WAY == "own loop":
+        for _ in range(3 + rank):
+            model.train_on_batch(*data)
+        waits_for_something_else()
+    try:
+        model.fit(*data, batch_size=32, epochs=2, verbose=0, callbacks=[Trouble()], validation_data=validation)
+    except KeyError:
+        time.sleep(100)  # a script that goes on with something else
+    print("rank", rank, "has ended", flush=True)
+
+
+def waits_for_something_else():
+    time.sleep(100)
+
+
+main()

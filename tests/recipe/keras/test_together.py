@@ -1,0 +1,287 @@
+"""What one rank of a Keras `fit` decides, all do; on 2 real ranks (4 for data that end early), on both backends.
+
+Also what goes with it: models that are built at their first batch, the logs of all ranks, and jobs that can't go on.
+"""
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.ranks import ROOT, environment, launch, results
+
+PROGRAM = str(ROOT / "tests/recipe/keras/together_program.py")
+FAILING = str(ROOT / "tests/recipe/keras/failing_program.py")
+SEVERAL = ("uneven", "even_generators", "two_optimizers")
+ON_TWO = (*SEVERAL, "stopping", "deciding", "refused", "quiet", "validations", "replica_checks", "late_models", "logs")
+
+# A gradient is a float32 sum of 16 to 64 terms in an order that depends on the ranks: 1e-6 of it, over 10 steps of
+# η ≤ 0.2 on weights around 1. The smallest mistake, one batch more or less in one step, is 1e-2.
+ROUNDING = {"rtol": 1e-5, "atol": 5e-6}
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """Runs the scenarios once for each backend and size; gives one scenario's findings on every rank."""
+
+    @functools.cache
+    def ranks(backend: str, size: int) -> list[dict]:
+        scenarios = SEVERAL if size == 4 else ON_TWO
+        folder: Path = tmp_path_factory.mktemp(f"together-{backend}-{size}")
+        return results(folder, size, PROGRAM, *scenarios, KERAS_BACKEND=backend)
+
+    return lambda scenario, backend, size=2: [found[scenario] for found in ranks(backend, size)]
+
+
+@pytest.fixture(params=("tensorflow", "torch"))
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=(2, 4))
+def size(request) -> int:
+    return request.param
+
+
+def assert_close(one: list, other: list) -> None:
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_allclose(a, b, **ROUNDING)
+
+
+def assert_same(one: list, other: list) -> None:
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_data_that_end_early_are_the_mean_over_those_who_have_some(run, backend, size):
+    """Weights and logs as of one process on the union of the ranks' batches: arrays, data of unknown length,
+    accumulation, sparse gradients, groups, synchronised normalisation, loss scaling."""
+    ranks = run("uneven", backend, size)
+    for name, first in ranks[0].items():
+        for found in ranks:
+            together, expected = found[name]["together"], first["expected"]
+            assert_same(together["weights"], first["together"]["weights"])
+            assert together["loss"] == first["together"]["loss"]
+            if expected:
+                assert_close(together["weights"], expected["weights"])
+                np.testing.assert_allclose(together["loss"], expected["loss"], rtol=1e-5, err_msg=name)
+
+
+def test_callbacks_of_all_ranks_see_all_steps(run, backend, size):
+    for found in run("uneven", backend, size):
+        for name in found:
+            if name != "steps_per_epoch":
+                assert found[name]["together"]["steps"] == [(e, b) for e in (0, 1) for b in range(5)], name
+
+
+def test_data_that_end_for_good_are_no_hang(run, backend):
+    """steps_per_epoch asks for more than a generator has: rank 0's five batches are used, once."""
+    for found in run("uneven", backend):
+        steps = found["steps_per_epoch"]["together"]["steps"]
+        assert steps[:5] == [(0, b) for b in range(5)]
+        assert all(epoch == 1 for epoch, _ in steps[5:])
+
+
+def test_one_warning_has_the_numbers(run, backend, size):
+    first, *others = run("uneven", backend, size)
+    for name, found in first.items():
+        (sentence,) = found["together"]["warnings"]
+        assert "takes part with nothing" in sentence and "recipe.keras.divide" in sentence
+        assert ("5 steps" in sentence) == (name not in ("generators", "steps_per_epoch")), name
+    assert not any(found["together"]["warnings"] for other in others for found in other.values())
+
+
+def test_data_of_unknown_length_that_end_together_are_one_process(run, backend, size):
+    for found in run("even_generators", backend, size):
+        assert_close(found["weights"], found["expected"]["weights"])
+        np.testing.assert_allclose(found["loss"], found["expected"]["loss"], rtol=1e-5)
+        assert found["steps"] == [(e, b) for e in (0, 1) for b in range(3)]
+        assert not found["warnings"]
+
+
+def test_two_optimizers_and_a_step_of_its_own(run, backend, size):
+    """Layers that come to exist in the step, data that end early: as one process."""
+    first, *others = run("two_optimizers", backend, size)
+    assert_close(first["weights"], first["expected"])
+    for found in others:
+        assert_same(found["weights"], first["weights"])
+        assert found["history"] == first["history"]
+    assert set(first["history"]) == {"a_loss", "b_loss"}
+    assert first["steps"] == [(e, b) for e in (0, 1) for b in range(4)]
+
+
+def test_what_one_rank_stops_all_stop_in_the_same_step(run, backend):
+    """In mid-epoch a step later, in which the others hear of it."""
+    first, second = run("stopping", backend)
+    last = {"mid-epoch": (1, 2), "last step": (0, 3), "end of epoch": (1, 3), "validation": (0, 3)}
+    for name, step in last.items():
+        assert first[name]["steps"][-1] == second[name]["steps"][-1] == step, name
+        assert first[name]["epochs"] == second[name]["epochs"] == list(range(step[0] + 1))
+        assert_same(first[name]["weights"], second[name]["weights"])
+
+
+def test_rank_0_says_which_rank_stopped_and_why(run, backend):
+    first, second = run("stopping", backend)
+    for name, found in first.items():
+        assert "rank 1 stops the training of all ranks" in found["said"] and "Steps" in found["said"], name
+    assert "in epoch 1, step 2" in first["mid-epoch"]["said"]
+    assert not any(found["said"] for found in second.values())
+
+
+def test_callbacks_that_decide_by_their_own_ranks_numbers_are_no_hang(run, backend):
+    """EarlyStopping without MetricSums, before and after it; TerminateOnNaN on one rank's data."""
+    first, second = run("deciding", backend)
+    assert first == second
+    assert first["nan epochs"] == 1
+    assert first["alone"] == first["before"] < 30
+
+
+def test_what_cannot_be_agreed_on_is_refused_on_all_ranks(run, backend):
+    """The words that the sentence must have."""
+    words = {
+        "rates": ("RunError: the ranks' learning rates differ: 0.01 on rank 0, 0.02 on rank 1", "MetricSums"),
+        "first epochs": ("RunError: rank 0 begins with epoch 0 and rank 1 with epoch 1", "BackupAndRestore"),
+        "no epoch": ("RunError: rank 0 begins with epoch 0 and rank 1 with no epoch at all",),
+        "epochs": ("ValueError: fit(epochs=…) is 3 on rank 0 and 4 on rank 1",),
+        "Keras's restore": ("ValueError: rank 0: keras.callbacks.BackupAndRestore", "recipe.keras.callbacks"),
+        "scaled outside": ("ValueError: the LossScaleOptimizer is outside", "use DistributedOptimizer("),
+        "strategy": ("ValueError: MirroredStrategy and a DistributedOptimizer both average",),
+        "steps per execution": ("ValueError: with steps_per_execution > 1", "not 4, 6", "steps_per_epoch"),
+    }
+    for found in run("refused", backend):
+        assert len(found) == (8 if backend == "tensorflow" else 6)
+        for name, sentence in found.items():
+            assert all(word in sentence for word in words[name]), (name, sentence)
+            assert len(sentence) < 260 and "\n" not in sentence
+
+
+def test_the_frameworks_say_nothing(run, backend):
+    """Keras's own train function, made anew for each model, is what TensorFlow may call retraced."""
+    for rank, found in enumerate(run("quiet", backend)):
+        lines = [line for line in found["logged"].splitlines() if "_make_function.<locals>" not in line]
+        assert not lines
+        ours = [w for w in found["warnings"] if "__array__" not in w]
+        expected = ["jit_compile=True is left out: PyTorch's compiler can't compile an allreduce"]
+        assert ours == (expected if backend == "torch" and rank == 0 else [])
+
+
+def test_validation_on_one_rank_is_no_hang_and_all_see_its_figures(run, backend):
+    first, second = run("validations", backend)
+    assert first["on root"] == second["on root"]
+    assert len(first["on root"]["val_loss"]) == 3
+    assert first["on root"]["val_loss"][-1] == pytest.approx(first["expected"], rel=1e-6)
+    assert first["freq"] == second["freq"] and len(first["freq"]["val_loss"]) == 3
+
+
+def test_accumulators_are_not_compared(run, backend):
+    first, second = run("replica_checks", backend)
+    assert_same(first["weights"], second["weights"])
+
+
+def test_models_that_are_built_at_their_first_batch_begin_with_rank_0s_weights(run, backend):
+    first, second = run("late_models", backend)
+    for name, found in first.items():
+        assert_close(found["weights"], found["expected"])
+        assert_same(found["weights"], second[name]["weights"])
+        assert found["iterations"] == 4
+
+
+def test_logs_are_what_one_process_would_log(run, backend):
+    """Sums where there are sums: means, areas under curves, one number for each class, a metric of the user's."""
+    first, second = run("logs", backend)
+    assert first["fit"].keys() == first["expected"].keys() | {f"val_{name}" for name in first["expected"]}
+    for name, whole in first["expected"].items():
+        for key in (name, f"val_{name}"):
+            np.testing.assert_allclose(first["fit"][key][0], whole, rtol=1e-6, err_msg=key)
+            np.testing.assert_array_equal(first["fit"][key][0], second["fit"][key][0])
+        np.testing.assert_allclose(first["evaluate"][name], whole, rtol=1e-6, err_msg=name)
+
+
+def test_logs_of_a_step_of_its_own_keep_their_names(run, backend):
+    """A tracker by another name is exact; a number that no metric keeps is the ranks' last, weighted."""
+    ranks = run("logs", backend)
+    batches = [loss for found in ranks for loss in found["own"]]
+    lasts = [found["own"][-1] for found in ranks]
+    weights = [len(found["own"]) for found in ranks]
+    for found in ranks:
+        assert found["named"].keys() == {"loss", "last"} and found["raw"].keys() == {"mine"}
+        assert found["named"]["loss"] == pytest.approx([np.mean(batches)], rel=1e-6)
+        assert found["named"]["last"] == pytest.approx([np.average(lasts, weights=weights)], rel=1e-6)
+        assert found["raw"]["mine"] == pytest.approx([np.average(lasts, weights=weights)], rel=1e-6)
+        assert found["named"] == ranks[0]["named"]
+
+
+def test_what_callbacks_put_into_the_logs_is_averaged(run, backend):
+    """Weighted: rank 0 has 3 of 4 examples. A name of one rank is there on all, and what is no number stays."""
+    for found in run("logs", backend):
+        assert found["callbacks"]["everywhere"] == [0.25] and found["old"]["everywhere"] == [0.5]
+        assert found["callbacks"]["on one rank"] == found["old"]["on one rank"] == [7.5]
+        assert found["callbacks"]["words"] == ["not a number"]
+
+
+def ended(backend: str, way: str, **options: str) -> subprocess.CompletedProcess:
+    return launch(2, [FAILING, way], timeout=200, KERAS_BACKEND=backend, **options)
+
+
+def test_an_error_on_one_rank_ends_the_others_with_its_words(backend):
+    """Though the script catches it and goes on with something else, for longer than this test may take."""
+    done = ended(backend, "error", RECIPE_STEP_TIMEOUT="150")
+    assert done.returncode == 1
+    assert "error: rank 1 has failed, and the others wait for it: KeyError: 'no such thing'" in done.stdout
+    assert "rank 0 waits: epoch 0, step" in done.stdout
+
+
+@pytest.mark.parametrize("way", ["absent", "own loop"])
+def test_a_wait_without_end_ends_with_where_each_rank_is(backend, way):
+    done = ended(backend, way, RECIPE_STEP_TIMEOUT="4")
+    assert done.returncode == 1
+    assert "the ranks wait for each other since" in done.stdout and "(step_timeout=4)" in done.stdout
+    absent = 1 if way == "absent" else 0
+    assert f"rank {absent}: " in done.stdout and f"rank {1 - absent} waits: " in done.stdout
+    assert "failing_program.py:" in done.stdout and "in waits_for_something_else" in done.stdout
+
+
+@pytest.mark.parametrize("way", ["long callback", "long validation"])
+def test_a_long_save_or_validation_on_one_rank_is_no_wait_without_end(backend, way):
+    done = ended(backend, way, RECIPE_STEP_TIMEOUT="3")
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "rank 0 has ended" in done.stdout and "rank 1 has ended" in done.stdout
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "inf", "nan"])
+def test_a_limit_that_is_no_number_of_seconds_is_refused(value):
+    code = "import recipe.keras as hvd; hvd.init()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(KERAS_BACKEND="torch", RECIPE_STEP_TIMEOUT=value),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"RECIPE_STEP_TIMEOUT='{value}' must be a number of seconds, 0 for no limit" in done.stderr
+
+
+@pytest.mark.parametrize("how", ["fit", "broadcast"])
+def test_training_before_init_is_one_sentence(backend, how):
+    code = f"""
+import keras, numpy as np, recipe.keras as hvd
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD()) if {how == "fit"} else "sgd", "mse")
+callbacks = [hvd.callbacks.BroadcastState()] if {how == "broadcast"} else []
+model.fit(np.ones((4, 4)), np.ones((4, 1)), verbose=0, callbacks=callbacks)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(KERAS_BACKEND=backend),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.splitlines()[-1] == (
+        "ValueError: Horovod is not initialised; call recipe.keras.init() before fit()"
+    )
