@@ -75,7 +75,7 @@ class Agreement:
         return ops.reshape(ops.where(own, row, ops.zeros_like(row)), (-1,))
 
     def hear(self, summed: Any) -> Any:
-        """Takes the sum of all ranks' words, None when it was heard already. Returns the share of ranks with examples."""
+        """Takes the sum of all ranks' words; None: it was heard already. Returns the share of ranks with examples."""
         if summed is not None:
             self._heard.assign(ops.reshape(summed, (self.size, ROW)))
         return ops.maximum(ops.sum(self._heard[:, 0]), 1) / self.size
