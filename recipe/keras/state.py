@@ -7,7 +7,7 @@ import numpy as np
 
 from recipe import collectives, replica
 from recipe.errors import RunError
-from recipe.keras import backend, names
+from recipe.keras import backend, names, velocities
 from recipe.keras.distributed import reduction_of
 from recipe.keras.normalization import SyncBatchNormalization
 from recipe.keras.reduction import framework_variable
@@ -56,6 +56,7 @@ def broadcast_model(
     """`broadcast_state` for a model and an optimizer that is perhaps not compiled into it. Collective."""
     if not optimizer.built:
         optimizer.build(model.trainable_variables)
+    velocities.forget(optimizer)
     variables = without(model.variables + optimizer.variables, local, optimizer)
     _check_same_structure(variables)
     _agree_on_names(model, optimizer, root_rank)
@@ -86,6 +87,7 @@ def from_arrays(model: keras.Model, arrays: dict[str, np.ndarray]) -> None:
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     variables = _named(model)
+    velocities.forget(model.optimizer)
     replica.check_structure({name: tuple(v.shape) for name, v in variables.items()}, arrays)
     for name, v in variables.items():
         v.assign(arrays[name])

@@ -1,5 +1,6 @@
 """Callbacks for distributed training with Keras: the recipe's own, and those that go by Horovod's names."""
 
+from recipe.keras.callbacks.backup import BackupAndRestore
 from recipe.keras.callbacks.compatible import (
     BestModelCheckpoint,
     BroadcastGlobalVariablesCallback,
@@ -7,19 +8,11 @@ from recipe.keras.callbacks.compatible import (
     LearningRateWarmupCallback,
     MetricAverageCallback,
 )
-from recipe.keras.callbacks.own import (
-    BroadcastState,
-    GradualWarmup,
-    MetricSums,
-    ReplicaCheck,
-    ScheduledRate,
-    StepDecay,
-    rate_of,
-    set_rate,
-    sum_metrics,
-)
+from recipe.keras.callbacks.own import BroadcastState, MetricSums, ReplicaCheck, sum_metrics
+from recipe.keras.callbacks.rates import GradualWarmup, ScheduledRate, StepDecay, rate_of, set_rate
 
 __all__ = [
+    "BackupAndRestore",
     "BestModelCheckpoint",
     "BroadcastGlobalVariablesCallback",
     "BroadcastState",
