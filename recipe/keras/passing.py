@@ -6,24 +6,20 @@ from typing import Any
 import keras
 
 
-def pass_by(model: keras.Model, batches: int, begin: Callable[[Any], None] | None = None) -> None:
+def pass_by(model: keras.Model, batches: int, logs: Callable[[Any], dict] = lambda batch: {}) -> None:
     """Makes the model's next `batches` batches no steps; then its own train function comes back.
 
-    They are drawn from the data, and callbacks see their numbers. `begin` is given the first of them."""
+    They are drawn from the data, and callbacks see their numbers, with the logs that `logs` gives for a batch."""
     real = model.train_function
-    executions = batches // model.steps_per_execution
 
     def train_function(data: Any) -> dict:
         if not train_function.left:
             model.train_function = real
             return real(data)
-        first = _drawn(data, model.steps_per_execution)
-        if begin and train_function.left == executions:
-            begin(first)
         train_function.left -= 1
-        return model.get_metrics_result()
+        return logs(_drawn(data, model.steps_per_execution))
 
-    train_function.real, train_function.left = real, executions
+    train_function.real, train_function.left = real, batches // model.steps_per_execution
     model.train_function = train_function
 
 

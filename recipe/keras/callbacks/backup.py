@@ -52,18 +52,19 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._own: dict[str, np.ndarray] = {}  # what the backup holds for this rank alone
         self._epoch = self._done = self._passed = 0  # the epoch; its batches so far; those that passed by
         self._since = 0  # batches since the last backup
+        self._metrics_restored = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         _check_model(self.model)
         passing.stop_passing(self.model)
         self.model._initial_epoch = None
-        self._since = 0
+        self._since, self._metrics_restored = 0, False
         self._found = self._take_up()
         if self._found:
             # The only way to set the first epoch of a fit that has begun, in Keras 3.15; its own callback does it too.
             self.model._initial_epoch = self._found["epoch"]
             if self._found["batch"]:
-                passing.pass_by(self.model, self._found["batch"], self._restore_metrics)
+                passing.pass_by(self.model, self._found["batch"], self._passing_logs)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch, self._done, self._passed = epoch, 0, 0
@@ -101,7 +102,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             if (found := self._files.read()) is None:
                 return None
             arrays.update(found[0])
-            self._files.check_same(variables, _named_like(arrays, but=_METRICS))
+            self._files.check_same(variables, _of_variables(arrays, but=_METRICS))
             return found[1]
 
         found = collectives.on_root(read, "backup.read")
@@ -114,7 +115,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         state.broadcast_model(self.model, self.model.optimizer)
         self._own = _received(arrays, found)
         if found["size"] != collectives.size():
-            self._own = _named_like(self._own, but=_METRICS)  # they would count some ranks' examples only
+            self._own = _of_variables(self._own, but=_METRICS)  # they would count some ranks' examples only
         self._apply_own(variables)
         _hold(self.model, found["rate"])
         return found
@@ -139,16 +140,21 @@ class BackupAndRestore(keras.callbacks.Callback):
         if _SEEN in self._own:
             reduction_of(self.model.optimizer).seen = set(self._own[_SEEN].tolist())
 
-    def _restore_metrics(self, batch: Any) -> None:
-        """When `batch`, the first that passes by, is known: Keras has reset the metrics, or not built them yet."""
-        kept = _named_like(self._own, only=_METRICS)
-        if kept and _metrics(self.model).keys() != kept.keys():
-            self.model._symbolic_build(data_batch=batch)  # what PyTorch's fit() does before (Keras 3.15)
-        if kept:
+    def _passing_logs(self, batch: Any) -> dict:
+        """What the metrics say of the epoch up to the backup. They are taken up when the first batch passes by: Keras
+        has reset them before, or, with TensorFlow, not built them yet."""
+        kept = _of_variables(self._own, only=_METRICS)
+        if not kept:
+            return {}
+        if not self._metrics_restored:
+            if _metrics(self.model).keys() != kept.keys():
+                self.model._symbolic_build(data_batch=batch)  # as fit() does with PyTorch (Keras 3.15)
             variables = _metrics(self.model)
             self._files.check_same(variables, kept)
             for name, v in variables.items():
                 v.assign(kept[name])
+            self._metrics_restored = True
+        return self.model.get_metrics_result()
 
     def _save(self, epoch: int, batch: int) -> None:
         """Backs up the state of a run that has `batch` batches of epoch `epoch` behind it. Collective."""
@@ -321,7 +327,7 @@ def _numbered(group: str, variables: list) -> dict[str, keras.Variable]:
     return {f"{group}{i:04d}/{re.sub('_[0-9]+(?=[_/]|$)', '', v.path)}": v for i, v in enumerate(variables)}
 
 
-def _named_like(arrays: dict[str, np.ndarray], only: str = "", but: str | None = None) -> dict[str, np.ndarray]:
+def _of_variables(arrays: dict[str, np.ndarray], only: str = "", but: str | None = None) -> dict[str, np.ndarray]:
     """The arrays of variables whose names begin with `only` and don't with `but`."""
     names = (name for name in arrays if name.startswith(only) and not (but and name.startswith(but)))
     return {name: arrays[name] for name in names if name != _SEEN and not name.startswith("rank/")}
