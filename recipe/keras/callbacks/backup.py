@@ -12,7 +12,7 @@ import numpy as np
 
 from recipe import checkpoint, collectives
 from recipe.errors import RunError
-from recipe.keras import passing, state, velocities
+from recipe.keras import backend, passing, state, velocities
 from recipe.keras.callbacks.rates import rate_of
 from recipe.keras.distributed import reduction_of
 
@@ -20,6 +20,7 @@ _FORMAT = "recipe.keras.BackupAndRestore 1"
 _KERAS_FILES = ("latest.weights.h5", "training_metadata.json")  # of keras.callbacks.BackupAndRestore
 _METRICS, _PASSES = "metrics/", "passes/"  # beginnings of names
 _SEEN = f"{_PASSES}seen"  # places of the gradients that came in the backward passes since the last step
+_RANDOM = "random"  # state of the framework's generators
 
 
 class BackupAndRestore(keras.callbacks.Callback):
@@ -72,6 +73,10 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._begin(epoch, self._found)
             self._found = None
 
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        if self._passed and batch == self._passed:  # the epoch's data have begun, which may draw random numbers
+            self._draw_on()
+
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         if batch < self._passed or self.save_freq == "epoch":
             self._done = batch + 1
@@ -115,7 +120,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         state.broadcast_model(self.model, self.model.optimizer)
         self._own = _received(arrays, found)
         if found["size"] != collectives.size():
-            self._own = _of_variables(self._own, but=_METRICS)  # they would count some ranks' examples only
+            self._own = _of_variables(self._own, but=_METRICS)  # the others' examples would be missing
         self._apply_own(variables)
         _hold(self.model, found["rate"])
         return found
@@ -125,7 +130,8 @@ class BackupAndRestore(keras.callbacks.Callback):
         if epoch != found["epoch"]:
             raise RunError(
                 f"the backup in {self.backup_dir} goes on in epoch {found['epoch']}, fit() in epoch {epoch}; leave "
-                "initial_epoch out"
+                "initial_epoch out",
+                everywhere=True,
             )
         self.model._initial_epoch = None  # or the next fit() would begin there too
         self._passed = found["batch"]
@@ -133,6 +139,12 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._apply_own({name: v for name, v in _state(self.model).items() if id(v) not in held})
         if velocities.held(self.model.optimizer) is None:
             _hold(self.model, found["rate"])
+        if not self._passed:
+            self._draw_on()
+
+    def _draw_on(self) -> None:
+        if _RANDOM in self._own:
+            backend.set_random_state(self._own[_RANDOM])
 
     def _apply_own(self, variables: dict[str, keras.Variable]) -> None:
         for name in variables.keys() & self._own.keys():
@@ -163,6 +175,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         arrays = {name: keras.ops.convert_to_numpy(v) for name, v in variables.items()}
         if any(name.startswith(_PASSES) for name in arrays):
             arrays[_SEEN] = np.array(sorted(reduction_of(self.model.optimizer).seen), np.int64)
+        arrays[_RANDOM] = backend.random_state()
         own = _different(arrays)
         others = {}
         for name in own:
@@ -186,7 +199,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         if found["size"] == collectives.size():
             return
         statistics = {name for name, v in _state(self.model).items() if name.startswith("model/") and not v.trainable}
-        own = [name for name in found["own"] if name not in statistics and not name.startswith(_METRICS)]
+        own = [name for name in found["own"] if name not in statistics and not name.startswith((_METRICS, _RANDOM))]
         if own or found["accumulating"]:
             what = own[0] if own else "sum of gradients"
             raise RunError(
@@ -330,7 +343,7 @@ def _numbered(group: str, variables: list) -> dict[str, keras.Variable]:
 def _of_variables(arrays: dict[str, np.ndarray], only: str = "", but: str | None = None) -> dict[str, np.ndarray]:
     """The arrays of variables whose names begin with `only` and don't with `but`."""
     names = (name for name in arrays if name.startswith(only) and not (but and name.startswith(but)))
-    return {name: arrays[name] for name in names if name != _SEEN and not name.startswith("rank/")}
+    return {name: arrays[name] for name in names if name not in (_SEEN, _RANDOM) and not name.startswith("rank/")}
 
 
 def _of_rank(rank: int, name: str) -> str:
@@ -347,7 +360,9 @@ def _different(arrays: dict[str, np.ndarray]) -> list[str]:
 def _received(arrays: dict[str, np.ndarray], found: dict[str, Any]) -> dict[str, np.ndarray]:
     """From rank 0, which has the arrays: what is this rank's own, and what no broadcast brings. Collective."""
     own, mine = set(found["own"]), {}
-    for name in collectives.broadcast([n for n in arrays if n in own or n.startswith((_METRICS, _PASSES))], "backup"):
+    for name in collectives.broadcast(
+        [n for n in arrays if n in own or n.startswith((_METRICS, _PASSES, _RANDOM))], "backup"
+    ):
         names = [_of_rank(rank, name) for rank in range(found["size"])] if name in own else [name]
         values = collectives.broadcast([arrays[n] for n in names] if arrays else None, "backup.own")
         mine[name] = values[collectives.rank() if collectives.rank() < len(values) else 0]

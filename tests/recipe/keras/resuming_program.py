@@ -26,10 +26,10 @@ def examples(seed: int = 0) -> tuple:
     return x, np.abs(x.sum(axis=1)).astype(np.int64) % 3
 
 
-def network(width: int = 8) -> keras.Model:
+def network(width: int = 8, dropped: float = 0.3) -> keras.Model:
     """Every rank draws other weights, and has other moving statistics."""
     keras.utils.set_random_seed(100 + hvd.rank())
-    hidden = [keras.layers.Dense(width), keras.layers.BatchNormalization(momentum=0.8), keras.layers.Dropout(0.3)]
+    hidden = [keras.layers.Dense(width), keras.layers.BatchNormalization(momentum=0.8), keras.layers.Dropout(dropped)]
     return keras.Sequential([keras.Input((5,)), *hidden, keras.layers.Dense(3)])
 
 
@@ -155,7 +155,7 @@ class Stop(keras.callbacks.Callback):
 
 
 def backed_up(folder: Path, place: tuple = (1, 4), **options: object) -> keras.Model:
-    """A model whose training was interrupted on all ranks in batch 4 of epoch 1."""
+    """A model whose training was interrupted on all ranks in this epoch and batch."""
     model = compiled(network(), sgd())
     with contextlib.suppress(KeyboardInterrupt):
         callbacks = [BroadcastState(), MetricSums(), Stop(*place), BackupAndRestore(folder, **options)]
@@ -166,6 +166,7 @@ def backed_up(folder: Path, place: tuple = (1, 4), **options: object) -> keras.M
 def refusals(folder: Path) -> dict:
     backed_up(folder / "epoch", save_freq="epoch")
     backed_up(folder / "batch", save_freq=4)
+    backed_up(folder / "first", (0, 5), save_freq=4)
     if hvd.rank() == 0:
         (folder / "keras").mkdir()
         (folder / "keras/latest.weights.h5").touch()
@@ -177,18 +178,25 @@ def refusals(folder: Path) -> dict:
         checkpoint.write(folder / "foreign/latest.npz", {"a": np.zeros(3)}, {})
         (folder / "file").touch()
     hvd.broadcast_object(None)
-    unbuilt = keras.Sequential([keras.layers.Dense(3)])
     half = {"steps_per_epoch": STEPS // 2}
-    return {
-        "no variables yet": refused(compiled(unbuilt, sgd()), folder / "unbuilt"),
+    built = {}
+    if keras.backend.backend() == "tensorflow":  # with PyTorch, fit() builds the model before
+        unbuilt = keras.Sequential([keras.layers.Dense(3)])
+        built["no variables yet"] = refused(compiled(unbuilt, sgd()), folder / "unbuilt")
+    return built | {
         "keras/latest.weights.h5 is a backup of keras.callbacks": refused(compiled(network(), sgd()), folder / "keras"),
         "is damaged": refused(compiled(network(), sgd()), folder / "damaged"),
         "is no backup": refused(compiled(network(), sgd()), folder / "foreign"),
-        "holds model/0000/dense/kernel (5, 8) float32 where this one has model/0000/dense/kernel (5, 9)": refused(
+        "(5, 8) float32 where this one has model/0000/sequential/dense/kernel (5, 9)": refused(
             compiled(network(9), sgd()), folder / "epoch"
         ),
-        "velocity": refused(compiled(network(), keras.optimizers.Adam()), folder / "epoch"),
-        "after batch 4 of 6, but an epoch now has 3": refused(compiled(network(), sgd()), folder / "batch", **half),
+        "this one has optimizer/0000/adam/iteration": refused(
+            compiled(network(), keras.optimizers.Adam()), folder / "epoch"
+        ),
+        "after batch 2 of 6, but an epoch now has 3": refused(compiled(network(), sgd()), folder / "batch", **half),
+        "fit() in epoch 1; leave initial_epoch out": refused(
+            compiled(network(), sgd()), folder / "first", initial_epoch=1
+        ),
         "cannot write the backup": refused(compiled(network(), sgd()), folder / "file"),
     }
 
@@ -247,7 +255,7 @@ def elastic(folder: Path) -> dict:
     found = []
     x, y = examples()
     for fit in (True, False):
-        model = compiled(network(), sgd())
+        model = compiled(network(dropped=0.0), sgd())
         held = hvd.elastic.KerasState(model, batch=2, epoch=0)
         held.sync()
         if fit:
