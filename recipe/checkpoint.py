@@ -27,21 +27,36 @@ def save(
     The file appears under its name only when it is complete and on the disk. Raises RunError when that fails; the
     older checkpoints are then untouched."""
     path = folder / f"step-{step:08d}.npz"
-    partial = folder / f".{path.name}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clean(folder)
-        _write(partial, arrays | {_META: np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)})
-        partial.replace(path)
-        _sync(folder)
+        write(path, arrays, meta)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise RunError(f"cannot write the checkpoint {path}: {error.strerror}; free space or rights, then --resume")
     for old in checkpoints(folder)[:-keep]:
         if not keep_every or step_of(old) % keep_every:
             old.unlink()
     return path
+
+
+def write(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+    """Writes one checkpoint, which appears under its name only when it is complete and on the disk.
+
+    Raises OSError when that fails; a file of that name is then untouched."""
+    partial = partial_of(path)
+    try:
+        _write(partial, arrays | {_META: np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)})
+        partial.replace(path)
+        _sync(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def partial_of(path: Path) -> Path:
+    """What a checkpoint is called while it is being written."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

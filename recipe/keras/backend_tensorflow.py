@@ -232,3 +232,12 @@ def use_local_device(local_rank: int, threads: int, deterministic: bool = False)
         tf.config.set_visible_devices(gpus[local_rank], "GPU")
         tf.config.experimental.set_memory_growth(gpus[local_rank], True)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
+
+
+def random_state() -> np.ndarray:
+    """Nothing: Keras's random layers draw from the seeds among the model's variables."""
+    return np.zeros(0, np.uint8)
+
+
+def set_random_state(state: np.ndarray) -> None:
+    """Nothing, see `random_state`."""

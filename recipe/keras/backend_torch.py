@@ -165,3 +165,17 @@ def gradients(forward: Callable[[], tuple], variables: list) -> tuple[list, tupl
     loss, *found = forward()
     taken = torch.autograd.grad(loss, [v.value for v in variables], allow_unused=True)
     return list(taken), [f.detach() for f in found]
+
+
+def random_state() -> np.ndarray:
+    """The states of PyTorch's generators, the CPU's and the GPU's: Keras's layers without a seed draw from them."""
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+    return torch.cat(states).numpy()
+
+
+def set_random_state(state: np.ndarray) -> None:
+    """The inverse of `random_state`; a GPU's part needs a GPU."""
+    states, cpu = torch.from_numpy(state), torch.get_rng_state().numel()
+    torch.set_rng_state(states[:cpu])
+    if torch.cuda.is_available() and len(states) > cpu:
+        torch.cuda.set_rng_state(states[cpu:])

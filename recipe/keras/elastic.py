@@ -9,7 +9,7 @@ import numpy as np
 from horovod.common.elastic import ObjectState, run_fn
 
 from recipe.elastic import lost_ranks_told
-from recipe.keras import backend, state
+from recipe.keras import backend, passing, state, velocities
 from recipe.keras.distributed import reduction_of
 
 _hvd = backend.horovod
@@ -39,6 +39,7 @@ class KerasState(ObjectState):
     def restore(self) -> None:
         for v, value in zip(self._variables(), self._saved, strict=True):
             v.assign(value)
+        velocities.forget(self.optimizer)
         self._forget_passes()
         super().restore()
 
@@ -107,16 +108,11 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
     def __init__(self, state: Any) -> None:
         super().__init__()
         self.state = state
-        self._first = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        self._first = True
-        self.model.train_function = getattr(self.model.train_function, "real", self.model.train_function)
-
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        if self._first and self.state.batch:
-            _pass_by(self.model, self.state.batch)
-        self._first = False
+        passing.stop_passing(self.model)
+        if self.state.batch:
+            passing.pass_by(self.model, self.state.batch)
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self.state.batch = max(self.state.batch, batch + 1)
@@ -145,19 +141,3 @@ class UpdateEpochStateCallback(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         self.state.epoch = self._offset + epoch + 1
-
-
-def _pass_by(model: keras.Model, batches: int) -> None:
-    """Makes the model's next `batches` batches no steps; then its own train function comes back."""
-    real, left = model.train_function, batches // model.steps_per_execution
-
-    def train_function(data: Any) -> dict:
-        nonlocal left
-        if left:
-            left -= 1
-            return {}
-        model.train_function = real
-        return real(data)
-
-    train_function.real = real
-    model.train_function = train_function

@@ -10,8 +10,7 @@ import numpy as np
 from recipe import collectives, sharding
 from recipe.config import Recipe
 from recipe.keras import backend, resnet, state
-from recipe.keras.callbacks import BroadcastState, ReplicaCheck, ScheduledRate
-from recipe.keras.callbacks.own import rate_of
+from recipe.keras.callbacks import BroadcastState, ReplicaCheck, ScheduledRate, rate_of
 from recipe.keras.distributed import DistributedOptimizer
 from recipe.keras.step import Step, batch_statistics, inputs, moving_statistics, split
 from recipe.schedule import recipe_rate

@@ -7,7 +7,7 @@ import numpy as np
 
 from recipe import collectives, replica
 from recipe.errors import RunError
-from recipe.keras import backend, names
+from recipe.keras import backend, names, velocities
 from recipe.keras.distributed import optimizers_of, reduction_of
 from recipe.keras.normalization import SyncBatchNormalization
 from recipe.keras.reduction import framework_variable
@@ -67,6 +67,7 @@ def broadcast_model(
     """`broadcast_state` for a model and optimizers that are perhaps not compiled into it. Collective."""
     variables = model.variables
     for optimizer in optimizers:
+        velocities.forget(optimizer)
         variables = without(variables + optimizer.variables, local, optimizer)
     _check_same_structure(variables)
     _agree_on_names(model, optimizers, root_rank)
@@ -97,6 +98,7 @@ def from_arrays(model: keras.Model, arrays: dict[str, np.ndarray]) -> None:
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     variables = _named(model)
+    velocities.forget(model.optimizer)
     replica.check_structure({name: tuple(v.shape) for name, v in variables.items()}, arrays)
     for name, v in variables.items():
         v.assign(arrays[name])

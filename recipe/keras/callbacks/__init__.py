@@ -1,5 +1,6 @@
 """Callbacks for distributed training with Keras: the recipe's own, and those that go by Horovod's names."""
 
+from recipe.keras.callbacks.backup import BackupAndRestore
 from recipe.keras.callbacks.compatible import (
     BestModelCheckpoint,
     BroadcastGlobalVariablesCallback,
@@ -8,10 +9,11 @@ from recipe.keras.callbacks.compatible import (
     MetricAverageCallback,
 )
 from recipe.keras.callbacks.metrics import MetricSums
-from recipe.keras.callbacks.own import GradualWarmup, ScheduledRate, StepDecay, rate_of, set_rate
+from recipe.keras.callbacks.rates import GradualWarmup, ScheduledRate, StepDecay, rate_of, set_rate
 from recipe.keras.callbacks.replicas import BroadcastState, ReplicaCheck
 
 __all__ = [
+    "BackupAndRestore",
     "BestModelCheckpoint",
     "BroadcastGlobalVariablesCallback",
     "BroadcastState",

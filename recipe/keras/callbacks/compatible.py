@@ -6,10 +6,11 @@ from typing import Any
 import keras
 
 from recipe import collectives
-from recipe.keras import backend
+from recipe.keras import backend, velocities
 from recipe.keras.callbacks.metrics import MetricSums, unweighted
-from recipe.keras.callbacks.own import ScheduledRate, rate_of, set_rate
+from recipe.keras.callbacks.rates import ScheduledRate, ends_between_epochs, in_warmup, rate_of
 from recipe.keras.callbacks.replicas import BroadcastState
+from recipe.keras.passing import is_passing
 
 _UNSET = "unset.keras"  # Keras insists on a file name when a ModelCheckpoint is made
 
@@ -89,17 +90,18 @@ class LearningRateScheduleCallback(ScheduledRate):
         if not self.staircase:
             super().on_train_begin(logs)
 
-    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if logs is not None:
+            held = velocities.held(self.model.optimizer)  # others may have set the next epoch's
+            logs.setdefault("lr", rate_of(self.model.optimizer) if held is None else held)
+
+    def _before_step(self, batch: int) -> None:
         if self._epoch < self.start_epoch or (self.end_epoch is not None and self._epoch >= self.end_epoch):
             return
         if not self.staircase:
-            set_rate(self.model.optimizer, self.rate(self._epoch + batch / self._steps()), self.momentum_correction)
+            super()._before_step(batch)
         elif batch == 0:
-            set_rate(self.model.optimizer, self.rate(self._epoch), self.momentum_correction)
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        if logs is not None:
-            logs.setdefault("lr", rate_of(self.model.optimizer))  # before a warmup sets the next epoch's
+            self._set(self.rate(self._epoch))
 
     def _rate(self, epoch: float) -> float:
         if callable(self.multiplier):
@@ -107,8 +109,11 @@ class LearningRateScheduleCallback(ScheduledRate):
         power = epoch - self.start_epoch if self.compounding else 1
         return self.initial_lr * self.multiplier**power
 
+    def _known_steps(self) -> int | None:
+        return self.steps_per_epoch or super()._known_steps()
+
     def _steps(self) -> int:
-        steps = self.steps_per_epoch or self.params.get("steps")
+        steps = self._known_steps()
         if not steps:
             raise ValueError("the number of steps of an epoch is unknown; pass steps_per_epoch to fit() or here")
         return steps
@@ -116,7 +121,7 @@ class LearningRateScheduleCallback(ScheduledRate):
 
 class LearningRateWarmupCallback(LearningRateScheduleCallback):
     """η from initial_lr / size at the first step to initial_lr at the first step of epoch `warmup_epochs`, by a
-    constant amount per step (sec. 2.2); after that η is left alone.
+    constant amount per step (sec. 2.2); after that η is left alone, as by `GradualWarmup`.
 
     `warmup_epochs` may be a fraction. With `one_step_early`, Horovod's old numbers: every step has the rate of its
     successor, and initial_lr comes a step early. `verbose` prints a line on rank 0 when the warmup is done."""
@@ -140,13 +145,21 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         )
         self.warmup_epochs, self.verbose, self.one_step_early = warmup_epochs, verbose, one_step_early
 
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        if not is_passing(self.model) and ends_between_epochs(self.warmup_epochs, epoch, self._known_steps()):
+            self._set(self.initial_lr)
+
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         super().on_epoch_end(epoch, logs)
-        if epoch < self.warmup_epochs <= epoch + 1:
-            # Now and not at the next step: so it is in a checkpoint, and before what other callbacks set there.
-            set_rate(self.model.optimizer, self.initial_lr, self.momentum_correction)
-            if self.verbose and collectives.rank() == 0:
-                print(f"\nEpoch {epoch + 1}: the learning rate has warmed up to {self.initial_lr:g}.")
+        if ends_between_epochs(self.warmup_epochs, epoch + 1, self._known_steps()):
+            self._set(self.initial_lr)
+        if epoch < self.warmup_epochs <= epoch + 1 and self.verbose and collectives.rank() == 0:
+            print(f"\nEpoch {epoch + 1}: the learning rate has warmed up to {self.initial_lr:g}.")
+
+    def _before_step(self, batch: int) -> None:
+        if in_warmup(self.warmup_epochs, self._epoch, batch, self._steps):
+            super()._before_step(batch)
 
     def _ramp(self, epoch: float) -> float:
         if self.one_step_early:
