@@ -183,26 +183,6 @@ def PartialDistributedOptimizer(
     return optimizer
 
 
-def load_model(
-    filepath: Any,
-    custom_optimizers: Iterable[type] | None = None,
-    custom_objects: dict[str, Any] | None = None,
-    compression: type = Compression.none,
-    legacy_opts: bool = False,
-) -> keras.Model:
-    """Loads a model with `keras.models.load_model` and makes its optimizer, state included, distributed.
-
-    `custom_optimizers` are classes, `custom_objects` maps names to classes or functions. A model that was saved
-    without an optimizer comes back as it is. Raises ValueError for `legacy_opts`, which Keras 3 doesn't have."""
-    if legacy_opts:
-        raise ValueError("legacy_opts=True: Keras 3 has no legacy optimizers; save the model with one of its own")
-    objects = {cls.__name__: cls for cls in custom_optimizers or ()} | (custom_objects or {})
-    model = keras.models.load_model(filepath, custom_objects=objects)
-    if model.optimizer is not None and not is_distributed(model.optimizer):
-        model.optimizer = DistributedOptimizer(model.optimizer, compression=compression)
-    return model
-
-
 def is_distributed(optimizer: Any) -> bool:
     """Whether `optimizer` came out of DistributedOptimizer."""
     return isinstance(optimizer, _Distributed)
@@ -211,6 +191,11 @@ def is_distributed(optimizer: Any) -> bool:
 def reduction_of(optimizer: Any) -> Reduction | None:
     """How a DistributedOptimizer reduces; None for any other."""
     return optimizer._hvd if is_distributed(optimizer) else None
+
+
+def use_compression(optimizer: keras.optimizers.Optimizer, compression: type) -> None:
+    """Changes how a DistributedOptimizer's gradients travel."""
+    optimizer._hvd.compression = optimizer._hvd_options["compression"] = compression
 
 
 def _check_optimizer(optimizer: Any) -> None:
