@@ -26,6 +26,21 @@ class _Distributed:
         """An optimizer of this configuration, distributed in the same way."""
         return DistributedOptimizer(cls._hvd_wrapped.from_config(config, custom_objects), **cls._hvd_options)
 
+    @property
+    def variables(self) -> list:
+        """The optimizer's variables; `variables()`, as Horovod has it, is the same."""
+        return _CallableList(super().variables)
+
+    @property
+    def process_set(self) -> Any:
+        """The ranks over which the gradients are reduced."""
+        return self._hvd.process_set
+
+    @property
+    def scale_local_gradients(self) -> bool:
+        """Whether local variables' gradients are divided by the number of ranks."""
+        return self._hvd.scale_local
+
     def register_local_var(self, var: Any) -> None:
         """The gradient of `var`, a Keras or a framework variable, stays on its rank: it is not reduced.
 
@@ -79,6 +94,30 @@ class _Distributed:
 
         due = keras.ops.equal((self._iterations + 1) % self.gradient_accumulation_steps, 0)
         update(keras.ops.cond(due, last, lambda: mine), variables)
+
+
+class _CallableList(list):
+    def __call__(self) -> list:
+        return self
+
+
+class _NotInKeras3:
+    """What Horovod's optimizer has and Keras 3's have not; a wrapped class's own methods by these names come first."""
+
+    def compute_gradients(self, loss: Any, var_list: Any, tape: Any = None) -> None:
+        """Raises ValueError: who trains takes the gradients."""
+        raise ValueError(_no_gradients("compute_gradients"))
+
+    def get_gradients(self, loss: Any, params: Any) -> None:
+        """Raises ValueError: who trains takes the gradients."""
+        raise ValueError(_no_gradients("get_gradients"))
+
+
+def _no_gradients(name: str) -> str:
+    return (
+        f"{name}: optimizers of Keras 3 compute no gradients; take them with the framework (tape.gradient or "
+        "loss.backward) and give them to apply_gradients, which reduces them"
+    )
 
 
 def DistributedOptimizer(
@@ -241,7 +280,7 @@ def _distributed_class(wrapped: type, options: dict[str, Any]) -> type:
         "_hvd_wrapped": wrapped,
         "_hvd_options": options,
     }
-    distributed = type(wrapped.__name__, (_Distributed, wrapped), names)
+    distributed = type(wrapped.__name__, (_Distributed, wrapped, _NotInKeras3), names)
     registered = keras.saving.get_registered_name(wrapped)
     if ">" in registered:  # the name must lead from both classes, but only to the wrapped one
         register = keras.saving.register_keras_serializable(*registered.split(">", 1))
