@@ -30,7 +30,7 @@ class Mine(optimizers.SGD):
 
 
 def own_loss(true, predicted):
-    return keras.ops.mean((true - predicted) ** 2)
+    return keras.ops.mean(keras.ops.square(keras.ops.subtract(true, predicted)))
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -49,7 +49,11 @@ def values(variables) -> list[np.ndarray]:
 
 def small(optimizer=None, *layers, **settings) -> keras.Model:
     """A trained model of two layers, and others."""
-    model = keras.Sequential([keras.Input((3,)), *layers, keras.layers.Dense(4), keras.layers.Dense(1, name="last")])
+    inputs = keras.Input((3,))
+    outputs = inputs
+    for layer in (*layers, keras.layers.Dense(4), keras.layers.Dense(1, name="last")):
+        outputs = layer(outputs)
+    model = keras.Model(inputs, outputs)
     model.compile(optimizer or optimizers.SGD(0.1, 0.9), **({"loss": "mse", "jit_compile": False} | settings))
     model.train_on_batch(X, Y)
     return model
