@@ -9,7 +9,8 @@ from typing import Any
 from recipe import collectives
 from recipe.keras import backend, callbacks, elastic, rollcall, together
 from recipe.keras.backend import Compression
-from recipe.keras.distributed import DistributedOptimizer, PartialDistributedOptimizer, load_model
+from recipe.keras.distributed import DistributedOptimizer, PartialDistributedOptimizer
+from recipe.keras.loading import load_model
 from recipe.keras.normalization import SyncBatchNormalization
 from recipe.keras.operations import (
     allgather,
