@@ -10,6 +10,7 @@ from recipe import collectives
 from recipe.keras import backend, callbacks, elastic
 from recipe.keras.backend import Compression
 from recipe.keras.distributed import DistributedOptimizer, PartialDistributedOptimizer, load_model
+from recipe.keras.division import divide
 from recipe.keras.normalization import SyncBatchNormalization
 from recipe.keras.operations import (
     allgather,
@@ -92,6 +93,7 @@ __all__ = [
     "cross_size",
     "cuda_built",
     "ddl_built",
+    "divide",
     "elastic",
     "global_process_set",
     "gloo_built",

@@ -16,16 +16,17 @@ _UNSET = "unset.keras"  # Keras insists on a file name when a ModelCheckpoint is
 class BroadcastGlobalVariablesCallback(BroadcastState):
     """Rank root_rank's state on all ranks before the first step; `local_variables` keep what each rank has.
 
-    `device` may be left empty only: the variables are broadcast where they lie."""
+    `device` may be left empty only: the variables are broadcast where they lie. With `same_seeds`
+    random layers draw the same numbers on all ranks; without it each rank draws its own."""
 
-    def __init__(self, root_rank: int, device: str = "", local_variables: Any = None) -> None:
+    def __init__(self, root_rank: int, device: str = "", local_variables: Any = None, same_seeds: bool = False) -> None:
         _refuse_device(device)
         if local_variables is not None and not isinstance(local_variables, (list, tuple, set, frozenset)):
             local_variables = [local_variables]
         for v in local_variables or ():
             if not hasattr(v, "shape") or (not hasattr(v, "assign") and backend.FRAMEWORK == "tensorflow"):
                 raise ValueError(f"local_variables must be variables, not {v!r}")
-        super().__init__(root_rank, list(local_variables or ()))
+        super().__init__(root_rank, list(local_variables or ()), same_seeds=same_seeds)
 
 
 class MetricAverageCallback(MetricSums):
