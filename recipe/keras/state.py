@@ -70,6 +70,7 @@ def broadcast_model(
     backend.broadcast(floats, root_rank, "state")
     # Horovod has no unsigned types, which seeds may be; they are few and small.
     values = [keras.ops.convert_to_numpy(v) for v in others]
+    seeds.draw_by_state(model)
     own = set() if same_seeds else {id(v) for v in seeds.states(model)}
     for v, value in zip(others, collectives.gather(values, "state.others")[root_rank], strict=True):
         v.assign(seeds.of_rank(value, collectives.rank(), root_rank) if id(v) in own else value)
