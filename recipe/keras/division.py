@@ -1,6 +1,7 @@
 """Divides training data among the ranks: every example once an epoch, as many steps on all ranks."""
 
 import importlib
+import multiprocessing
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import keras
 import numpy as np
 
 from recipe import collectives, sharding
+from recipe.keras import backend
 
 _TOO_SMALL = "a batch of one example can't be shared out: make batches larger, or their number a multiple of size()"
 
@@ -173,6 +175,8 @@ class DividedBatches(_Divided):
     def __getitem__(self, step: int) -> Any:
         if not 0 <= step < len(self):
             raise IndexError(step)
+        if self._is_left_behind(step):
+            return None
         order = self._order.of(self._count, self._now(step), last=1)
         if self._left and step >= self._rounds - 1:
             return self._half(order, step == self._rounds)
@@ -185,6 +189,13 @@ class DividedBatches(_Divided):
     def on_epoch_end(self) -> None:
         super().on_epoch_end()
         self._batches.on_epoch_end()
+
+    def _is_left_behind(self, step: int) -> bool:
+        """Whether Keras's workers draw a step ahead that nobody will take: with PyTorch one batch builds the model, and
+        Keras would hand out those drawn after it in the first epoch, before its own. It skips None."""
+        drawn_ahead = multiprocessing.parent_process() or threading.current_thread() is not threading.main_thread()
+        building = self._parallel and not self._reset and backend.FRAMEWORK == "torch"
+        return bool(building and drawn_ahead and step > 0)
 
     def _half(self, order: np.ndarray, second: bool) -> Any:
         """One half of this rank's batch of the last round and its share of what is left over."""

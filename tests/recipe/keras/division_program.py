@@ -214,7 +214,7 @@ def begun(callback: keras.callbacks.Callback, model: keras.Model) -> keras.Model
 
 
 def randomness() -> dict:
-    """Masks of an uninterrupted run, of a second one, of one that rank 0 takes up from its checkpoint, and the old way."""
+    """Masks of an uninterrupted run, a second one, one that rank 0 takes up from its checkpoint, and the old way."""
     model = begun(BroadcastState(), random_network())
     start = [keras.ops.convert_to_numpy(v) for v in seeds.states(model)]
     first = masks(model, 3)
