@@ -19,7 +19,8 @@ class KerasState(ObjectState):
     """A model, its optimizer (default: the compiled one) and any picklable properties, as attributes.
 
     `commit()` keeps a copy of all variables in host memory, `restore()` goes back to it, `sync()` brings rank 0's to
-    all ranks. Raises ValueError for a model without variables or without an optimizer."""
+    all ranks, but for the seeds of random layers: each rank has its own, by its number after a reset. Raises ValueError
+    for a model without variables or without an optimizer."""
 
     def __init__(self, model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None, **kwargs: Any) -> None:
         if not model.built or not model.variables:  # a class's `build` may mark it built without making any

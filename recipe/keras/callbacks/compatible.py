@@ -18,13 +18,14 @@ _UNSET = "unset.keras"  # Keras insists on a file name when a ModelCheckpoint is
 class BroadcastGlobalVariablesCallback(BroadcastState):
     """Rank root_rank's state on all ranks before the first step; `local_variables` keep what each rank has.
 
-    `device` may be left empty only: the variables are broadcast where they lie."""
+    `device` may be left empty only: the variables are broadcast where they lie. With `same_seeds`
+    random layers draw the same numbers on all ranks; without it each rank draws its own."""
 
-    def __init__(self, root_rank: int, device: str = "", local_variables: Any = None) -> None:
+    def __init__(self, root_rank: int, device: str = "", local_variables: Any = None, same_seeds: bool = False) -> None:
         _refuse_device(device)
         if local_variables is not None and not isinstance(local_variables, (list, tuple, set, frozenset)):
             local_variables = [local_variables]
-        super().__init__(root_rank)
+        super().__init__(root_rank, same_seeds=same_seeds)
         self.device = device
         for v in local_variables or ():
             self.register_local_var(v)
