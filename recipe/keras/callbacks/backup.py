@@ -321,8 +321,8 @@ def _check_model(model: keras.Model) -> None:
         raise RunError(f"BackupAndRestore can't set fit()'s first epoch in Keras {keras.__version__}; use Keras 3.15")
     if any(is_distributed(o) for o in optimizers_of(model) if o is not model.optimizer):
         raise ValueError(
-            f"BackupAndRestore keeps the state of the compiled optimizer; model {model.name!r} trains with others, whose "
-            "state would be lost: save and load it yourself"
+            f"BackupAndRestore keeps the state of the compiled optimizer; model {model.name!r} trains with others, "
+            "whose state would be lost: save and load it yourself"
         )
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)

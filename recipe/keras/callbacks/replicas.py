@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from recipe.keras import backend, state
+from recipe.keras.agreement import check_started
 from recipe.keras.distributed import is_distributed, optimizers_of, reduction_of
 
 
@@ -23,6 +24,7 @@ class BroadcastState(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
+        check_started()
         if backend.FRAMEWORK == "tensorflow":
             model.jit_compile = False  # Horovod's operations can't be part of an XLA cluster
 
@@ -62,6 +64,10 @@ class ReplicaCheck(keras.callbacks.Callback):
         super().__init__()
         self.every, self.also = every, also
         self._steps = 0
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        check_started()
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         for optimizer in optimizers_of(self.model):
