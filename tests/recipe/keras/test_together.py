@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recipe.keras import rollcall
 from tests.ranks import ROOT, environment, launch, results
 
 PROGRAM = str(ROOT / "tests/recipe/keras/together_program.py")
@@ -236,21 +237,63 @@ def test_an_error_on_one_rank_ends_the_others_with_its_words(backend):
     assert "rank 0 waits: the end of epoch 0" in done.stdout
 
 
-@pytest.mark.parametrize("way", ["absent", "own loop"])
+@pytest.mark.parametrize(("backend", "way"), [("torch", "absent"), ("tensorflow", "absent"), ("torch", "own loop")])
 def test_a_wait_without_end_ends_with_where_each_rank_is(backend, way):
-    done = ended(backend, way, RECIPE_STEP_TIMEOUT="4")
+    done = ended(backend, way, RECIPE_STEP_TIMEOUT="15")
     assert done.returncode == 1
-    assert "the ranks wait for each other since" in done.stdout and "(step_timeout=4)" in done.stdout
+    assert "the ranks wait for each other since" in done.stdout and "(step_timeout=15)" in done.stdout
     absent = 1 if way == "absent" else 0
     assert f"rank {absent}: " in done.stdout and f"rank {1 - absent} waits: " in done.stdout
     assert "failing_program.py:" in done.stdout and "in waits_for_something_else" in done.stdout
 
 
-@pytest.mark.parametrize("way", ["long callback", "long validation"])
-def test_a_long_save_or_validation_on_one_rank_is_no_wait_without_end(backend, way):
-    done = ended(backend, way, RECIPE_STEP_TIMEOUT="3")
+def test_a_long_save_and_a_long_validation_on_one_rank_are_no_wait_without_end():
+    done = ended("torch", "long", RECIPE_STEP_TIMEOUT="15")
     assert done.returncode == 0, done.stdout[-2000:]
     assert "rank 0 has ended" in done.stdout and "rank 1 has ended" in done.stdout
+
+
+def seen(**options) -> rollcall.Seen:
+    return rollcall.Seen(**({"count": 0, "waits": False, "busy": "", "failed": "", "where": "x.py:1"} | options))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stuck"),
+    [
+        ([{"waits": True}, {}], True),  # one is elsewhere
+        ([{"waits": True}, {"waits": True}], True),  # in other collectives
+        ([{"waits": True}, {"busy": "ModelCheckpoint.on_epoch_end"}], False),
+        ([{"waits": True}, {"busy": "the validation"}], False),
+        (
+            [{"waits": True}, {"busy": "MetricSums.on_epoch_end", "waits": True}],
+            True,
+        ),  # in a collective that never ends
+        ([{}, {}], False),  # nobody waits for anybody
+    ],
+)
+def test_who_waits_for_ever(monkeypatch, ranks, stuck):
+    """The decision, by a clock of the test's own: 99 s are no reason yet, 101 s are."""
+    now = [1000.0]
+    monkeypatch.setattr(rollcall.time, "monotonic", lambda: now[0])
+    thread = rollcall.RollCall(limit=100.0)
+    told = [seen(**options) for options in ranks]
+    assert not thread._stuck(told)
+    now[0] += 99
+    assert not thread._stuck(told)
+    now[0] += 2
+    assert bool(thread._stuck(told)) == stuck
+    assert not thread._stuck([seen(count=1, waits=True), *told[1:]])  # somebody has gone on
+
+
+def test_a_failed_rank_is_waited_for_for_seconds_only(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(rollcall.time, "monotonic", lambda: now[0])
+    thread = rollcall.RollCall(limit=100.0)
+    told = [seen(waits=True), seen(failed="KeyError: x")]
+    assert not thread._stuck(told)
+    now[0] += rollcall.PATIENCE + 1
+    assert "rank 1 has failed, and the others wait for it: KeyError: x" in thread._stuck(told)
+    assert not thread._stuck([seen(failed="KeyError: x")] * 2)  # all ranks have, and none waits
 
 
 @pytest.mark.parametrize("value", ["soon", "-1", "inf", "nan"])
