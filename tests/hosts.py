@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import BIN, environment
+from tests.ranks import BIN, ROOT, environment
 
 NETNS = Path("/etc/netns")  # `ip netns exec` shows what lies here under a host's name as that host's /etc
 
@@ -30,7 +30,13 @@ def missing() -> str:
     return f"no network namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
+def may_be_named() -> bool:
+    """Whether this machine may have another name for some of its processes."""
+    return subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True, check=False).returncode == 0
+
+
 needs_hosts = pytest.mark.skipif(bool(missing()), reason=missing())
+needs_names = pytest.mark.skipif(not may_be_named(), reason="a machine of another name (unshare --uts) needs root")
 
 
 class Hosts:
@@ -164,6 +170,16 @@ def hosts(folder: Path, count: int) -> Iterator[Hosts]:
         yield made
     finally:
         made.stop()
+
+
+def named(folder: Path, host: str, line: str, *command: str, **variables: str) -> subprocess.CompletedProcess:
+    """Runs a command on a machine of this name, whose /etc/hosts has one line more."""
+    (folder / "hosts").write_text(f"127.0.0.1 localhost\n{line}\n")
+    inside = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
+    words = ["unshare", "--uts", "--mount", "sh", "-c", inside, "sh", str(folder / "hosts"), host, *command]
+    return subprocess.run(
+        words, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def _ip(*words: str, check: bool = True) -> str:

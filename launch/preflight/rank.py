@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from launch.preflight import network, verdicts
+from recipe.errors import RunError
 
 MARK = "launch.doctor:"  # begins a line on stderr: MARK rank order part, MARK rank error what, MARK rank alive
 MPI_STARTS = 1  # the order of the part in which nobody beats: mpi4py holds Python's lock until MPI has started
@@ -31,6 +32,7 @@ def main(names: list[str], data_dir: str, limit: float) -> None:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
+    _check_found(comm.size, len(names), MPI.Get_library_version())
     say(2, "collecting the facts")
     emit(comm, "facts", network.gather(comm, found))
     say(3, "the clocks")
@@ -40,6 +42,15 @@ def main(names: list[str], data_dir: str, limit: float) -> None:
         say(network.LAST, "the allreduce")
         emit(comm, "together", network.together(comm))
     say(network.LAST + 1, "the end")
+
+
+def _check_found(size: int, started: int, library: str) -> None:
+    """Raises RunError when processes that mpirun has started don't find each other: in training each would be alone."""
+    if size != started:
+        raise RunError(
+            f"mpirun started {started} processes, of which mpi4py's MPI found {size}: it is another MPI, "
+            f"{library.split(',')[0].strip()}"
+        )
 
 
 def _measure_pairs(comm: Any, names: list[str]) -> None:
@@ -82,5 +93,5 @@ if __name__ == "__main__":
     try:
         main(**json.loads(sys.argv[1]))
     except Exception as error:  # whatever it is, the doctor names the host
-        _tell(f"error {type(error).__name__}: {error}")
+        _tell(f"error {error}" if isinstance(error, RunError) else f"error {type(error).__name__}: {error}")
         os._exit(1)  # MPI's own end would wait for the others

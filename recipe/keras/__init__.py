@@ -122,3 +122,5 @@ def init(comm: Any = None, process_sets: Any = None) -> None:
 
     `comm` is a list of ranks or an mpi4py communicator (default: all), `process_sets` the ProcessSets to register."""
     collectives.init(backend.FRAMEWORK, comm=comm, process_sets=process_sets)
+    if comm is None:
+        collectives.check_found(program=False)

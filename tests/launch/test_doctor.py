@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.preflight import job
 from launch.preflight.rank import MARK
-from tests.hosts import NETNS, Hosts, hosts, needs_hosts
+from tests.hosts import NETNS, Hosts, hosts, named, needs_hosts, needs_names
 from tests.ranks import ROOT, environment, launch
 
 DOCTOR = [sys.executable, "-m", "launch.doctor"]
@@ -92,6 +93,37 @@ def test_an_environment_that_lacks_mpi_is_named(tmp_path):
     done = doctor("--hostfile", "hostfiles/localhost", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 1
     assert "FAULT  localhost: the check failed there: ImportError: libmpi.so.40: cannot open" in done.stdout
+
+
+APART = """\
+import os
+for name in os.environ:
+    if name.startswith(("OMPI_COMM", "OMPI_MCA_ess", "OMPI_MCA_orte", "PMIX_")):
+        os.unsetenv(name)  # Python still knows it, MPI does not
+"""
+
+
+@pytest.mark.ranks
+def test_ranks_that_do_not_find_each_other_are_told(tmp_path):
+    """Their MPI, which knows nothing of mpirun, stands for another one."""
+    (tmp_path / "sitecustomize.py").write_text(APART)
+    asked = json.dumps({"names": ["h1", "h2"], "data_dir": "", "limit": 60})
+    extra = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OPAL_PREFIX": sys.prefix}
+    done = launch(2, ["-m", "launch.preflight.rank", asked], **extra)
+    found = job.failed(["h1", "h2"], done.stdout, done.returncode)
+    what = (
+        "the check failed there: mpirun started 2 processes, of which mpi4py's MPI found 1: it is another MPI, Open MPI"
+    )
+    assert found.what.startswith(what), done.stdout
+
+
+@pytest.mark.ranks
+@needs_names
+def test_a_machine_whose_own_name_is_unknown_is_told(tmp_path):
+    done = named(tmp_path, "odd-host", "", *DOCTOR, "--hostfile", str(ROOT / "hostfiles/localhost"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAULT  localhost: its own name odd-host does not resolve to an address of its own" in done.stdout
+    assert "fix: add `127.0.1.1 odd-host` to /etc/hosts" in done.stdout
 
 
 @pytest.mark.ranks
