@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 def examine(hosts: list[Host], options: argparse.Namespace) -> dict[str, Any]:
     """All that was found, as JSON; "well": whether no finding is a fault."""
     began = time.monotonic()
-    in_slurm = "SLURM_JOB_ID" in os.environ and shutil.which("srun") is not None
+    in_slurm = hostfile.in_slurm(os.environ) and shutil.which("srun") is not None
     names = [host.name for host in hosts]
     allocated = [host.name for host in hostfile.from_slurm(os.environ)] if in_slurm else []
     reached = {name: _allocated(name, allocated) for name in names} if in_slurm else reach_all(names)
@@ -216,7 +216,7 @@ def _bytes(count: int | None) -> str:
 def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host]:
     if options.hostfile:
         return hostfile.read(options.hostfile)
-    if "SLURM_JOB_ID" in environ:
+    if hostfile.in_slurm(environ):
         return hostfile.from_slurm(environ)
     raise UsageError("which hosts? Give --hostfile, such as hostfiles/localhost, or run this in a Slurm allocation")
 

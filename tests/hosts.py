@@ -40,10 +40,10 @@ needs_names = pytest.mark.skipif(not may_be_named(), reason="a machine of anothe
 
 
 class Hosts:
-    """`names`: h1, h2, …, at 10.213.0.1, .2, …; from each, `ssh` reaches every other by its name."""
+    """`names`: h1, h2, … unless given, at 10.213.0.1, .2, …; from each, `ssh` reaches every other by its name."""
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.folder, self.names = folder, [f"h{i + 1}" for i in range(count)]
+    def __init__(self, folder: Path, count: int, names: list[str] | None = None) -> None:
+        self.folder, self.names = folder, names or [f"h{i + 1}" for i in range(count)]
         self._bridge = f"br{os.getpid()}"
 
     def namespace(self, host: str) -> str:
@@ -76,7 +76,9 @@ class Hosts:
 
     def popen(self, host: str, command: list[str], **options) -> subprocess.Popen:
         """Starts a command on a host, in a process group of its own."""
-        inside = f"hostname {host}; exec {shlex.join(command)}"
+        inside = (
+            f"printf {host} >/proc/sys/kernel/hostname; exec {shlex.join(command)}"  # `hostname` takes no underscore
+        )
         enter = ["ip", "netns", "exec", self.namespace(host), "unshare", "--uts", "sh", "-c", inside]
         return subprocess.Popen(enter, start_new_session=True, text=True, **options)
 
@@ -127,7 +129,7 @@ class Hosts:
         return subprocess.CompletedProcess(command, process.returncode, printed)
 
     def _port(self, host: str) -> str:
-        return f"p{os.getpid()}{host}"
+        return f"p{os.getpid()}h{self.names.index(host) + 1}"
 
     def _link(self, number: int, host: str) -> None:
         namespace, port = self.namespace(host), self._port(host)
@@ -162,9 +164,9 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def hosts(folder: Path, count: int) -> Iterator[Hosts]:
-    """`count` hosts, and nothing of them afterwards."""
-    made = Hosts(folder, count)
+def hosts(folder: Path, count: int, names: list[str] | None = None) -> Iterator[Hosts]:
+    """`count` hosts, of these names if given, and nothing of them afterwards."""
+    made = Hosts(folder, count, names)
     try:
         made.start()
         yield made

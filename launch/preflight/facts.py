@@ -29,8 +29,8 @@ FILES = 20_000  # of a folder at most: a million of small ones would take minute
 NOT_READ = re.compile(r"downloads|records\.npz|SHA256SUMS|.*\.index\.npz")  # archives, and what is made anew anywhere
 
 
-def collect(names: list[str], data_dir: str) -> dict[str, Any]:
-    """The facts of this host, as JSON; `names`: all hosts, to be resolved; `data_dir`: "" for the recipe's default."""
+def collect(data_dir: str) -> dict[str, Any]:
+    """The facts of this host but for what it knows of the others, as JSON; `data_dir`: "" for the recipe's default."""
     return {
         "hostname": socket.gethostname(),
         "python": platform.python_version(),
@@ -50,7 +50,6 @@ def collect(names: list[str], data_dir: str) -> dict[str, Any]:
         "address": resolve(socket.gethostname()),
         "own_name": launched.is_own(socket.gethostname()),
         "interfaces": interfaces(),
-        "names": _resolve_all(names),
         "data": data(data_folder(data_dir)),
     }
 
@@ -134,7 +133,8 @@ def mount_of(folder: Path) -> str:
     return found.device if ":" in found.device else found.fstype
 
 
-def _resolve_all(names: list[str]) -> dict[str, str]:
+def resolve_all(names: list[str]) -> dict[str, str]:
+    """The addresses of all hosts, as this one knows them."""
     with ThreadPoolExecutor(max_workers=64) as pool:  # a name that is unknown takes seconds
         return dict(zip(names, pool.map(resolve, names), strict=True))
 

@@ -107,7 +107,7 @@ for name in os.environ:
 def test_ranks_that_do_not_find_each_other_are_told(tmp_path):
     """Their MPI, which knows nothing of mpirun, stands for another one."""
     (tmp_path / "sitecustomize.py").write_text(APART)
-    asked = json.dumps({"names": ["h1", "h2"], "data_dir": "", "limit": 60})
+    asked = json.dumps({"data_dir": "", "limit": 60})
     extra = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OPAL_PREFIX": sys.prefix}
     done = launch(2, ["-m", "launch.preflight.rank", asked], **extra)
     found = job.failed(["h1", "h2"], done.stdout, done.returncode)
@@ -238,6 +238,17 @@ def test_what_seems_a_fault_is_measured_again():
     assert done.returncode == 0, done.stdout
     first, second = ([row["bandwidth"] for each in found for row in each["rows"]] for found in measured(done.stdout))
     assert first[0] == 1.0 and min(second) > 1.0 and second[1] >= first[1]
+
+
+@pytest.mark.ranks
+def test_all_ranks_are_told_thousands_of_names():
+    program = (
+        "from mpi4py import MPI; from launch.preflight import network; comm = MPI.COMM_WORLD\n"
+        "names = [f'gpu-worker-{i}.training.cluster.example.org' for i in range(5000)]\n"
+        "assert network.told(comm, names if comm.rank == 0 else []) == names"
+    )
+    done = launch(2, ["-c", program])
+    assert done.returncode == 0, done.stdout
 
 
 def measured(printed: str) -> list[list[dict]]:

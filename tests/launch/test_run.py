@@ -82,6 +82,52 @@ def test_srun_in_an_allocation():
     _, command = dry("x", **slurm)
     assert command[:3] == ["mpirun", "-np", "16"] and "-H" not in command, "mpirun asks Slurm for the hosts"
     assert dry("x", **slurm, SLURM_NTASKS="9")[1][:3] == ["mpirun", "-np", "9"], "of sbatch --ntasks=9"
+    assert dry("x", **slurm, SLURM_NTASKS="")[1][:3] == ["mpirun", "-np", "16"]
+    assert dry("-np", "2", "x", SLURM_JOB_ID="")[1][:5] == ["mpirun", "-np", "2", "-H", "localhost:2"]
+
+
+def test_what_a_scheduler_does_not_tell_is_said(tmp_path):
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "bb[01-02]", "SLURM_TASKS_PER_NODE": "1(x2)"}
+    said = launch_run("--dry-run", "x", **slurm).stderr
+    assert said.startswith("note: Slurm was not told how many tasks, and counts 1(x2) a node: 2 ranks; give sbatch")
+    assert launch_run("--dry-run", "x", **slurm, SLURM_NTASKS_PER_NODE="1").stderr == ""
+    assert launch_run("--dry-run", "-np", "2", "x", **slurm).stderr == ""
+    done = launch_run("--dry-run", "x", **slurm, SLURM_HET_SIZE="2")
+    assert done.returncode == 2 and "is the first only of this job's 2 components (SLURM_HET_SIZE)" in done.stderr
+    done = launch_run("--dry-run", "x", **slurm, SLURM_NTASKS="many")
+    assert done.returncode == 2 and "error: SLURM_NTASKS=many is not a number of tasks" in done.stderr
+    nodes = tmp_path / "the nodes"
+    nodes.write_text("h1\nh1\nh2\n")
+    said = launch_run("--dry-run", "-np", "3", "x", PBS_NODEFILE=str(nodes)).stderr
+    assert said.startswith(f"note: all ranks are on this machine; PBS_NODEFILE names the hosts of this job: '{nodes}'")
+    made = subprocess.run(said[said.index("(") + 1 : said.rindex(")")], shell=True, cwd=tmp_path, check=True)
+    assert (made.returncode, (tmp_path / "hosts").read_text()) == (0, "h1 slots=2\nh2 slots=1\n")
+    nodes.write_text("h1\nh1\n")
+    assert launch_run("--dry-run", "-np", "2", "x", PBS_NODEFILE=str(nodes)).stderr == ""
+
+
+def test_mpirun_keeps_names_that_it_would_cut_or_refuse(tmp_path):
+    file = tmp_path / "hosts"
+    cut = ["--mca", "orte_keep_fqdn_hostnames", "1", "--mca", "regx", "naive"]
+    for name, settings in (("bb01", []), ("10.0.0.1", []), ("bb_01", cut[3:]), ("bb01.example.org", cut)):
+        file.write_text(f"{name} slots=1\n")
+        command = dry("--hostfile", str(file), "x")[1]
+        first = command.index("--mca") if "--mca" in command else 0
+        assert command[first : first + len(settings)] == settings and command.count("--mca") == len(settings) // 3
+
+
+def test_a_list_too_long_for_a_command_is_given_as_a_file(tmp_path):
+    file = tmp_path / "many hosts"
+    lines = [f"gpu-worker-{i}.training.cluster.example.org slots=8" for i in range(3000)]
+    file.write_text("\n".join(lines))
+    for launcher in ("mpirun", "horovodrun"):
+        command = dry("--launcher", launcher, "--hostfile", str(file), "x")[1]
+        assert command[command.index("--hostfile") + 1] == str(file) and "-H" not in command
+        assert max(map(len, command)) < 2**17
+    file.write_text(",".join(lines))
+    done = launch_run("--hostfile", str(file), "x")
+    assert done.returncode == 2
+    assert f"python -m launch.hostfile convert '{file}' --to openmpi > NEW, then --hostfile NEW" in done.stderr
 
 
 def test_an_elastic_run_asks_for_the_hosts_again_and_again():
@@ -95,6 +141,7 @@ def test_an_elastic_run_asks_for_the_hosts_again_and_again():
 def test_settings_follow_the_topology():
     assert run.settings(1, 8, "", "mpirun") == {}
     assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in run.settings(4, 4, "", "mpirun")  # one rank a server
+    assert run.settings(4, 32, "ib0,ib1", "srun-gloo")["HOROVOD_GLOO_IFACE"] == "ib0", "Gloo takes one"
     assert run.settings(4, 32, "eth0", "mpirun")["HOROVOD_HIERARCHICAL_ALLREDUCE"] == "1"
     assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in run.settings(4, 32, "", "horovodrun")
 
@@ -180,3 +227,23 @@ def test_ranks_of_three_hosts(tmp_path, launcher):
     assert done.returncode == 0, done.stdout
     for host in ("h1", "h2", "h3"):
         assert f"of 3 on {host}, secrets [] {32 * 2**20}" in done.stdout
+
+
+@pytest.mark.ranks
+@needs_hosts
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_ranks_of_hosts_with_full_names_and_underscores(tmp_path, launcher):
+    """Two have the same first label."""
+    names = ["node_1", "node.rack1.example.org", "node.rack2.example.org"]
+    file = tmp_path / "three"
+    file.write_text("".join(f"{name} slots=1\n" for name in names))
+    with hosts(tmp_path / "hosts", 3, names) as made:
+        command = [sys.executable, "-m", "launch.run", "--launcher", launcher, "--hostfile", str(file)]
+        command += ["--interface", "eth0", sys.executable, "-c", HELLO]
+        done = made.run(names[0], command)
+        assert done.returncode == 0, done.stdout
+        doctor = [sys.executable, "-m", "launch.doctor", "--hostfile", str(file), "--interface", "eth0"]
+        examined = made.run(names[0], doctor) if launcher == "mpirun" else None
+    for name in names:
+        assert f"of 3 on {name}, secrets [] {32 * 2**20}" in done.stdout
+    assert examined is None or "all is well (3 hosts, " in examined.stdout, examined.stdout
