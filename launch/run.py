@@ -25,6 +25,7 @@ from pathlib import Path
 from launch import hostfile
 from launch.command import Parser, run
 from launch.hostfile import Host
+from recipe import launched
 from recipe.errors import UsageError
 
 FORWARDED = (
@@ -123,6 +124,8 @@ def mpirun(job: Job) -> list[str]:
 def horovodrun(job: Job) -> list[str]:
     """Horovod's own launcher by Gloo: ssh, and no MPI."""
     words = ["horovodrun", "--gloo", "-np", str(job.ranks)]
+    if launched.homeless():
+        words.append("--disable-cache")  # it would lie there
     words += job.elastic or _place(job, "horovodrun")
     if job.interface:
         words += ["--network-interfaces", job.interface]
@@ -228,7 +231,7 @@ def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
         interface=options.interface,
         log_dir=options.log_dir,
         elastic=_elastic(options, ranks),
-        environment=chosen | forwarded(environ),
+        environment=chosen | forwarded(environ) | ({"HOME": "/"} if launched.homeless() else {}),
     )
 
 
@@ -252,8 +255,12 @@ def _tasks(environ: Mapping[str, str]) -> int | None:
 
 def _notes(options: argparse.Namespace, job: Job, environ: Mapping[str, str]) -> list[str]:
     """What the environment does not tell, and was assumed."""
-    if options.hostfile:
-        return []
+    notes = [f"{launched.no_home()}; the ranks get HOME=/"] if launched.homeless() else []
+    return notes if options.hostfile else notes + _assumed(options, job, environ)
+
+
+def _assumed(options: argparse.Namespace, job: Job, environ: Mapping[str, str]) -> list[str]:
+    """Of the hosts and the ranks, where no hostfile says them."""
     if hostfile.in_slurm(environ):
         told = options.np is not None or _tasks(environ) or environ.get("SLURM_NTASKS_PER_NODE")
         counted = f"Slurm was not told how many tasks, and counts {environ.get('SLURM_TASKS_PER_NODE')} a node"

@@ -1,6 +1,7 @@
-"""What can be seen before Horovod starts: how many processes the launcher started, and what Gloo would die of."""
+"""What can be seen before Horovod starts: how many processes the launcher started, what MPI and Gloo would die of."""
 
 import os
+import pwd
 import socket
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ LAUNCHERS = {
     "WORLD_SIZE": "torchrun",
 }
 CERTAIN = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # who starts processes that are meant to be ranks
+# Open MPI's mpirun refuses root, as in containers, and machines whose name has an underscore, unless told.
+ANYWHERE = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_regx": "naive"}
 SLURM_STEPS = 2**32 - 16  # steps from here on are none of srun's: batch scripts, interactive shells
 
 
@@ -66,6 +69,25 @@ def check_gloo() -> None:
             f"the name of this machine, {host}, does not resolve to an address of its own, and Gloo needs one: add it "
             f"to /etc/hosts, `127.0.1.1 {host}` or, with several hosts, its address on their network"
         )
+
+
+def homeless() -> bool:
+    """Whether this user has no home directory to anybody's knowledge, as in containers that run as any number.
+
+    Open MPI dies of that by signal 11, and `~` stands for nothing."""
+    if "HOME" in os.environ:
+        return False
+    try:
+        return not pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return True
+
+
+def no_home() -> str:
+    """The sentence about it."""
+    return (
+        f"HOME is not set, and user {os.getuid()} has no entry in /etc/passwd: export HOME=FOLDER, one you may write to"
+    )
 
 
 def is_own(name: str) -> bool:

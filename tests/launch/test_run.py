@@ -247,3 +247,31 @@ def test_ranks_of_hosts_with_full_names_and_underscores(tmp_path, launcher):
     for name in names:
         assert f"of 3 on {name}, secrets [] {32 * 2**20}" in done.stdout
     assert examined is None or "all is well (3 hosts, " in examined.stdout, examined.stdout
+
+
+HOMELESS = ["unshare", "--user", "--map-user=54321", "--map-group=54321", "env", "-u", "HOME", "-u", "TFDS_DATA_DIR"]
+no_users = subprocess.run([*HOMELESS, "true"], capture_output=True, check=False).returncode != 0
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(no_users, reason="a user without an entry in /etc/passwd needs unshare --user")
+def test_a_user_without_a_home_is_told_and_served(tmp_path):
+    """Open MPI would die by signal 11."""
+
+    def homeless(*words: str) -> subprocess.CompletedProcess:
+        command = [*HOMELESS, sys.executable, *words]
+        options = {"capture_output": True, "text": True, "timeout": 120, "check": False}
+        return subprocess.run(command, cwd=tmp_path, env=environment(TMPDIR=str(tmp_path)), **options)
+
+    said = "HOME is not set, and user 54321 has no entry in /etc/passwd: export HOME=FOLDER"
+    for launcher in ("mpirun", "horovodrun"):
+        done = homeless("-m", "launch.run", "--launcher", launcher, "-np", "2", sys.executable, "-c", HELLO)
+        assert done.returncode == 0 and "rank 1 of 2" in done.stdout, done.stderr
+        assert f"note: {said}" in done.stderr
+    alone = homeless("-c", "from recipe import collectives; print(collectives.init('torch').size())")
+    assert (alone.returncode, alone.stdout) == (0, "1\n"), alone.stderr
+    prepare = homeless("-m", "recipe.data.prepare", "fashion_photos")
+    assert prepare.returncode == 2 and f"error: {said}" in prepare.stderr and "Traceback" not in prepare.stderr
+    doctor = homeless("-m", "launch.doctor", "--hostfile", str(ROOT / "hostfiles/localhost"))
+    assert doctor.returncode == 1 and "FAULT  a plain mpirun dies by signal 11 here" in doctor.stdout, doctor.stdout
+    assert not (tmp_path / "~" / ".horovod").exists(), "horovodrun's cache"
