@@ -77,6 +77,8 @@ def test_this_machine(tmp_path):
     [
         ([], "which hosts? Give --hostfile, such as hostfiles/localhost, or run this in a Slurm allocation"),
         (["--hostfile", "hostfiles/none"], "hostfiles/none"),
+        (["--data-dir=x"], "did you mean --data_dir?"),
+        (["--timout=3"], "did you mean --timeout?"),
         (["--hostfile", "hostfiles/localhost", "--timeout=0"], "--timeout=0 is not from 1 to 86400 seconds"),
     ],
 )

@@ -405,7 +405,12 @@ def test_the_command_converts_and_writes():
     ("arguments", "words"),
     [
         ((), "command"),
-        (("chek", "x"), "invalid choice: 'chek'"),
+        (
+            ("chek", "x"),
+            "invalid choice: 'chek' (choose from 'check', 'convert', 'write', 'discover'); did you mean check?",
+        ),
+        (("verify", "x"), "did you mean check?"),
+        (("check", "x", "--gpsu=8"), "did you mean --gpus?"),
         (("check", "nowhere"), "hostfile nowhere can't be read: No such file"),
         (("check", "hostfiles/localhost", "--gpus=0"), "--gpus=0 is not a whole number from 1"),
         (("convert", "hostfiles/localhost"), "--to"),
