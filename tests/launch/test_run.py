@@ -4,12 +4,13 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 
 from launch import run
 from tests.hosts import hosts, needs_hosts
-from tests.ranks import ROOT, environment
+from tests.ranks import ROOT, command, environment
 
 HELLO = (
     "import os, socket, numpy, horovod.torch as hvd, torch; hvd.init(); "
@@ -284,3 +285,37 @@ def test_a_user_without_a_home_is_told_and_served(tmp_path):
     doctor = homeless("-m", "launch.doctor", "--hostfile", str(ROOT / "hostfiles/localhost"))
     assert doctor.returncode == 1 and "FAULT  a plain mpirun dies by signal 11 here" in doctor.stdout, doctor.stdout
     assert not (tmp_path / "~" / ".horovod").exists(), "horovodrun's cache"
+
+
+RUN = ["-m", "recipe.train", "--config=quick", "--config.framework=torch", "--config.n=8", "--config.epochs=200"]
+RUN += ["--config.schedule.decay_epochs=()", "--config.data.name=synthetic", "--config.data.train_examples=1600"]
+RUN += [
+    "--config.data.eval_examples=8",
+    "--config.model.blocks=(1,)",
+    "--config.model.width=4",
+    "--config.run.log_every=1",
+]
+START = 120  # seconds, on a busy machine
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("launcher", ["mpirun", "gloo", "launch.run"])
+def test_the_readmes_signal_reaches_the_ranks_of_every_launcher(tmp_path, launcher):
+    """And neither the launcher nor its shells, which it would end."""
+    (told,) = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("pkill -USR1"))
+    run_dir = tmp_path / "its run"
+    start = [sys.executable, "-m", "launch.run", "--launcher", "horovodrun", "-np", "2", sys.executable]
+    words = start if launcher == "launch.run" else command(2, [], launcher)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*words, *RUN, f"--run_dir={run_dir}"], cwd=ROOT, env=environment(), stdout=log, stderr=log
+        )
+    end = time.monotonic() + START
+    while "step" not in (tmp_path / "log").read_text():
+        assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    subprocess.run(told.replace("runs/mine", str(run_dir)), shell=True, check=True)
+    assert process.wait(START) == (75 if launcher == "mpirun" else 1)
+    printed = (tmp_path / "log").read_text()
+    assert "preempted: told to leave after step" in printed, printed
+    assert list((run_dir / "checkpoints").iterdir())
