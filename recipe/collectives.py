@@ -47,6 +47,7 @@ def init(framework: str, **options: Any) -> ModuleType:
     if (Path(sys.prefix) / "bin" / "orted").exists():
         # Open MPI installed as a wheel finds its own files only under mpirun, unless told.
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+        launched.check_srun()
     if launched.homeless():
         os.environ["HOME"] = "/"  # Open MPI dies without any
     # Open MPI's ranks, waiting for each other, would spin on the cores that compute.

@@ -54,6 +54,16 @@ def word() -> Word:
     return next((Word(name, int(count)) for name, count in counts.items() if count.isdecimal()), Word())
 
 
+def check_srun() -> None:
+    """Raises UsageError for tasks of an srun without MPI, in which Open MPI ends the process by pages of its own."""
+    told = any(os.environ.get(name) for name in ("PMI_RANK", "PMIX_RANK", "HOROVOD_GLOO_RENDEZVOUS_ADDR"))
+    if word().variable == "SLURM_STEP_NUM_TASKS" and word().processes > 1 and not told:
+        raise UsageError(
+            f"srun started {word().processes} processes without MPI, which can't find each other: give --mpi=pmix, "
+            "or take python -m launch.run --launcher=srun-gloo, which needs none"
+        )
+
+
 def check_gloo() -> None:
     """Raises UsageError for what Gloo, of horovodrun --gloo and srun-gloo, dies of by a signal, without a sentence."""
     if not os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR"):
