@@ -29,6 +29,7 @@ from launch.preflight import job, verdicts
 from launch.preflight.network import GRADIENTS
 from launch.preflight.reach import Reach, reach_all
 from launch.preflight.verdicts import Finding, rate
+from recipe import launched
 from recipe.errors import UsageError
 
 MANY = 32  # servers of the paper's run: how long would this take there?
@@ -45,11 +46,13 @@ def main(argv: list[str]) -> None:
 def examine(hosts: list[Host], options: argparse.Namespace) -> dict[str, Any]:
     """All that was found, as JSON; "well": whether no finding is a fault."""
     began = time.monotonic()
-    in_slurm = "SLURM_JOB_ID" in os.environ and shutil.which("srun") is not None
+    in_slurm = hostfile.in_slurm(os.environ) and shutil.which("srun") is not None
     names = [host.name for host in hosts]
     allocated = [host.name for host in hostfile.from_slurm(os.environ)] if in_slurm else []
     reached = {name: _allocated(name, allocated) for name in names} if in_slurm else reach_all(names)
     findings = [Finding(name, r.reason, r.fix) for name, r in reached.items() if not r.how]
+    if launched.homeless():
+        findings.append(Finding("", "a plain mpirun dies by signal 11 here", launched.no_home()))
     met = [name for name in names if reached[name].how]
     # mpirun has orders of its own: the allocation's, or its own host first, wherever it stands.
     met.sort(key=allocated.index if in_slurm else lambda name: reached[name].how != "this machine")
@@ -216,7 +219,7 @@ def _bytes(count: int | None) -> str:
 def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host]:
     if options.hostfile:
         return hostfile.read(options.hostfile)
-    if "SLURM_JOB_ID" in environ:
+    if hostfile.in_slurm(environ):
         return hostfile.from_slurm(environ)
     raise UsageError("which hosts? Give --hostfile, such as hostfiles/localhost, or run this in a Slurm allocation")
 

@@ -12,13 +12,15 @@ A line is a host with its slots, which are the ranks it runs, one a GPU: `bb01 s
 --hostfile reads), `bb01:8` (MPICH), or several with commas (horovodrun -H). `bb[01-03,07]` stands for bb01, bb02, bb03
 and bb07. `max_slots` is read and not kept: no launcher here starts more ranks than slots unless told to.
 What only one launcher knows (`user@`, `binding=`) is refused, and so are IPv6 addresses, which none of them takes.
+launch.run reads all of this; `check` fails where `mpirun --hostfile` or `horovodrun --hostfile` could not.
 """
 
 import ipaddress
 import os
 import re
+import shlex
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,13 +30,25 @@ from recipe.errors import RunError, UsageError
 
 LIMIT = 65536  # hosts in a file, and slots of a host: a slip of the keyboard must not eat the memory
 RANGES = 4  # in one name; Slurm knows fewer
-LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 NAME = re.compile(rf"(?=.{{1,253}}\Z){LABEL}(?:\.{LABEL})*")
 # Open MPI reads these names as settings, some of them without a word.
 RESERVED = re.compile(
     r"(?:max[-_])?(?:slots|cpu|count)|(?:slots|cpu|count)[-_]max|slot|rank|user[-_]?name|boards"
     r"|sockets(?:[-_]per[-_]board)?|cores(?:[-_]per[-_]socket)?|cpu[-_]set"
 )
+# The lines that Open MPI's mpirun and Horovod's horovodrun read as they are, without what ends them.
+SPACE = r"[ \t\v\f]"
+READ = {
+    "mpirun": re.compile(
+        rf"{SPACE}*(?:[\w.-]+(?:{SPACE}+(?:slots|max[-_]slots|slots[-_]max){SPACE}*={SPACE}*[0-9]+)+{SPACE}*)?(?:#[^\r]*)?",
+        re.ASCII,
+    ),
+    "horovodrun": re.compile(r"\s*(?:[\w.-]+\s+slots\s*=[0-9]+\s*)?(?:#[^\ufffd]*)?"),
+}
+KEEP_NAMES = {"orte_keep_fqdn_hostnames": "1"}  # Open MPI 4 cuts names at the first dot otherwise
+ANY_NAMES = {"regx": "naive"}  # it refuses underscores otherwise, and dies of 65 characters and more by a signal
+SINFO = 1000  # hosts in one command
 NOTATIONS = {  # how a host is written, and what follows it or stands between two
     "openmpi": ("{0.name} slots={0.slots}", "\n"),
     "mpich": ("{0.name}:{0.slots}", "\n"),
@@ -74,11 +88,23 @@ def parse(text: str, where: str, gpus: int | None = None) -> list[Host]:
 
 def read(path: Path | str, gpus: int | None = None) -> list[Host]:
     """`parse` of a file. Raises UsageError, also for a file that is missing, unreadable or empty."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8", errors="replace")  # comments may be in any encoding
-    except OSError as error:
-        raise UsageError(f"hostfile {path} can't be read: {error.strerror}; give the path of a file with a host a line")
-    return parse(text, str(path), gpus)
+    return parse(_text(path), str(path), gpus)
+
+
+def unread(path: Path | str) -> list[str]:
+    """The launchers that can't read the file as it is, of those in READ. Raises UsageError when nobody can."""
+    return list(_unread(_text(path)))
+
+
+def mpirun_settings(names: Iterable[str]) -> dict[str, str]:
+    """The settings of Open MPI that it needs for hosts of these names, the machine's own included."""
+    found: dict[str, str] = {}
+    for name in names:
+        if "." in name and not re.fullmatch(r"[0-9.]+", name):
+            found |= KEEP_NAMES | ANY_NAMES
+        elif "_" in name:
+            found |= ANY_NAMES
+    return found
 
 
 def render(hosts: list[Host], notation: str) -> str:
@@ -91,6 +117,11 @@ def render(hosts: list[Host], notation: str) -> str:
     return end.join(form.format(host) for host in hosts) + end.strip(",")
 
 
+def in_slurm(environ: Mapping[str, str]) -> bool:
+    """Whether `environ` is of a Slurm job."""
+    return bool(environ.get("SLURM_JOB_ID"))
+
+
 def from_slurm(environ: Mapping[str, str]) -> list[Host]:
     """The hosts of the Slurm allocation that `environ` is of, with a slot a task. Raises UsageError outside of one.
 
@@ -99,6 +130,11 @@ def from_slurm(environ: Mapping[str, str]) -> list[Host]:
     if not nodes:
         raise UsageError(
             "SLURM_JOB_NODELIST is not set: run this in an allocation (sbatch, salloc), or list hosts: bb[01-32]:8"
+        )
+    if (parts := environ.get("SLURM_HET_SIZE", "")) not in ("", "1"):
+        raise UsageError(
+            f"SLURM_JOB_NODELIST={nodes[:80]} is the first only of this job's {parts} components (SLURM_HET_SIZE): "
+            "submit it as one component, or list all hosts in a hostfile and take horovodrun"
         )
     try:
         names = list(islice((name for entry in _entries(nodes) for name in expand(entry)), LIMIT + 1))
@@ -113,15 +149,21 @@ def alive(hosts: list[Host]) -> list[Host]:
     """Without the nodes that Slurm calls down, failed or silent. Raises RunError when it won't say, or none is left.
 
     A job outlives a node only if it was submitted with --no-kill."""
-    command = ["sinfo", "--noheader", "--Node", "--nodes", ",".join(host.name for host in hosts), "--format=%N %T"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise RunError(f"sinfo doesn't tell which nodes are up: {error}; see whether Slurm's controller runs")
+    names = [host.name for host in hosts]
+    said = "".join(_sinfo(names[first : first + SINFO]) for first in range(0, len(names), SINFO))
     dead = {name for name, state in map(str.split, said.splitlines()) if re.match(r"down|fail|.*\*$", state)}
     if not (living := [host for host in hosts if host.name not in dead]):
         raise RunError(f"all nodes of the allocation are down: {', '.join(sorted(dead))}")
     return living
+
+
+def _sinfo(names: list[str]) -> str:
+    """Lines of a node and its state."""
+    command = ["sinfo", "--noheader", "--Node", "--nodes", ",".join(names), "--format=%N %T"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RunError(f"sinfo doesn't tell which nodes are up: {error}; see whether Slurm's controller runs")
 
 
 def expand(pattern: str) -> list[str]:
@@ -145,9 +187,7 @@ def expand(pattern: str) -> list[str]:
 def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     if options.command == "check":
-        hosts = read(options.file, options.gpus)
-        counts = {"host": len(hosts), "slot": sum(host.slots for host in hosts)}
-        print(f"{options.file}: " + ", ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in counts.items()))
+        _check(options.file, options.gpus)
         return
     if options.command == "discover":
         print(render(read(options.file) if options.file else alive(from_slurm(os.environ)), "mpich"), end="")
@@ -157,6 +197,41 @@ def main(argv: list[str]) -> None:
     else:
         hosts = parse("\n".join(options.hosts), "arguments") if options.hosts else from_slurm(os.environ)
     print(render(hosts, options.to).rstrip())
+
+
+def _text(path: Path | str) -> str:
+    """A hostfile's. Comments may be in any encoding: what is not UTF-8 becomes U+FFFD."""
+    try:
+        return Path(path).read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"hostfile {path} can't be read: {error.strerror}; give the path of a file with a host a line")
+
+
+def _unread(text: str) -> dict[str, int]:
+    """The launchers that can't read a hostfile's text, with the number of the first such line."""
+    found = {}
+    for launcher, line in READ.items():
+        lines = re.split("\n" if launcher == "mpirun" else r"\r\n?|\n", text)
+        if wrong := next((number for number, each in enumerate(lines, 1) if not line.fullmatch(each)), 0):
+            found[launcher] = wrong
+    return found
+
+
+def _check(file: str, gpus: int | None) -> None:
+    """Prints how many hosts and slots there are. Raises UsageError where a launcher of READ can't read the file."""
+    text = _text(file)
+    hosts = parse(text, file, gpus)
+    if found := _unread(text):
+        anew = f"python -m launch.hostfile convert {shlex.quote(file)} --to openmpi > NEW"
+        raise UsageError(
+            f"{file}:{min(found.values())}: launch.run reads this line, {' and '.join(found)} --hostfile can't: "
+            f"write the file anew: {anew}"
+        )
+    counts = {"host": len(hosts), "slot": sum(host.slots for host in hosts)}
+    print(f"{file}: " + ", ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in counts.items()))
+    if settings := mpirun_settings(host.name for host in hosts):
+        options = " ".join(f"--mca {name} {value}" for name, value in settings.items())
+        print(f"note: for these names a plain mpirun needs {options}, which launch.run gives it")
 
 
 def _entries(line: str) -> list[str]:
@@ -240,7 +315,8 @@ def _check_name(name: str) -> None:
             raise UsageError(f"{name} is not the address of one machine: write its name, such as bb01")
     elif not NAME.fullmatch(name):
         raise UsageError(
-            f"{name[:80]!r} is not a host name: letters, digits, inner hyphens and dots, as in bb01 or bb01.example.org"
+            f"{name[:80]!r} is not a host name: letters, digits, underscores, inner hyphens and dots, as in bb01 or "
+            "bb01.example.org"
         )
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from launch import hostfile
 from launch.command import Parser, run
 from launch.hostfile import Host
+from recipe import launched
 from recipe.errors import UsageError
 
 FORWARDED = (
@@ -54,6 +55,15 @@ LOCAL = (
 )  # beginnings; the launcher's
 OURS = (Path(sys.prefix) / "bin" / "orted").exists()  # Open MPI is the environment's, not the system's
 PATIENCE = 120  # seconds until srun must have started something
+LONGEST = 32 * os.sysconf("SC_PAGE_SIZE")  # bytes of one argument, for Linux
+# Where schedulers that this launcher doesn't know keep a job's hosts, and what makes a hostfile of it.
+A_LINE_A_SLOT = "sort {0} | uniq -c | awk '{{print $2, \"slots=\" $1}}' > hosts"
+SCHEDULERS = {
+    "PBS_NODEFILE": A_LINE_A_SLOT,
+    "LSB_DJOB_HOSTFILE": A_LINE_A_SLOT,
+    "PE_HOSTFILE": "awk '{{print $1, \"slots=\" $2}}' {0} > hosts",
+    "OMPI_MCA_orte_default_hostfile": "--hostfile {0}",
+}
 # A lost host is noticed after 10 + 3 · 5 seconds: Open MPI's own 8 minutes, or for ever.
 KEEPALIVE = {"oob_tcp_keepalive_time": "10", "oob_tcp_keepalive_intvl": "5", "oob_tcp_keepalive_probes": "3"}
 
@@ -63,7 +73,9 @@ class Job:
     """What is to be started, and where."""
 
     program: list[str]
-    hosts: list[Host]  # empty in a Slurm allocation, whose hosts mpirun and srun know
+    hosts: list[Host]
+    file: str  # with these hosts; empty: the Slurm allocation's, or this machine
+    allocated: bool  # Slurm has told mpirun and srun the hosts
     ranks: int
     interface: str  # the network that the hosts talk by; empty: the launcher's choice
     log_dir: str  # for a file of each rank's output; empty: none
@@ -72,13 +84,15 @@ class Job:
 
     @property
     def servers(self) -> int:
-        return len(self.hosts) or int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+        return len(self.hosts)
 
 
 def main(argv: list[str]) -> None:
     options = _parsed(argv)
     job = _job(options, os.environ)
     command = LAUNCHERS[options.launcher](job)
+    for note in _notes(options, job, os.environ):
+        print(f"note: {note}", file=sys.stderr, flush=True)
     variables = job.environment | _local(os.environ)
     text = shlex.join(["env", "-i", *(f"{name}={value}" for name, value in variables.items()), *command])
     print(text, file=sys.stdout if options.dry_run else sys.stderr, flush=True)
@@ -91,15 +105,18 @@ def mpirun(job: Job) -> list[str]:
     """Open MPI: no rank bound to a core, ranks in the order of the hosts, one network, a lost host noticed."""
     if ":" in job.log_dir:
         raise UsageError(f"--log-dir={job.log_dir}: mpirun would cut it at the colon; name a folder without")
-    place = ["-H", hostfile.render(job.hosts, "horovod")] if job.hosts else []
+    place = [] if job.allocated else _place(job, "mpirun")
+    if "--hostfile" in place:  # it would look up thousands of names, one after the other, deaf to signals
+        place += ["--mca", "if_base_do_not_resolve", "1"]
     words = ["mpirun", "-np", str(job.ranks), *place, "--bind-to", "none", "--map-by", "slot"]
     if os.geteuid() == 0:
         words.append("--allow-run-as-root")
     if OURS:
         words += ["--prefix", sys.prefix]  # where the other hosts find Open MPI
-    if job.servers > 1:
-        for name, value in (KEEPALIVE | _networks(job.interface)).items():
-            words += ["--mca", name, value]
+    names = hostfile.mpirun_settings(host.name for host in job.hosts) | hostfile.mpirun_settings(_own_name())
+    several = KEEPALIVE | _networks(job.interface) if job.servers > 1 else {}
+    for name, value in (names | several).items():
+        words += ["--mca", name, value]
     words += ["--output-filename", job.log_dir] if job.log_dir else []
     return words + [word for name in job.environment for word in ("-x", name)] + job.program
 
@@ -107,7 +124,9 @@ def mpirun(job: Job) -> list[str]:
 def horovodrun(job: Job) -> list[str]:
     """Horovod's own launcher by Gloo: ssh, and no MPI."""
     words = ["horovodrun", "--gloo", "-np", str(job.ranks)]
-    words += job.elastic or ["-H", hostfile.render(job.hosts, "horovod")]
+    if launched.homeless():
+        words.append("--disable-cache")  # it would lie there
+    words += job.elastic or _place(job, "horovodrun")
     if job.interface:
         words += ["--network-interfaces", job.interface]
     words += ["--output-filename", job.log_dir] if job.log_dir else []
@@ -128,8 +147,27 @@ LAUNCHERS = {"mpirun": mpirun, "horovodrun": horovodrun, "srun": srun, "srun-glo
 MPI = ("mpirun", "srun")
 
 
+def _place(job: Job, launcher: str) -> list[str]:
+    """Where mpirun or horovodrun starts ranks: a list or, where that would be too long for an argument, the file."""
+    listed = hostfile.render(job.hosts, "horovod")
+    if len(listed) < LONGEST:
+        return ["-H", listed]
+    if job.file and launcher not in hostfile.unread(job.file):
+        return ["--hostfile", job.file]
+    source = f"convert {shlex.quote(job.file)} --to openmpi" if job.file else "write"
+    raise UsageError(
+        f"{len(job.hosts)} hosts are too long a list for {launcher}'s command: "
+        f"python -m launch.hostfile {source} > NEW, then --hostfile NEW"
+    )
+
+
+def _own_name() -> list[str]:
+    """This machine's name, up to the first dot, as mpirun has it."""
+    return [socket.gethostname().partition(".")[0]]
+
+
 def _srun(job: Job, mpi: str) -> list[str]:
-    if "SLURM_JOB_ID" not in os.environ:
+    if not hostfile.in_slurm(os.environ):
         raise UsageError("srun needs a Slurm allocation, of salloc or sbatch; elsewhere take --launcher=horovodrun")
     words = ["srun", f"--mpi={mpi}", f"--ntasks={job.ranks}", "--distribution=block", "--kill-on-bad-exit=1"]
     folder = job.log_dir.replace("%", "%%")
@@ -154,7 +192,7 @@ def settings(servers: int, ranks: int, interface: str, launcher: str) -> dict[st
         found["HOROVOD_FUSION_THRESHOLD"] = str(32 * 2**20)
         found["HOROVOD_CYCLE_TIME"] = "3.5"  # ms
     if interface:
-        found |= {"NCCL_SOCKET_IFNAME": interface, "HOROVOD_GLOO_IFACE": interface}
+        found |= {"NCCL_SOCKET_IFNAME": interface, "HOROVOD_GLOO_IFACE": interface.split(",")[0]}  # Gloo takes one
     return found
 
 
@@ -177,33 +215,70 @@ def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
         raise UsageError("nothing to run: end the command with one, such as python -m recipe.train --config=quick")
     hosts = _hosts(options, environ)
     slots = sum(host.slots for host in hosts)
-    asked = slots if options.hostfile else int(environ.get("SLURM_NTASKS", slots))  # --ntasks may leave slots free
+    asked = slots if options.hostfile else _tasks(environ) or slots  # --ntasks may leave slots free
     most = min(slots, asked, options.elastic[1] if options.elastic else slots)
     ranks = most if options.np is None else options.np
     if not 1 <= ranks <= slots:
         raise UsageError(f"-np {ranks} ranks don't fit into {slots} slots; lower -np or add hosts")
     _check_k(program, ranks, options.elastic)
     chosen = settings(len(hosts), ranks, options.interface, options.launcher)
-    in_slurm = not options.hostfile and "SLURM_JOB_ID" in environ and options.launcher != "horovodrun"
     return Job(
         program=program,
-        hosts=[] if in_slurm else hosts,
+        hosts=hosts,
+        file=options.hostfile or "",
+        allocated=not options.hostfile and hostfile.in_slurm(environ) and options.launcher != "horovodrun",
         ranks=ranks,
         interface=options.interface,
         log_dir=options.log_dir,
         elastic=_elastic(options, ranks),
-        environment=chosen | forwarded(environ),
+        environment=chosen | forwarded(environ) | ({"HOME": "/"} if launched.homeless() else {}),
     )
 
 
 def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host]:
     if options.hostfile:
         return hostfile.read(options.hostfile)
-    if "SLURM_JOB_ID" in environ:
+    if hostfile.in_slurm(environ):
         return hostfile.from_slurm(environ)
     if options.np is None:
         raise UsageError("how many ranks? Give -np for this machine, or --hostfile")
     return [Host("localhost", options.np)]
+
+
+def _tasks(environ: Mapping[str, str]) -> int | None:
+    """Of a Slurm job, if it was told."""
+    told = environ.get("SLURM_NTASKS", "")
+    if told and not (told.isdecimal() and int(told)):
+        raise UsageError(f"SLURM_NTASKS={told[:80]} is not a number of tasks: unset it, or give -np")
+    return int(told) if told else None
+
+
+def _notes(options: argparse.Namespace, job: Job, environ: Mapping[str, str]) -> list[str]:
+    """What the environment does not tell, and was assumed."""
+    notes = [f"{launched.no_home()}; the ranks get HOME=/"] if launched.homeless() else []
+    return notes if options.hostfile else notes + _assumed(options, job, environ)
+
+
+def _assumed(options: argparse.Namespace, job: Job, environ: Mapping[str, str]) -> list[str]:
+    """Of the hosts and the ranks, where no hostfile says them."""
+    if hostfile.in_slurm(environ):
+        told = options.np is not None or _tasks(environ) or environ.get("SLURM_NTASKS_PER_NODE")
+        counted = f"Slurm was not told how many tasks, and counts {environ.get('SLURM_TASKS_PER_NODE')} a node"
+        return [] if told else [f"{counted}: {job.ranks} ranks; give sbatch or salloc --ntasks-per-node, a task a GPU"]
+    return [
+        f"all ranks are on this machine; {name} names the hosts of this job: {shlex.quote(path)}, to be given by "
+        f"--hostfile ({form.format(shlex.quote(path))})"
+        for name, form in SCHEDULERS.items()
+        if (path := environ.get(name)) and len(_first_words(path)) > 1
+    ]
+
+
+def _first_words(path: str) -> set[str]:
+    """The hosts of a scheduler's file."""
+    try:
+        return {line.split()[0] for line in Path(path).read_text(errors="replace").splitlines() if line.split()}
+    except OSError:
+        return set()
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -220,7 +295,7 @@ def _elastic(options: argparse.Namespace, ranks: int) -> list[str]:
         return []
     if options.launcher != "horovodrun":
         raise UsageError(f"--elastic needs --launcher=horovodrun; {options.launcher} keeps its ranks to the end")
-    if not options.hostfile and "SLURM_JOB_ID" not in os.environ:
+    if not options.hostfile and not hostfile.in_slurm(os.environ):
         raise UsageError("--elastic needs --hostfile, a file that may then change, or a Slurm allocation")
     least, most = options.elastic
     if not least <= ranks <= most:

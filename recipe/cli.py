@@ -16,7 +16,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from recipe import collectives, configs, preemption, watchdog
+from recipe import collectives, configs, launched, preemption, watchdog
 from recipe.config import Recipe, flatten, nearest
 from recipe.errors import Preempted, RunError, UsageError
 
@@ -100,7 +100,7 @@ def run(main: Callable[[list[str]], None], values: flags.FlagValues | None = Non
     except KeyboardInterrupt:
         _leave(130, "interrupted", True)
     except Exception as error:
-        _leave(1, _unexpected(error))
+        _leave(2 if _homeless(error) else 1, _unexpected(error))
 
 
 def quiet() -> bool:
@@ -143,11 +143,18 @@ def _unexpected(error: Exception) -> str:
     text = str(error)
     if "KERAS_BACKEND" in text:
         return text
+    if _homeless(error):
+        return f"{launched.no_home()}, or name the folder of the data without ~"
     if "Horovod" in f"{type(error).__name__} {text}":
         time.sleep(1)  # let the rank that failed first be heard first
         return f"another rank has gone; its own message says why ({text.splitlines()[0]})"
     traceback.print_exc()
     return f"{type(error).__name__}: {text}".splitlines()[0]
+
+
+def _homeless(error: Exception) -> bool:
+    """Whether it is pathlib's, who finds nothing that ~ stands for."""
+    return isinstance(error, RuntimeError) and launched.homeless()
 
 
 def _leave(status: int, message: str, everywhere: bool = False, kind: str = "error") -> None:

@@ -7,6 +7,7 @@ import importlib
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from recipe import watchdog
+from recipe import launched, watchdog
 from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
 
@@ -46,11 +47,35 @@ def init(framework: str, **options: Any) -> ModuleType:
     if (Path(sys.prefix) / "bin" / "orted").exists():
         # Open MPI installed as a wheel finds its own files only under mpirun, unless told.
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+        launched.check_srun()
+    if launched.homeless():
+        os.environ["HOME"] = "/"  # Open MPI dies without any
     # Open MPI's ranks, waiting for each other, would spin on the cores that compute.
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     if not binding.is_initialized():
+        launched.check_gloo()
         binding.init(**options)
     return binding
+
+
+def check_found(program: bool = True) -> None:
+    """Compares Horovod's number of ranks with the launcher's: processes that don't find each other train alone.
+
+    Raises UsageError in a program. In a user's script, RunError where it is certain and otherwise a warning: srun and
+    torchrun may have started processes that are meant to be alone."""
+    word = launched.word()
+    if word.processes <= size():
+        return
+    said = (
+        f"Horovod has {size()} rank{'s' * (size() > 1)}, but {word.launcher} started {word.processes} processes "
+        f"({word.variable}): they don't find each other, and each would train alone; start them by the environment's "
+        "mpirun, by horovodrun --gloo or, in a Slurm allocation, by python -m launch.run --launcher=srun-gloo; "
+        f"or unset {word.variable} if this process is meant to be alone"
+    )
+    if not (program or word.certain):
+        warnings.warn(said, RuntimeWarning, stacklevel=3)
+        return
+    raise (UsageError if program else RunError)(said)
 
 
 def _alone() -> bool:
@@ -71,7 +96,9 @@ def start(framework: str, deterministic: bool) -> tuple[int, int]:
         # user's wrapped optimizer on one rank reduces, and would wait for the cycle at each step.
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "10")
     watchdog.start()
-    return init(framework).local_rank(), cores()
+    init(framework)
+    check_found()
+    return horovod().local_rank(), cores()
 
 
 def cores() -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
-LAUNCHERS = ("horovodrun", "mpirun", "mpiexec", "orterun", "orted", "srun", "slurmstepd")
+LAUNCHERS = ("horovodrun", "mpirun", "mpiexec", "mpiexec.hydra", "orterun", "orted", "srun", "slurmstepd")
 RENDEZVOUS = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")  # a server inside the launcher
 TRIES = 3  # to reach that server, LOOK seconds apart
 LOOK = 5.0
@@ -106,7 +106,7 @@ def keep(seconds: float, setting: str) -> None:
 
 def launched_rank() -> str:
     """This process's rank by the launcher's word, before Horovod knows it; "0" without a launcher."""
-    return next((os.environ[v] for v in RANK_VARIABLES if v in os.environ), "0")
+    return next((os.environ[v] for v in RANK_VARIABLES if os.environ.get(v)), "0")
 
 
 def launchers() -> list[psutil.Process]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import BIN, environment
+from tests.ranks import BIN, ROOT, environment
 
 NETNS = Path("/etc/netns")  # `ip netns exec` shows what lies here under a host's name as that host's /etc
 
@@ -30,14 +30,20 @@ def missing() -> str:
     return f"no network namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
+def may_be_named() -> bool:
+    """Whether this machine may have another name for some of its processes."""
+    return subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True, check=False).returncode == 0
+
+
 needs_hosts = pytest.mark.skipif(bool(missing()), reason=missing())
+needs_names = pytest.mark.skipif(not may_be_named(), reason="a machine of another name (unshare --uts) needs root")
 
 
 class Hosts:
-    """`names`: h1, h2, …, at 10.213.0.1, .2, …; from each, `ssh` reaches every other by its name."""
+    """`names`: h1, h2, … unless given, at 10.213.0.1, .2, …; from each, `ssh` reaches every other by its name."""
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.folder, self.names = folder, [f"h{i + 1}" for i in range(count)]
+    def __init__(self, folder: Path, count: int, names: list[str] | None = None) -> None:
+        self.folder, self.names = folder, names or [f"h{i + 1}" for i in range(count)]
         self._bridge = f"br{os.getpid()}"
 
     def namespace(self, host: str) -> str:
@@ -70,7 +76,9 @@ class Hosts:
 
     def popen(self, host: str, command: list[str], **options) -> subprocess.Popen:
         """Starts a command on a host, in a process group of its own."""
-        inside = f"hostname {host}; exec {shlex.join(command)}"
+        inside = (
+            f"printf {host} >/proc/sys/kernel/hostname; exec {shlex.join(command)}"  # `hostname` takes no underscore
+        )
         enter = ["ip", "netns", "exec", self.namespace(host), "unshare", "--uts", "sh", "-c", inside]
         return subprocess.Popen(enter, start_new_session=True, text=True, **options)
 
@@ -121,7 +129,7 @@ class Hosts:
         return subprocess.CompletedProcess(command, process.returncode, printed)
 
     def _port(self, host: str) -> str:
-        return f"p{os.getpid()}{host}"
+        return f"p{os.getpid()}h{self.names.index(host) + 1}"
 
     def _link(self, number: int, host: str) -> None:
         namespace, port = self.namespace(host), self._port(host)
@@ -156,14 +164,24 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def hosts(folder: Path, count: int) -> Iterator[Hosts]:
-    """`count` hosts, and nothing of them afterwards."""
-    made = Hosts(folder, count)
+def hosts(folder: Path, count: int, names: list[str] | None = None) -> Iterator[Hosts]:
+    """`count` hosts, of these names if given, and nothing of them afterwards."""
+    made = Hosts(folder, count, names)
     try:
         made.start()
         yield made
     finally:
         made.stop()
+
+
+def named(folder: Path, host: str, line: str, *command: str, **variables: str) -> subprocess.CompletedProcess:
+    """Runs a command on a machine of this name, whose /etc/hosts has one line more."""
+    (folder / "hosts").write_text(f"127.0.0.1 localhost\n{line}\n")
+    inside = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
+    words = ["unshare", "--uts", "--mount", "sh", "-c", inside, "sh", str(folder / "hosts"), host, *command]
+    return subprocess.run(
+        words, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def _ip(*words: str, check: bool = True) -> str:

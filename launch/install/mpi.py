@@ -103,8 +103,9 @@ def link(mpi: Mpi, folder: Path) -> None:
 
 
 def launch_environment() -> dict[str, str]:
-    """What `mpirun -n 2` needs in the environment on any machine: few cores, or root in a container."""
+    """What `mpirun -n 2` needs on any machine: few cores, a name with an underscore, or root in a container."""
     settings = {"OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_hwloc_base_binding_policy": "none"}
+    settings["OMPI_MCA_regx"] = "naive"
     if os.getuid() == 0:
         settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return settings

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import mmap
 import os
 import platform
 import re
@@ -19,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from recipe import launched
+
 ROOT = Path(__file__).parents[2]
 SAMPLED = 32  # files of a folder whose contents are looked at
 PIECE = 4096  # bytes of each, at its beginning, middle and end
@@ -26,14 +29,15 @@ FILES = 20_000  # of a folder at most: a million of small ones would take minute
 NOT_READ = re.compile(r"downloads|records\.npz|SHA256SUMS|.*\.index\.npz")  # archives, and what is made anew anywhere
 
 
-def collect(names: list[str], data_dir: str) -> dict[str, Any]:
-    """The facts of this host, as JSON; `names`: all hosts, to be resolved; `data_dir`: "" for the recipe's default."""
+def collect(data_dir: str) -> dict[str, Any]:
+    """The facts of this host but for what it knows of the others, as JSON; `data_dir`: "" for the recipe's default."""
     return {
         "hostname": socket.gethostname(),
         "python": platform.python_version(),
         "recipe": _sources(),
         "packages": packages(),
         "horovod_build": _horovod_build(),
+        "horovod_mpi": _horovod_mpi(),
         "prefix": sys.prefix,
         "disk_of_prefix": mount_of(Path(sys.prefix)),
         **gpus(),
@@ -44,8 +48,8 @@ def collect(names: list[str], data_dir: str) -> dict[str, Any]:
         "locked_memory": _hard_limit(resource.RLIMIT_MEMLOCK),
         "infiniband": Path("/sys/class/infiniband").is_dir(),
         "address": resolve(socket.gethostname()),
+        "own_name": launched.is_own(socket.gethostname()),
         "interfaces": interfaces(),
-        "names": _resolve_all(names),
         "data": data(data_folder(data_dir)),
     }
 
@@ -129,7 +133,8 @@ def mount_of(folder: Path) -> str:
     return found.device if ":" in found.device else found.fstype
 
 
-def _resolve_all(names: list[str]) -> dict[str, str]:
+def resolve_all(names: list[str]) -> dict[str, str]:
+    """The addresses of all hosts, as this one knows them."""
     with ThreadPoolExecutor(max_workers=64) as pool:  # a name that is unknown takes seconds
         return dict(zip(names, pool.map(resolve, names), strict=True))
 
@@ -150,6 +155,21 @@ def _horovod_build() -> str:
         return sample(folder, sorted(folder.rglob("*.so")))["digest"]
     except (importlib.metadata.PackageNotFoundError, OSError):
         return ""
+
+
+def _horovod_mpi() -> list[str]:
+    """The MPI libraries that Horovod's compiled ones ask for, such as libmpi.so.40, which is Open MPI's."""
+    try:
+        folder = Path(importlib.metadata.distribution("horovod").locate_file("horovod"))
+        libraries = sorted(folder.rglob("mpi_lib*.so"))
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return sorted({name.decode() for path in libraries for name in re.findall(rb"libmpi\w*\.so\.\d+", _bytes(path))})
+
+
+def _bytes(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _files(folder: Path) -> Iterable[Path]:

@@ -35,14 +35,16 @@ def measure(names: list[str], interface: str, data_dir: str, limit: float) -> Me
     """One rank a host. Takes `limit` seconds at most, and some to end what hangs."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)  # files, not pipes: an orphan would hold a pipe, and its reader, for ever
-        hostfile, out, err = (folder / name for name in ("hosts", "out", "err"))
+        hostfile, asked, out, err = (folder / name for name in ("hosts", "asked", "out", "err"))
         hostfile.write_text(render([Host(name, 1) for name in names], "openmpi"))
-        asked = json.dumps({"names": names, "data_dir": data_dir, "limit": limit})
+        asked.write_text(json.dumps(names))  # thousands are too long for an argument
+        words = json.dumps({"data_dir": data_dir, "limit": limit})
         command = [sys.executable, "-m", "launch.run", "--hostfile", str(hostfile), "--interface", interface]
-        command += ["--", sys.executable, "-m", "launch.preflight.rank", asked]
+        command += ["--", sys.executable, "-m", "launch.preflight.rank", words]
         began = time.monotonic()
-        with out.open("wb") as stdout, err.open("wb") as stderr:
-            process = subprocess.Popen(command, stdout=stdout, stderr=stderr, cwd=ROOT, start_new_session=True)
+        with asked.open("rb") as stdin, out.open("wb") as stdout, err.open("wb") as stderr:
+            files = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
+            process = subprocess.Popen(command, **files, cwd=ROOT, start_new_session=True)
             with _ended(process):
                 status = _wait(process, limit)
                 heard = _listen(err) if status is None else ""

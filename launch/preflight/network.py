@@ -83,6 +83,16 @@ def agreed(comm: "MPI.Comm", mine: bool) -> bool:
     return bool(said[0])
 
 
+def told(comm: "MPI.Comm", value: Any) -> Any:
+    """Rank 0's JSON value, everywhere."""
+    text = json.dumps(value).encode() if comm.rank == 0 else b""
+    length = bytearray(len(text).to_bytes(8, "little"))
+    comm.Bcast(length)
+    text = bytearray(text or int.from_bytes(length, "little"))
+    comm.Bcast(text)
+    return json.loads(text)
+
+
 def pairs(comm: "MPI.Comm", names: list[str], say: Callable[[int, str], None], start: int = 1) -> dict[str, Any]:
     """What this rank measured as a sender, and the seconds of all rounds.
 

@@ -1,5 +1,6 @@
 """One process a host, started by launch.doctor: finds the facts, meets the others by MPI, measures the network.
 
+Rank 0 is told the hosts' names, in the order of the ranks, as JSON on stdin.
 Rank 0 prints a line of JSON on stdout after each part, so that a part is kept when a later one hangs. All say on
 stderr how far they are, so that it can be said who hangs.
 """
@@ -13,25 +14,29 @@ import time
 from typing import Any
 
 from launch.preflight import network, verdicts
+from recipe.errors import RunError
 
 MARK = "launch.doctor:"  # begins a line on stderr: MARK rank order part, MARK rank error what, MARK rank alive
 MPI_STARTS = 1  # the order of the part in which nobody beats: mpi4py holds Python's lock until MPI has started
 LISTENS = 3.0  # seconds that the doctor listens, after the limit, for who is alive
 
 
-def main(names: list[str], data_dir: str, limit: float) -> None:
-    """`names`: the hosts in the order of the ranks; `limit`: seconds after which this process ends, come what may."""
+def main(data_dir: str, limit: float) -> None:
+    """`limit`: seconds after which this process ends, come what may."""
     signal.alarm(int(limit + LISTENS) + 2)
     threading.Thread(target=_beat, daemon=True).start()
     say(0, "the facts of this host")
     from launch.preflight import facts  # here, so that a package that is missing is said with the host's name
 
-    found = facts.collect(names, data_dir)
+    found = facts.collect(data_dir)
     say(MPI_STARTS, "MPI's start")
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
+    _check_found(comm.size, os.environ.get("OMPI_COMM_WORLD_SIZE", ""), MPI.Get_library_version())
+    names = network.told(comm, json.load(sys.stdin) if comm.rank == 0 else [])
     say(2, "collecting the facts")
+    found["names"] = facts.resolve_all(names)
     emit(comm, "facts", network.gather(comm, found))
     say(3, "the clocks")
     emit(comm, "clocks", network.clocks(comm))
@@ -40,6 +45,15 @@ def main(names: list[str], data_dir: str, limit: float) -> None:
         say(network.LAST, "the allreduce")
         emit(comm, "together", network.together(comm))
     say(network.LAST + 1, "the end")
+
+
+def _check_found(size: int, started: str, library: str) -> None:
+    """Raises RunError when processes that mpirun has started don't find each other: in training each would be alone."""
+    if started not in ("", str(size)):
+        raise RunError(
+            f"mpirun started {started} processes, of which mpi4py's MPI found {size}: it is another MPI, "
+            f"{library.split(',')[0].strip()}"
+        )
 
 
 def _measure_pairs(comm: Any, names: list[str]) -> None:
@@ -82,5 +96,5 @@ if __name__ == "__main__":
     try:
         main(**json.loads(sys.argv[1]))
     except Exception as error:  # whatever it is, the doctor names the host
-        _tell(f"error {type(error).__name__}: {error}")
+        _tell(f"error {error}" if isinstance(error, RunError) else f"error {type(error).__name__}: {error}")
         os._exit(1)  # MPI's own end would wait for the others

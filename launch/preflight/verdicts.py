@@ -11,6 +11,7 @@ from typing import Any
 Facts = Mapping[str, Mapping[str, Any]]  # of facts.collect, by the hosts' names in the hostfile
 
 KEY_PACKAGES = re.compile("horovod|tensorflow|tensorflow-cpu|keras|torch|numpy|mpi4py|nvidia-nccl.*")
+OPEN_MPI = "libmpi.so.40"
 SKEW = 1.0  # seconds: beyond, logs of several hosts can't be read together and files seem to come from the future
 DISK = 2e9  # bytes: checkpoints, logs, temporary files
 MEMORY = 2e9  # bytes a rank: a framework and its input pipeline
@@ -74,6 +75,7 @@ def versions(facts: Facts) -> list[Finding]:
     found = difference("Python", _each(facts, lambda f: f["python"]), fix)
     found += difference("this project's source", _each(facts, lambda f: f["recipe"]), "share it, or copy it again")
     found += difference("Horovod's compiled library", _each(facts, lambda f: f["horovod_build"]), fix)
+    found += _mpi(facts)
     names = {name for f in facts.values() for name in f["packages"]}
     different = [name for name in sorted(names) if odd(_package(facts, name))[1]]
     keys = [name for name in different if KEY_PACKAGES.fullmatch(name)]
@@ -83,6 +85,14 @@ def versions(facts: Facts) -> list[Finding]:
         found += difference(f"the versions of {listed(rest)}:", _each(facts, lambda f: _several(f, rest)), fix)
     disks = difference("the environment's disk", _each(facts, lambda f: f["disk_of_prefix"]), "")
     return found + [replace(finding, fault=False) for finding in disks]
+
+
+def _mpi(facts: Facts) -> list[Finding]:
+    """Whether Horovod was built with the MPI that starts its ranks here, Open MPI."""
+    others = {host: listed(f["horovod_mpi"]) or "none" for host, f in facts.items() if OPEN_MPI not in f["horovod_mpi"]}
+    what = "Horovod was built with another MPI ({0}) than mpirun's, {1}: ranks of mpirun don't find each other"
+    fix = "install it again (launch/install/install), or start ranks by horovodrun --gloo or srun-gloo"
+    return [Finding(host, what.format(has, OPEN_MPI), fix) for host, has in others.items()]
 
 
 def gpus(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
@@ -125,8 +135,17 @@ def limits(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
 
 
 def addresses(facts: Facts, interface: str) -> list[Finding]:
-    """Whether each host's name is, on itself, an address that the others can reach, on `interface` if it is given."""
-    return [finding for host, f in facts.items() for finding in _address(host, f, interface)] if len(facts) > 1 else []
+    """Whether each host's name is, on itself, an address that the others can reach, on `interface` if it is given.
+
+    One host alone needs any address of its own."""
+    if len(facts) > 1:
+        return [finding for host, f in facts.items() for finding in _address(host, f, interface)]
+    what = "its own name {0} does not resolve to an address of its own: horovodrun --gloo dies of that, mpirun does not"
+    return [
+        Finding(host, what.format(f["hostname"]), f"add `127.0.1.1 {f['hostname']}` to /etc/hosts")
+        for host, f in facts.items()
+        if not f["own_name"]
+    ]
 
 
 def _address(host: str, f: Mapping[str, Any], interface: str) -> list[Finding]:

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from recipe import cli, noise
+from recipe import cli, launched, noise
 from recipe.benchmark.contender import BATCH, CONTENDERS, STEPS
 from recipe.errors import RunError, UsageError
 
@@ -120,7 +120,7 @@ def commands(entry: Entry, core: int, arguments: list[str]) -> list[tuple[list[s
     if name in PEERS:
         launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         mpirun = [launcher, "-np", str(size), "--oversubscribe", "--bind-to", "none"]
-        return [([*mpirun, sys.executable, *arguments], first)]
+        return [([*mpirun, sys.executable, *arguments], first | launched.ANYWHERE)]
     if name == "torch-ddp":
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
         return [([*torchrun, *arguments], first)]

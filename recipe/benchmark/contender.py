@@ -22,7 +22,7 @@ Tick = Callable[[], None]
 
 
 def main(name: str, size: int, result: str) -> None:
-    rank = int(next((os.environ[v] for v in RANK_VARIABLES if v in os.environ), "0"))
+    rank = int(next((os.environ[v] for v in RANK_VARIABLES if os.environ.get(v)), "0"))
     core = rank + int(os.environ["BENCHMARK_CORE"])
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
     os.environ["OMP_NUM_THREADS"] = "1"

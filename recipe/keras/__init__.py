@@ -127,6 +127,8 @@ def init(comm: Any = None, process_sets: Any = None, step_timeout: float | None 
     A job in which the ranks wait for each other for `step_timeout` seconds ends with where each of them is (default:
     RECIPE_STEP_TIMEOUT in the environment, or 600; 0: never)."""
     collectives.init(backend.FRAMEWORK, comm=comm, process_sets=process_sets)
+    if comm is None:
+        collectives.check_found(program=False)
     rollcall.start(step_timeout)
 
 

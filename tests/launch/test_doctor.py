@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.preflight import job
 from launch.preflight.rank import MARK
-from tests.hosts import NETNS, Hosts, hosts, needs_hosts
+from tests.hosts import NETNS, Hosts, hosts, named, needs_hosts, needs_names
 from tests.ranks import ROOT, environment, launch
 
 DOCTOR = [sys.executable, "-m", "launch.doctor"]
@@ -76,6 +77,8 @@ def test_this_machine(tmp_path):
     [
         ([], "which hosts? Give --hostfile, such as hostfiles/localhost, or run this in a Slurm allocation"),
         (["--hostfile", "hostfiles/none"], "hostfiles/none"),
+        (["--data-dir=x"], "did you mean --data_dir?"),
+        (["--timout=3"], "did you mean --timeout?"),
         (["--hostfile", "hostfiles/localhost", "--timeout=0"], "--timeout=0 is not from 1 to 86400 seconds"),
     ],
 )
@@ -92,6 +95,37 @@ def test_an_environment_that_lacks_mpi_is_named(tmp_path):
     done = doctor("--hostfile", "hostfiles/localhost", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 1
     assert "FAULT  localhost: the check failed there: ImportError: libmpi.so.40: cannot open" in done.stdout
+
+
+APART = """\
+import os
+for name in os.environ:
+    if name.startswith(("OMPI_COMM", "OMPI_MCA_ess", "OMPI_MCA_orte", "PMIX_")):
+        os.unsetenv(name)  # Python still knows it, MPI does not
+"""
+
+
+@pytest.mark.ranks
+def test_ranks_that_do_not_find_each_other_are_told(tmp_path):
+    """Their MPI, which knows nothing of mpirun, stands for another one."""
+    (tmp_path / "sitecustomize.py").write_text(APART)
+    asked = json.dumps({"data_dir": "", "limit": 60})
+    extra = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OPAL_PREFIX": sys.prefix}
+    done = launch(2, ["-m", "launch.preflight.rank", asked], **extra)
+    found = job.failed(["h1", "h2"], done.stdout, done.returncode)
+    what = (
+        "the check failed there: mpirun started 2 processes, of which mpi4py's MPI found 1: it is another MPI, Open MPI"
+    )
+    assert found.what.startswith(what), done.stdout
+
+
+@pytest.mark.ranks
+@needs_names
+def test_a_machine_whose_own_name_is_unknown_is_told(tmp_path):
+    done = named(tmp_path, "odd-host", "", *DOCTOR, "--hostfile", str(ROOT / "hostfiles/localhost"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAULT  localhost: its own name odd-host does not resolve to an address of its own" in done.stdout
+    assert "fix: add `127.0.1.1 odd-host` to /etc/hosts" in done.stdout
 
 
 @pytest.mark.ranks
@@ -206,6 +240,17 @@ def test_what_seems_a_fault_is_measured_again():
     assert done.returncode == 0, done.stdout
     first, second = ([row["bandwidth"] for each in found for row in each["rows"]] for found in measured(done.stdout))
     assert first[0] == 1.0 and min(second) > 1.0 and second[1] >= first[1]
+
+
+@pytest.mark.ranks
+def test_all_ranks_are_told_thousands_of_names():
+    program = (
+        "from mpi4py import MPI; from launch.preflight import network; comm = MPI.COMM_WORLD\n"
+        "names = [f'gpu-worker-{i}.training.cluster.example.org' for i in range(5000)]\n"
+        "assert network.told(comm, names if comm.rank == 0 else []) == names"
+    )
+    done = launch(2, ["-c", program])
+    assert done.returncode == 0, done.stdout
 
 
 def measured(printed: str) -> list[list[dict]]:

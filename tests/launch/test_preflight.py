@@ -21,6 +21,7 @@ def a_host(**changed) -> dict:
         "recipe": "abc",
         "packages": {"torch": "2.13.0", "horovod": "0.28.1", "pip": "24"},
         "horovod_build": "def",
+        "horovod_mpi": ["libmpi.so.40"],
         "disk_of_prefix": "server:/home",
         "gpus": [],
         "gpu_error": "",
@@ -31,6 +32,7 @@ def a_host(**changed) -> dict:
         "locked_memory": None,
         "infiniband": False,
         "address": "10.0.0.1",
+        "own_name": True,
         "interfaces": {"lo": ["127.0.0.1/255.0.0.0"], "eth0": ["10.0.0.1/255.255.255.0"]},
         "names": {},
         "data": {"folder": "/data", "files": 3, "bytes": 10, "digest": "0f", "all": True},
@@ -99,6 +101,12 @@ def test_versions_that_matter_are_named_and_the_others_together():
         "h2: this project's source x, the others abc",
         "h2: Horovod's compiled library y, the others def",
     ]
+    mpich = said(verdicts.versions({"h1": a_host(horovod_mpi=["libmpi.so.12"])}))
+    assert mpich == [
+        "h1: Horovod was built with another MPI (libmpi.so.12) than mpirun's, libmpi.so.40: ranks of mpirun don't find "
+        "each other"
+    ]
+    assert "(none)" in said(verdicts.versions({"h1": a_host(horovod_mpi=[])}))[0]
     disks = said(verdicts.versions({"h1": a_host(), "h2": a_host(disk_of_prefix="ext4"), "h3": a_host()}))
     assert disks == ["note h2: the environment's disk ext4, the others server:/home"]
 
@@ -159,6 +167,8 @@ def test_gloo_listens_at_the_address_of_the_hosts_own_name(changed, interface, s
     (found,) = said(verdicts.addresses({"h1": a_host(**changed), "h2": well}, interface))
     assert found.startswith("h1: ") and says in found
     assert verdicts.addresses({"h1": a_host(**changed)}, interface) == [], "one host has nobody to reach"
+    (alone,) = said(verdicts.addresses({"h1": a_host(own_name=False)}, interface))
+    assert alone.startswith("h1: its own name h1 does not resolve to an address of its own: horovodrun --gloo dies")
 
 
 def test_a_machine_that_stands_there_twice():

@@ -4,12 +4,13 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 
 from launch import run
 from tests.hosts import hosts, needs_hosts
-from tests.ranks import ROOT, environment
+from tests.ranks import ROOT, command, environment
 
 HELLO = (
     "import os, socket, numpy, horovod.torch as hvd, torch; hvd.init(); "
@@ -82,6 +83,52 @@ def test_srun_in_an_allocation():
     _, command = dry("x", **slurm)
     assert command[:3] == ["mpirun", "-np", "16"] and "-H" not in command, "mpirun asks Slurm for the hosts"
     assert dry("x", **slurm, SLURM_NTASKS="9")[1][:3] == ["mpirun", "-np", "9"], "of sbatch --ntasks=9"
+    assert dry("x", **slurm, SLURM_NTASKS="")[1][:3] == ["mpirun", "-np", "16"]
+    assert dry("-np", "2", "x", SLURM_JOB_ID="")[1][:5] == ["mpirun", "-np", "2", "-H", "localhost:2"]
+
+
+def test_what_a_scheduler_does_not_tell_is_said(tmp_path):
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "bb[01-02]", "SLURM_TASKS_PER_NODE": "1(x2)"}
+    said = launch_run("--dry-run", "x", **slurm).stderr
+    assert said.startswith("note: Slurm was not told how many tasks, and counts 1(x2) a node: 2 ranks; give sbatch")
+    assert launch_run("--dry-run", "x", **slurm, SLURM_NTASKS_PER_NODE="1").stderr == ""
+    assert launch_run("--dry-run", "-np", "2", "x", **slurm).stderr == ""
+    done = launch_run("--dry-run", "x", **slurm, SLURM_HET_SIZE="2")
+    assert done.returncode == 2 and "is the first only of this job's 2 components (SLURM_HET_SIZE)" in done.stderr
+    done = launch_run("--dry-run", "x", **slurm, SLURM_NTASKS="many")
+    assert done.returncode == 2 and "error: SLURM_NTASKS=many is not a number of tasks" in done.stderr
+    nodes = tmp_path / "the nodes"
+    nodes.write_text("h1\nh1\nh2\n")
+    said = launch_run("--dry-run", "-np", "3", "x", PBS_NODEFILE=str(nodes)).stderr
+    assert said.startswith(f"note: all ranks are on this machine; PBS_NODEFILE names the hosts of this job: '{nodes}'")
+    made = subprocess.run(said[said.index("(") + 1 : said.rindex(")")], shell=True, cwd=tmp_path, check=True)
+    assert (made.returncode, (tmp_path / "hosts").read_text()) == (0, "h1 slots=2\nh2 slots=1\n")
+    nodes.write_text("h1\nh1\n")
+    assert launch_run("--dry-run", "-np", "2", "x", PBS_NODEFILE=str(nodes)).stderr == ""
+
+
+def test_mpirun_keeps_names_that_it_would_cut_or_refuse(tmp_path):
+    file = tmp_path / "hosts"
+    cut = ["--mca", "orte_keep_fqdn_hostnames", "1", "--mca", "regx", "naive"]
+    for name, settings in (("bb01", []), ("10.0.0.1", []), ("bb_01", cut[3:]), ("bb01.example.org", cut)):
+        file.write_text(f"{name} slots=1\n")
+        command = dry("--hostfile", str(file), "x")[1]
+        first = command.index("--mca") if "--mca" in command else 0
+        assert command[first : first + len(settings)] == settings and command.count("--mca") == len(settings) // 3
+
+
+def test_a_list_too_long_for_a_command_is_given_as_a_file(tmp_path):
+    file = tmp_path / "many hosts"
+    lines = [f"gpu-worker-{i}.training.cluster.example.org slots=8" for i in range(3000)]
+    file.write_text("\n".join(lines))
+    for launcher in ("mpirun", "horovodrun"):
+        command = dry("--launcher", launcher, "--hostfile", str(file), "x")[1]
+        assert command[command.index("--hostfile") + 1] == str(file) and "-H" not in command
+        assert max(map(len, command)) < 2**17
+    file.write_text(",".join(lines))
+    done = launch_run("--hostfile", str(file), "x")
+    assert done.returncode == 2
+    assert f"python -m launch.hostfile convert '{file}' --to openmpi > NEW, then --hostfile NEW" in done.stderr
 
 
 def test_an_elastic_run_asks_for_the_hosts_again_and_again():
@@ -95,6 +142,7 @@ def test_an_elastic_run_asks_for_the_hosts_again_and_again():
 def test_settings_follow_the_topology():
     assert run.settings(1, 8, "", "mpirun") == {}
     assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in run.settings(4, 4, "", "mpirun")  # one rank a server
+    assert run.settings(4, 32, "ib0,ib1", "srun-gloo")["HOROVOD_GLOO_IFACE"] == "ib0", "Gloo takes one"
     assert run.settings(4, 32, "eth0", "mpirun")["HOROVOD_HIERARCHICAL_ALLREDUCE"] == "1"
     assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in run.settings(4, 32, "", "horovodrun")
 
@@ -116,6 +164,15 @@ def test_settings_follow_the_topology():
         ([*ELASTIC, "8:9", "x"], "2 ranks to begin with are not among --elastic=8:9"),
         ([*ELASTIC, "1:3", "python", "-m", "recipe.train", "--config=quick"], "config.k=2 workers have work for 2"),
         (["--launcher", "pbs", "x"], "invalid choice: 'pbs'"),
+        (["--launcher", "gloo", "x"], "did you mean horovodrun?"),
+        (["--launcher", "srun_gloo", "x"], "did you mean srun-gloo?"),
+        (["--np", "2", "x"], "unrecognized arguments: --np; did you mean -np?"),
+        (["--machinefile", "f", "x"], "did you mean --hostfile?"),
+        (["-H", "a:2", "x"], "did you mean --hostfile?"),
+        (["--network-interfaces=eth0", "x"], "did you mean --interface?"),
+        (["--logdir", "x"], "did you mean --log-dir?"),
+        (["--dryrun", "x"], "did you mean --dry-run?"),
+        (["--purple", "x"], "unrecognized arguments: --purple (--help says more)"),
         (["-np", "3", "python", "-m", "recipe.train", "--config=imagenet_8gpu"], "config.k=8 workers can't be shared"),
         (["-np", "8", "python", "-m", "recipe.train", "--config=imagenet_8"], "did you mean --config=imagenet_8gpu?"),
     ],
@@ -180,3 +237,85 @@ def test_ranks_of_three_hosts(tmp_path, launcher):
     assert done.returncode == 0, done.stdout
     for host in ("h1", "h2", "h3"):
         assert f"of 3 on {host}, secrets [] {32 * 2**20}" in done.stdout
+
+
+@pytest.mark.ranks
+@needs_hosts
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_ranks_of_hosts_with_full_names_and_underscores(tmp_path, launcher):
+    """Two have the same first label."""
+    names = ["node_1", "node.rack1.example.org", "node.rack2.example.org"]
+    file = tmp_path / "three"
+    file.write_text("".join(f"{name} slots=1\n" for name in names))
+    with hosts(tmp_path / "hosts", 3, names) as made:
+        command = [sys.executable, "-m", "launch.run", "--launcher", launcher, "--hostfile", str(file)]
+        command += ["--interface", "eth0", sys.executable, "-c", HELLO]
+        done = made.run(names[0], command)
+        assert done.returncode == 0, done.stdout
+        doctor = [sys.executable, "-m", "launch.doctor", "--hostfile", str(file), "--interface", "eth0"]
+        examined = made.run(names[0], doctor) if launcher == "mpirun" else None
+    for name in names:
+        assert f"of 3 on {name}, secrets [] {32 * 2**20}" in done.stdout
+    assert examined is None or "all is well (3 hosts, " in examined.stdout, examined.stdout
+
+
+HOMELESS = ["unshare", "--user", "--map-user=54321", "--map-group=54321", "env", "-u", "HOME", "-u", "TFDS_DATA_DIR"]
+no_users = subprocess.run([*HOMELESS, "true"], capture_output=True, check=False).returncode != 0
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(no_users, reason="a user without an entry in /etc/passwd needs unshare --user")
+def test_a_user_without_a_home_is_told_and_served(tmp_path):
+    """Open MPI would die by signal 11."""
+
+    def homeless(*words: str) -> subprocess.CompletedProcess:
+        command = [*HOMELESS, sys.executable, *words]
+        options = {"capture_output": True, "text": True, "timeout": 120, "check": False}
+        return subprocess.run(command, cwd=tmp_path, env=environment(TMPDIR=str(tmp_path)), **options)
+
+    said = "HOME is not set, and user 54321 has no entry in /etc/passwd: export HOME=FOLDER"
+    for launcher in ("mpirun", "horovodrun"):
+        done = homeless("-m", "launch.run", "--launcher", launcher, "-np", "2", sys.executable, "-c", HELLO)
+        assert done.returncode == 0 and "rank 1 of 2" in done.stdout, done.stderr
+        assert f"note: {said}" in done.stderr
+    alone = homeless("-c", "from recipe import collectives; print(collectives.init('torch').size())")
+    assert (alone.returncode, alone.stdout) == (0, "1\n"), alone.stderr
+    prepare = homeless("-m", "recipe.data.prepare", "fashion_photos")
+    assert prepare.returncode == 2 and f"error: {said}" in prepare.stderr and "Traceback" not in prepare.stderr
+    doctor = homeless("-m", "launch.doctor", "--hostfile", str(ROOT / "hostfiles/localhost"))
+    assert doctor.returncode == 1 and "FAULT  a plain mpirun dies by signal 11 here" in doctor.stdout, doctor.stdout
+    assert not (tmp_path / "~" / ".horovod").exists(), "horovodrun's cache"
+
+
+RUN = ["-m", "recipe.train", "--config=quick", "--config.framework=torch", "--config.n=8", "--config.epochs=200"]
+RUN += ["--config.schedule.decay_epochs=()", "--config.data.name=synthetic", "--config.data.train_examples=1600"]
+RUN += [
+    "--config.data.eval_examples=8",
+    "--config.model.blocks=(1,)",
+    "--config.model.width=4",
+    "--config.run.log_every=1",
+]
+START = 120  # seconds, on a busy machine
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("launcher", ["mpirun", "gloo", "launch.run"])
+def test_the_readmes_signal_reaches_the_ranks_of_every_launcher(tmp_path, launcher):
+    """And neither the launcher nor its shells, which it would end."""
+    (told,) = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("pkill -USR1"))
+    run_dir = tmp_path / "its run"
+    start = [sys.executable, "-m", "launch.run", "--launcher", "horovodrun", "-np", "2", sys.executable]
+    words = start if launcher == "launch.run" else command(2, [], launcher)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*words, *RUN, f"--run_dir={run_dir}"], cwd=ROOT, env=environment(), stdout=log, stderr=log
+        )
+    end = time.monotonic() + START
+    while "step" not in (tmp_path / "log").read_text():
+        assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    subprocess.run(told.replace("runs/mine", str(run_dir)), shell=True, check=True)
+    assert process.wait(START) == (75 if launcher == "mpirun" else 1)
+    printed = (tmp_path / "log").read_text()
+    assert "preempted: told to leave after step" in printed, printed
+    assert list((run_dir / "checkpoints").iterdir())

@@ -225,6 +225,21 @@ def test_a_run_named_in_the_recipes_way_is_refused(cluster, project):
     assert "error: --run_dir is set here: name the run by RUN_DIR=" in log(project, job)
 
 
+def test_tasks_of_an_srun_without_mpi_refuse_to_train_alone(cluster, project):
+    """The batch script's own process, which srun has not started, may be alone."""
+    alone = "from recipe import collectives; collectives.start('torch', False); print('alone:', collectives.size())"
+    srun = ["srun", "--mpi=none", ".venv/bin/python", "-m", "recipe.train", *TINY, "--run_dir=runs/mine"]
+    words = f"{shlex.join(['.venv/bin/python', '-c', alone])}; {shlex.join(srun)}"
+    job = cluster.submit("--chdir", str(project), *TWO_NODES, "--output=alone.log", "--wrap", words)
+    assert cluster.ends(job) == "FAILED"
+    printed = (project / "alone.log").read_text()
+    assert "alone: 1" in printed, printed
+    assert printed.count("srun started 2 processes without MPI, which can't find each other: give --mpi=pmix") == 2, (
+        printed
+    )
+    assert not (project / "runs").exists()
+
+
 def test_a_slurm_without_pmix_is_told(cluster, project, tmp_path):
     """Its plugin folder, but for the plugins of PMIx."""
     config = cluster.run("scontrol", "show", "config").stdout
