@@ -82,7 +82,7 @@ def test_what_is_no_image_is_left_out_and_said(tree: Path, capsys: pytest.Captur
         (tree / "train" / CLASSES[0] / name).write_bytes(b"no image")
     assert len(sources.open_source(data_of(tree), "train")) == 24
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: 2 files in {tree}/train are no images")
+    assert line.startswith(f"warning: 2 files or folders in {tree}/train are no images")
     assert line.endswith(f"such as {tree}/train/{CLASSES[0]}/._n01440764_0.JPEG")
 
 
