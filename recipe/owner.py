@@ -21,7 +21,8 @@ from recipe.output import warn
 WAIT = 10.0  # seconds for a lock that is held: its owner may be about to leave
 BEAT = 5.0  # seconds between an owner's signs of life
 WATCH = 15.0  # seconds without one after which an owner of another host is gone
-LONGEST = 60.0  # seconds that it takes to get a lock, or to learn that it can't be had, and some more
+LEASE = 120.0  # seconds for one that a dead host holds: a server of NFS takes it back after 90
+LONGEST = 180.0  # seconds that it takes to get a lock, or to learn that it can't be had, and some more
 LOOK = 0.2  # seconds between looks
 LENGTH = 512  # bytes of the file
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -66,26 +67,37 @@ def only(path: Path, what: str) -> Iterator[None]:
 
 def _taken(path: Path, what: str) -> int:
     """The lock's file, open, once it is this process's."""
-    patience = time.monotonic() + WAIT
+    began, first = time.monotonic(), _read(path)
     while True:
         file, made = _open(path)
         try:
-            locked = _lock(file)
-            owner = _read(path)
-            if not (made or (locked and (owner is None or owner.boot == _boot()))):
-                _watch(path, owner, what)
-                if not locked:
-                    path.unlink(missing_ok=True)  # then to make the file is what only one can do
-            if _same(file, path):  # else its owner has just left, and taken it away
+            if _is_ours(file, made, path, what):
                 return file
         except BlockingIOError:
-            if time.monotonic() > patience:
-                _refuse(_read(path), what)
+            _wait(path, first, time.monotonic() - began, what)
         except BaseException:
             os.close(file)
             raise
         os.close(file)
         time.sleep(LOOK)
+
+
+def _is_ours(file: int, made: bool, path: Path, what: str) -> bool:
+    """Tries it. Raises BlockingIOError when the kernel's lock is another's, UsageError when its owner shows life."""
+    locked, owner = _lock(file), _read(path)
+    if not (made or (locked and (owner is None or owner.boot == _boot()))):
+        _watch(path, owner, what)
+        if not locked:
+            path.unlink(missing_ok=True)  # then to make the file is what only one can do
+    return _same(file, path)  # else its owner has just left, and taken it away
+
+
+def _wait(path: Path, first: Owner | None, waited: float, what: str) -> None:
+    """For a lock that another process has. Raises UsageError when that is no use."""
+    owner = _read(path)
+    dead = owner is not None and owner.boot != _boot() and owner == first  # by all that is known
+    if waited > (LEASE if dead else WAIT):
+        _refuse(owner, what)
 
 
 def _open(path: Path) -> tuple[int, bool]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from recipe import ticking
 from recipe.config import Data, nearest
 from recipe.data import tars, work
 from recipe.data.fashion_photos import FashionPhotos  # which registers its name with TFDS
@@ -74,7 +75,8 @@ def run_builder(builder: tfds.core.DatasetBuilder, manual_dir: Path) -> None:
     """Downloads (where TFDS does) and writes a data set; TFDS renames the finished folder into place.
 
     Raises RunError with TFDS's reason."""
-    if not sys.stderr.isatty():
+    bars = ticking.is_terminal() and os.get_terminal_size(sys.stderr.fileno()).columns > 0  # else they'd be empty
+    if not bars:
         tfds.disable_progress_bar()
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # ten retries, a line each
     shards = SHARDS if isinstance(builder, FashionPhotos) else None
@@ -83,7 +85,7 @@ def run_builder(builder: tfds.core.DatasetBuilder, manual_dir: Path) -> None:
         if builder.name == IMAGENET:
             tars.prepare(builder, manual_dir)
             return
-        bars = sys.stderr.isatty()  # TFDS's own, on stderr; its messages go nowhere
+        # TFDS's own bars are on stderr; its messages go nowhere.
         told = contextlib.nullcontext() if bars else work.telling(f"preparing {builder.name}")
         with contextlib.redirect_stdout(io.StringIO()), told:
             builder.download_and_prepare(download_config=config)
