@@ -105,9 +105,8 @@ def run(main: Callable[[list[str]], None], values: flags.FlagValues | None = Non
     except KeyboardInterrupt:
         _leave(130, "interrupted", True)
     except OSError as error:
-        if error.filename is None:
-            _leave(1, _unexpected(error))
-        _leave(1, f"{os.fsdecode(error.filename)}: {error.strerror}")
+        of_a_file = isinstance(error.filename, (str, bytes, os.PathLike))
+        _leave(1, f"{os.fsdecode(error.filename)}: {error.strerror}" if of_a_file else _unexpected(error))
     except Exception as error:
         _leave(1, _unexpected(error))
 

@@ -13,9 +13,10 @@ CHOSEN_BY = {
 
 
 def processor() -> str:
-    """Such as "Intel(R) Xeon(R) Platinum 8175M (x86_64: avx512f)"."""
+    """Such as "Intel(R) Xeon(R) CPU, family 6, model 85 (x86_64: avx512f)"."""
     facts = _facts()
-    kind = facts.get("model name") or f"{platform.machine()} {facts.get('CPU part', '')}".strip()
+    kind = facts.get("model name") or f"processor {facts.get('CPU part', 'of an unknown kind')}"
+    kind += "".join(f", {name.removeprefix('cpu ')} {facts[name]}" for name in ("cpu family", "model") if name in facts)
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
     found = [next((name for name in names if name in flags), "") for names in CHOSEN_BY.values()]
     return f"{kind} ({platform.machine()}: {' '.join(filter(None, found)) or 'unknown instructions'})"

@@ -117,6 +117,8 @@ def alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+    except psutil.Error:
+        return True  # it may not be looked at, and this thread must not end of it
 
 
 def leave(why: str) -> None:

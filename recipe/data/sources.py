@@ -167,6 +167,8 @@ def class_count(builder: tfds.core.DatasetBuilder) -> int:
             f"config.data.name={builder.name!r} has the features {', '.join(features)}: the recipe needs an image and "
             "a label of that name"
         )
+    if not features["label"].num_classes:
+        raise UsageError(f"config.data.name={builder.name!r} doesn't say how many classes its label has")
     return features["label"].num_classes
 
 

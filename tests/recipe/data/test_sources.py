@@ -372,7 +372,7 @@ def test_the_command_ends_with_one_sentence(tmp_path: Path) -> None:
 def labelled(data_dir: Path, **splits: list[int]) -> Data:
     """A data set of three classes with these labels."""
 
-    class Labelled(tfds.core.GeneratorBasedBuilder):
+    class Labelled(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self) -> tfds.core.DatasetInfo:
