@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import gc
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -411,3 +412,12 @@ def test_an_example_whose_label_is_no_class_is_named(tmp_path: Path, capsys) -> 
     with pytest.raises(RunError, match="is not whole"):
         verify.verify("labelled", tmp_path, verify.tfds_parts(builders.find_builder(data)))
     assert "bad: 1 of the images of train have no label (-1)" in capsys.readouterr().err
+
+
+def test_commands_that_are_printed_can_be_pasted(tmp_path: Path) -> None:
+    data = Data(name="imagenet2012", data_dir=str(tmp_path / "my data"))
+    with pytest.raises(UsageError) as refused:
+        sources.prepare(data)
+    words = shlex.split(str(refused.value).partition("run: ")[2])
+    assert words[:4] == ["python", "-m", "recipe.data.prepare", "imagenet2012"]
+    assert words[4:] == [f"--manual_dir={tmp_path}/my data/downloads/manual", f"--data_dir={tmp_path}/my data"]
