@@ -426,7 +426,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data_dir):
     """As SIGUSR1 does: to the rank itself, and to its launcher, which passes it on as SIGTERM."""
     folder = tmp_path / "my runs" / "größe"
     program = [sys.executable, *NATIVE, f"--run_dir={folder}", "--config.epochs=400"]
-    values = environment(TFDS_DATA_DIR=data_dir, OMPI_MCA_odls_base_sigkill_timeout="60")
+    values = environment(TFDS_DATA_DIR=data_dir, OMPI_MCA_odls_base_sigkill_timeout="5")
 
     def interrupted(words: list[str]) -> tuple[int, str]:
         job = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=values)
