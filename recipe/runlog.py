@@ -44,9 +44,10 @@ def check_run(folder: Path, recipe: Recipe, resume: str) -> None:
     `resume`: "no", "yes" or "force". Raises UsageError when the directory holds a run already and `resume` is "no",
     another recipe's and it isn't "force", none to resume, or can't be one."""
     try:
-        for path in (folder, folder / CHECKPOINTS, folder / EVENTS):
+        for path in (folder, folder / CHECKPOINTS):
             _check_folder(path)
-        remains = [path.name for path in (folder / METRICS, folder / CHECKPOINTS) if _there(path)]
+        remains = [METRICS] * _there(folder / METRICS)
+        remains += [CHECKPOINTS] * bool(checkpoint.checkpoints(folder / CHECKPOINTS))
         begun = _there(folder / CONFIG)
     except OSError as error:
         raise UsageError(f"--run_dir={folder} can't be used: {error.strerror}; name another directory")

@@ -73,6 +73,7 @@ def odd(tmp_path, kind):
         (folder / "checkpoints").symlink_to(tmp_path / "gone")
     elif kind == "config is gone":
         (folder / "checkpoints").mkdir(parents=True)
+        (folder / "checkpoints" / "step-00000004.npz").write_bytes(b"state")
     return folder
 
 
@@ -103,7 +104,10 @@ def test_an_odd_run_directory_is_one_sentence(tmp_path, kind, message, resume):
 
 
 def test_a_directory_with_others_files_is_no_run(tmp_path):
+    """Nor one that is prepared: its checkpoints shall be on another disk."""
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
     runlog.check_run(tmp_path, RECIPE, "no")
     with runlog.owned(tmp_path):
         runlog.begin_run(tmp_path, RECIPE, [("host", "a processor")])
