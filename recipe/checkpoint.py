@@ -1,10 +1,12 @@
 """Checkpoints: one .npz file each, with a checksum over all its bytes; written atomically, read without unpickling."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +15,16 @@ from typing import Any
 import numpy as np
 
 from recipe.errors import RunError
+from recipe.output import warn
 
 _META = "checkpoint.json"  # name of the description among the arrays
 _DIGEST = 64  # hexadecimal digits of a SHA-256: the zip file's comment, its last bytes
+_NAME = re.compile(r"step-([0-9]{8,})\.npz")
+_PARTIAL = re.compile(r"\.step-[0-9]{8,}\.npz\.partial")
+# What a file system says that has no order to bring a file to the disk.
+_UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+
+_warned: set[str] = set()
 
 
 def save(
@@ -26,7 +35,7 @@ def save(
 
     The file appears under its name only when it is complete and on the disk. Raises RunError when that fails; the
     older checkpoints are then untouched."""
-    path = folder / f"step-{step:08d}.npz"
+    path = folder / name_of(step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clean(folder)
@@ -34,8 +43,8 @@ def save(
     except OSError as error:
         raise RunError(f"cannot write the checkpoint {path}: {error.strerror}; free space or rights, then --resume")
     for old in checkpoints(folder)[:-keep]:
-        if not keep_every or step_of(old) % keep_every:
-            old.unlink()
+        if old != path and (not keep_every or step_of(old) % keep_every):
+            _remove(old)
     return path
 
 
@@ -91,14 +100,30 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, np.ndar
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("step-*.npz"))
+    """The checkpoints in a folder, oldest first: files of the very names that `save` writes, and no others."""
+    return sorted((path for path in _listed(folder, _NAME) if path.name == name_of(step_of(path))), key=step_of)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What a kill in the middle of a save has left."""
+    return _listed(folder, _PARTIAL)
 
 
 def set_aside(paths: list[Path]) -> None:
-    """Takes checkpoints out of the way of the run, but leaves them to the user, as aside-step-SSSSSSSS.npz."""
+    """Takes checkpoints out of the way of the run, but leaves them to the user, as aside-step-SSSSSSSS.npz.
+
+    Raises RunError when one can't be renamed."""
     for path in paths:
-        path.replace(path.with_name(f"aside-{path.name}"))
+        names = (f"aside-{path.name}", *(f"aside-{n}-{path.name}" for n in range(2, 1000)))
+        try:
+            path.rename(next(aside for name in names if not os.path.lexists(aside := path.with_name(name))))
+        except OSError as error:
+            raise RunError(f"{path} can't be renamed: {error.strerror}; get the rights to, then --resume")
+
+
+def name_of(step: int) -> str:
+    """The file name of the checkpoint after so many steps."""
+    return f"step-{step:08d}.npz"
 
 
 def step_of(path: Path) -> int:
@@ -131,19 +156,61 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
             left -= len(block)
         file.write(content.hexdigest().encode())
         file.flush()
-        os.fsync(file.fileno())
+        _to_disk(file.fileno(), path)
+
+
+def _listed(folder: Path, pattern: re.Pattern) -> list[Path]:
+    """The files of a folder with such names; none where there is no folder. Raises RunError when it can't be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name) and entry.is_file()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise RunError(f"{folder} can't be read: {error.strerror}")
 
 
 def _clean(folder: Path) -> None:
-    """What a kill in the middle of a save has left."""
-    for partial in folder.glob(".step-*.partial"):
-        partial.unlink()
+    for partial in unfinished(folder):
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    """The run does without the room, where it can."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        _warn_once(f"{path} can't be removed: {error.strerror}; the run goes on beside it")
 
 
 def _sync(folder: Path) -> None:
-    """Makes the rename itself durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Makes the rename itself durable, where the file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        _warn_once(f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without")
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        _warn_once(f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without")
     finally:
         os.close(descriptor)
+
+
+def _to_disk(descriptor: int, path: Path) -> None:
+    """Raises OSError when the disk is full or broken, and not when the file system has no such order."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNABLE:
+            raise
+        _warn_once(f"{path} can't be brought to the disk at once: {error.strerror}; the run goes on without")
+
+
+def _warn_once(text: str) -> None:
+    """One warning of a kind: the file's name, of which there will be more, is no part of the kind."""
+    kind = text.partition(" can't ")[2]
+    if kind not in _warned:
+        _warned.add(kind)
+        warn(text)

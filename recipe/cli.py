@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,9 +16,11 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from recipe import collectives, configs, launched, preemption, watchdog
-from recipe.config import Recipe, flatten, nearest
+from recipe import again, collectives, configs, launched, output, preemption, watchdog
+from recipe.config import Recipe, flatten, meant, nearest
 from recipe.errors import Preempted, RunError, UsageError
+
+GONE = "another rank has gone"
 
 
 def presets() -> list[str]:
@@ -60,14 +62,16 @@ def load_recipe(source: str) -> Recipe:
     return importlib.import_module(f"recipe.configs.{source}").RECIPE
 
 
-def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
-    """Parses the program's own flags. Raises UsageError, with the nearest flag's name."""
+def parse_flags(values: flags.FlagValues, argv: list[str], fields: Iterable[str] = ()) -> None:
+    """Parses the program's own flags, beside which it has the recipe's `fields`. Raises UsageError, with the name of
+    the one that may have been meant."""
     try:
         rest = values(["", *argv])[1:]
     except flags.UnrecognizedFlagError as error:
         known = [name for name in values if name not in ("help", "helpfull", "helpshort", "helpxml")]
         raise UsageError(
-            f"--{error.flagname} is not a flag of this program; did you mean --{nearest(error.flagname, known)}?"
+            f"--{error.flagname} is not a flag of this program; did you mean "
+            f"--{meant(error.flagname, [*known, *fields])}?"
         ) from None
     except flags.Error as error:
         raise UsageError(str(error)) from None
@@ -83,6 +87,7 @@ def run(main: Callable[[list[str]], None], values: flags.FlagValues | None = Non
 
     A rank that fails says so and leaves at once, without Horovod's orderly shutdown, which would wait for the other
     ranks; the launcher then ends them."""
+    output.forgive()
     if {"-h", "--help"} & set(sys.argv[1:]):
         _help(values or flags.FlagValues())
         return
@@ -99,6 +104,9 @@ def run(main: Callable[[list[str]], None], values: flags.FlagValues | None = Non
         _leave(2 if "KERAS_BACKEND" in str(error) else 1, _unexpected(error), everywhere=True)
     except KeyboardInterrupt:
         _leave(130, "interrupted", True)
+    except OSError as error:
+        of_a_file = isinstance(error.filename, (str, bytes, os.PathLike))
+        _leave(1, f"{os.fsdecode(error.filename)}: {error.strerror}" if of_a_file else _unexpected(error))
     except Exception as error:
         _leave(2 if _homeless(error) else 1, _unexpected(error))
 
@@ -135,7 +143,7 @@ def _refuse_unknown(overrides: list[str], recipe: Recipe) -> None:
     for override in overrides:
         name = override.lstrip("-").partition("=")[0]
         if name not in known:
-            raise UsageError(f"--{name} is not a field of the recipe; did you mean --{nearest(name, known)}?")
+            raise UsageError(f"--{name} is not a field of the recipe; did you mean --{meant(name, known)}?")
 
 
 def _unexpected(error: Exception) -> str:
@@ -147,7 +155,7 @@ def _unexpected(error: Exception) -> str:
         return f"{launched.no_home()}, or name the folder of the data without ~"
     if "Horovod" in f"{type(error).__name__} {text}":
         time.sleep(1)  # let the rank that failed first be heard first
-        return f"another rank has gone; its own message says why ({text.splitlines()[0]})"
+        return f"{GONE}; its own message says why ({text.splitlines()[0]})"
     traceback.print_exc()
     return f"{type(error).__name__}: {text}".splitlines()[0]
 
@@ -169,6 +177,8 @@ def _leave(status: int, message: str, everywhere: bool = False, kind: str = "err
         time.sleep(3 if status == preemption.STATUS else 10)
         who, said = f"rank {watchdog.launched_rank()} on {socket.gethostname()}: ", several
     if not said:
-        print(f"{kind}: {who}{message}", file=sys.stderr, flush=True)
+        if (advice := again.advice()) and not message.startswith(GONE):
+            output.say(advice)
+        output.say(f"{kind}: {who}{message}")
     sys.stdout.flush()
     os._exit(status)

@@ -134,6 +134,38 @@ CHOICES = {
 
 FOLDERS = ("data.data_dir", "data.manual_dir")  # where things lie, not what they are
 
+# How others call a field, or a flag of recipe.train.
+SYNONYMS = {
+    "config.optimizer.base_rate": "lr learning_rate base_lr base_learning_rate eta rate",
+    "config.optimizer.weight_decay": "wd l2 weight_decay_rate lambda",
+    "config.optimizer.compression": "compress fp16_allreduce",
+    "config.n": "batch_size batch batchsize bs minibatch per_device_batch_size global_batch_size train_batch_size",
+    "config.k": "workers num_workers world_size ranks np gpus num_gpus size",
+    "config.epochs": "epoch num_epochs max_epochs n_epochs num_train_epochs",
+    "config.seed": "random_seed rng_seed",
+    "config.framework": "backend library",
+    "config.schedule.warmup_epochs": "warmup_steps warmup_iters warmup_epoch num_warmup_epochs",
+    "config.schedule.decay_epochs": "milestones lr_steps lr_step_epochs decay_steps steps",
+    "config.schedule.decay_factor": "gamma lr_gamma lr_decay decay decay_rate",
+    "config.data.name": "dataset data_name dataset_name",
+    "config.data.data_dir": "data_path data_root dataset_dir data dataset_path root",
+    "config.data.image_size": "crop crop_size resolution img_size input_size train_crop_size",
+    "config.data.eval_split": "val_split validation_split test_split",
+    "config.data.train_examples": "train_size num_train_examples max_train_samples",
+    "config.data.eval_examples": "eval_size val_size num_eval_examples max_eval_samples",
+    "config.model.precision": "fp16 bf16 amp dtype mixed_precision",
+    "config.model.blocks": "depth layers num_layers",
+    "config.model.bn_epsilon": "eps epsilon",
+    "config.model.dropout": "dropout_rate drop drop_rate",
+    "config.run.log_every": "log_interval log_freq print_freq print_every logging_steps log_steps",
+    "config.run.eval_every": "eval_interval eval_freq val_every eval_steps",
+    "config.run.checkpoint_every": "save_every save_freq checkpoint_interval save_interval save_steps",
+    "config.run.keep_checkpoints": "max_to_keep save_total_limit keep",
+    "config.run.step_timeout": "timeout",
+    "run_dir": "output output_dir out_dir out log_dir logdir save_dir workdir work_dir checkpoint_dir model_dir dir",
+    "resume": "restore resume_from resume_from_checkpoint checkpoint ckpt load",
+}
+
 # field: (lowest, highest) allowed value, both included
 RANGES = {
     "k": (1, None),
@@ -191,6 +223,15 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.0)), known[0])
 
 
+def meant(name: str, known: typing.Iterable[str]) -> str:
+    """The field or flag that a person may have meant by a name that is none: by its last part, by a synonym of the
+    field, or else by its spelling."""
+    known, last = list(known), name.lower().replace("-", "_").rpartition(".")[2]
+    same = [one for one in known if one.rpartition(".")[2] == last]
+    synonyms = [one for one, others in SYNONYMS.items() if last in others.split() and one in known]
+    return nearest(name, same or synonyms or known)
+
+
 def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
     """{"optimizer.base_rate": 0.1, …}: all leaves of a recipe by their dotted names."""
     leaves = {}
@@ -214,7 +255,9 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
         raise UsageError(f"{path} must be a section with the fields {', '.join(types)}, not {values!r}")
     for name in values:
         if name not in types:
-            raise UsageError(f"{path}.{name} is not a field of the recipe; did you mean {path}.{nearest(name, types)}?")
+            known = [*(f"{path}.{kind}" for kind in types), *(f"config.{field}" for field in flatten(Recipe()))]
+            wrong = f"{path}.{name}"
+            raise UsageError(f"{wrong} is not a field of the recipe; did you mean {meant(wrong, known)}?")
     return cls(**{name: _coerce(types[name], value, f"{path}.{name}") for name, value in values.items()})
 
 

@@ -8,7 +8,12 @@ learning rate in it and is subtracted already (paper, eq. 10), PyTorch's u has n
 step.
 """
 
+import contextlib
+import os
+import secrets
+import shlex
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from recipe import checkpoint, cli, config, noise, runlog, standing
+from recipe import checkpoint, cli, config, noise, output, runlog
 from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
 
@@ -36,23 +41,37 @@ def main(argv: list[str]) -> None:
     if not VALUES.run_dir or not VALUES.to:
         raise UsageError("--run_dir and --to are needed: a run directory of recipe.train, and a new one")
     old, new = Path(VALUES.run_dir), Path(VALUES.to)
-    if new.exists():
+    if os.path.lexists(new):
         raise UsageError(f"--to={new} exists; name a new directory")
     recipe = other(runlog.read_recipe(old))
-    found = checkpoint.newest(old / "checkpoints", standing.warn)
+    found = checkpoint.newest(old / runlog.CHECKPOINTS, output.warn)
     if found is None:
-        raise RunError(f"{old / 'checkpoints'} holds no checkpoint yet")
+        raise RunError(f"{old / runlog.CHECKPOINTS} holds no checkpoint")
     arrays, meta = converted(*found, recipe)
+    with made(new) as folder:
+        runlog.copy_run(old, folder)
+        runlog.write_recipe(folder, recipe)
+        path = checkpoint.save(folder / runlog.CHECKPOINTS, meta["step"], arrays, meta, keep=1)
+    config_, run_dir = shlex.quote(f"--config={new / runlog.CONFIG}"), shlex.quote(f"--run_dir={new}")
+    print(
+        f"{new / runlog.CHECKPOINTS / path.name}: the state after step {meta['step']} for {recipe.framework}; "
+        f"to go on: python -m recipe.train {config_} {run_dir} --resume"
+    )
+
+
+@contextlib.contextmanager
+def made(new: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when all is in it; nothing of it stays otherwise. Raises UsageError when it
+    can't be written."""
+    folder = new.with_name(f".{new.name}-{secrets.token_hex(4)}")
     try:
-        shutil.copytree(old, new, ignore=shutil.ignore_patterns("checkpoints"))
-        runlog.write_recipe(new, recipe)
+        folder.mkdir(parents=True)
+        yield folder
+        folder.rename(new)
     except (OSError, shutil.Error) as error:
         raise UsageError(f"--to={new} can't be written: {error}; free space or rights, or name another directory")
-    path = checkpoint.save(new / "checkpoints", meta["step"], arrays, meta, keep=1)
-    print(
-        f"{path}: the state after step {meta['step']} for {recipe.framework}; "
-        f"--config={new / runlog.CONFIG} --run_dir={new} --resume goes on"
-    )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def other(recipe: Recipe) -> Recipe:

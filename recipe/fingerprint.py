@@ -2,8 +2,9 @@
 
 For each run two lines: the digests of its recipe, of its examples' order, of the first minibatch's images (as they
 entered the network) and of the initial weights; and those of the weights after each epoch, with their norm after the
-last. On the same ranks and machines, with --config.run.deterministic, all are equal. Elsewhere sums are rounded
-otherwise: the weights' digests then differ, and the norms agree in their first digits.
+last. On the same ranks and one kind of processor, with --config.run.deterministic, all are equal. Elsewhere sums are
+rounded otherwise: the weights' digests then differ, and the norms agree in their first digits. Where two runs part and
+were on processors of other kinds, that is said.
 """
 
 import zlib
@@ -14,6 +15,7 @@ from recipe import cli, config, runlog
 from recipe.errors import UsageError
 
 DIGITS = 8  # hexadecimal, of each digest
+PART = "other weights"  # how the sentence begins where runs part
 
 
 def main(argv: list[str]) -> None:
@@ -25,7 +27,9 @@ def main(argv: list[str]) -> None:
         print(f"  weights after epoch {', '.join(f'{e} {d}' for e, d in weights.items())}  norm {norm:.7g}")
     first, *others = runs
     for other in others:
-        print(f"{other} and {first}: {compared(runs[first], runs[other])}")
+        found = compared(runs[first], runs[other])
+        found += processors(Path(first), Path(other)) if found.startswith(PART) else ""
+        print(f"{other} and {first}: {found}")
 
 
 def digests(run_dir: Path) -> tuple[dict[str, str], dict[int, str], float]:
@@ -54,8 +58,16 @@ def compared(one: tuple, other: tuple) -> str:
     common = [epoch for epoch in one[1] if epoch in other[1]]
     for epoch in common:
         if one[1][epoch] != other[1][epoch]:
-            return f"other weights from epoch {epoch} on; the last norms differ by {_relative(one[2], other[2]):.1e}"
+            return f"{PART} from epoch {epoch} on; the last norms differ by {_relative(one[2], other[2]):.1e}"
     return f"the same to the bit, up to epoch {common[-1]}"
+
+
+def processors(first: Path, other: Path) -> str:
+    """What the runs' processors have to do with it; empty where they are the same, or not known."""
+    one, two = runlog.read_processors(first), runlog.read_processors(other)
+    if one == two or not (one and two):
+        return ""
+    return f"; they ran on other processors ({', '.join(one)}; {', '.join(two)}), whose libraries round otherwise"
 
 
 def _relative(one: Any, other: Any) -> float:

@@ -1,5 +1,6 @@
 """The training loop of all frameworks: steps, figures, evaluation, checkpoints, preemption."""
 
+import contextlib
 import functools
 import math
 import socket
@@ -13,15 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from recipe import checkpoint, collectives, config, elastic, runlog, sharding, standing, watchdog
+from recipe import again, checkpoint, collectives, config, elastic, output, owner, runlog, sharding, standing, watchdog
 from recipe.config import Recipe
 from recipe.data import decode
 from recipe.data.pipeline import replaced, train_batches
 from recipe.data.sources import open_source, prepare
+from recipe.data.work import telling
 from recipe.errors import Preempted, RunError, UsageError
 from recipe.evaluation import Sources, evaluate
 from recipe.metrics import Sums
 from recipe.preemption import Notice
+from recipe.processor import processor
 from recipe.progress import Progress
 from recipe.replica import Replica
 from recipe.standing import Standing
@@ -47,13 +50,32 @@ def train(
     check_recipe(recipe)
     check_size(recipe)
     prepare_data(recipe)
-    with watchdog.patience(recipe.run.step_timeout):
+    with watchdog.patience(recipe.run.step_timeout), telling("opening the data and building the network"):
         sources = open_data(recipe)
         replica = make_replica(recipe, sources[0].num_classes)
+    with owned(recipe, run_dir, resume, commits), watchdog.patience(recipe.run.step_timeout):
         stands = begin(recipe, run_dir, resume, replica, len(sources[0]), commits)
+        again.saved(stands.step)
         if stands.epochs >= recipe.epochs:  # more, after --resume=force
             return stands.errors
         return Loop(recipe, run_dir, replica, sources, stands, commits).run(notice)
+
+
+@contextlib.contextmanager
+def owned(recipe: Recipe, run_dir: Path, resume: str, commits: elastic.Commits | None) -> Iterator[None]:
+    """Makes the run directory this run's alone, held by rank 0. Collective."""
+    with contextlib.ExitStack() as held:
+
+        def own() -> None:
+            goes_on = commits is not None and commits.stands is not None
+            if not goes_on:
+                runlog.check_run(run_dir, recipe, resume)  # before anything is made there
+            held.enter_context(runlog.owned(run_dir))
+
+        timeout = recipe.run.step_timeout
+        with watchdog.patience(timeout and max(timeout, owner.LONGEST)):
+            collectives.on_root(own, "owned")
+        yield
 
 
 def begin(
@@ -61,17 +83,18 @@ def begin(
 ) -> Standing:
     """Where the run stands, and its state on rank 0's replica. Collective."""
     steps = sharding.steps_per_epoch(examples, recipe.k, recipe.n, recipe.data.remainder)
-    hosts = collectives.gather(socket.gethostname(), "hosts")
+    ranks = collectives.gather((socket.gethostname(), processor()), "ranks")
 
     def begun() -> Standing:
         if commits and commits.stands:
-            standing.warn(f"on {len(hosts)} ranks now, going on after step {commits.stands.step}")
+            output.warn(f"on {len(ranks)} ranks now, going on after step {commits.stands.step}")
             return commits.taken_up(replica)
-        runlog.check_run(run_dir, recipe, resume)
+        runlog.check_run(run_dir, recipe, resume)  # once more, for another process may have written there before this
         stands = Standing()
         if resume != "no":
             stands = standing.restore(replica, run_dir, recipe, examples, steps, resume == "force")
-        runlog.begin_run(run_dir, recipe, hosts)
+        runlog.begin_run(run_dir, recipe, ranks)
+        output.say(f"run directory: {run_dir}" + (f", going on after step {stands.step}" if stands.step else ""))
         return stands
 
     return collectives.on_root(begun, "begun")
@@ -87,20 +110,33 @@ def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Su
         replica = make_replica(recipe, sources[0].num_classes)
         epochs = restore(replica, run_dir)
         replica.begin(steps=1)
-        return evaluate(recipe, replica, sources, epochs)
+        with telling("evaluating"):
+            sums = evaluate(recipe, replica, sources, epochs)
+        check_evaluation(sums, epochs)
+        return sums
 
 
 def restore(replica: Replica, run_dir: Path) -> int:
     """The newest whole checkpoint on rank 0's replica: the epochs it had finished. Collective."""
 
     def restored() -> int:
-        found = checkpoint.newest(run_dir / "checkpoints", standing.warn)
+        found = checkpoint.newest(run_dir / runlog.CHECKPOINTS, output.warn)
         if found is None:
-            raise RunError(f"{run_dir / 'checkpoints'} holds no checkpoint yet")
+            raise RunError(f"{run_dir / runlog.CHECKPOINTS} holds no checkpoint")
         replica.restore(found[0])
         return found[1]["epochs"]
 
     return collectives.on_root(restored, "restore")
+
+
+def check_evaluation(sums: Sums, epochs: int) -> None:
+    """Raises RunError when the weights are no good. All ranks have the same sums, and raise it together."""
+    if not math.isfinite(sums.loss):
+        raise RunError(
+            f"the evaluation's loss is {sums.mean_loss} after {epochs} epochs: training has diverged; lower "
+            "config.optimizer.base_rate or lengthen config.schedule.warmup_epochs",
+            everywhere=True,
+        )
 
 
 def prepare_data(recipe: Recipe) -> None:
@@ -132,7 +168,7 @@ def check_data(sources: Sources) -> None:
             )
     slow = [f"rank {rank}: {why}" for rank, (_, why) in enumerate(found) if why]
     if slow and collectives.rank() == 0:
-        standing.warn(slow[0])
+        output.warn(slow[0])
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -179,7 +215,7 @@ class Loop:
         )
         self._pending: Callable[[], tuple] | None = None  # gives the last step's figures
         self._first_images: list[int] = []  # checksums of what this rank's workers see in the run's first step
-        self._since_epoch, self._since_line = Speed(), Speed()
+        self._since_epoch, self._since_line, self._timed = Speed(), Speed(), False
         self._waits: list[float] = []  # for each epoch the share of its time that a rank waited for images, the longest
         root = collectives.rank() == 0
         self.log = runlog.RunLog(run_dir, stands.step, stands.epochs) if root else None
@@ -230,6 +266,7 @@ class Loop:
             self._write_line()
         if save_due and not epoch_ends and not stop:
             self._on_root(self._save)
+            again.saved(self.stands.step)
         if commit_due and not epoch_ends and not stop:
             self._commit()
         return stop
@@ -251,6 +288,8 @@ class Loop:
         self._since_line.examples += count
         if self.progress:
             self.progress.step(step + 1)
+        if not self._timed:  # the first step, with all that is made ready in it, counts in no speed
+            self._timed, self._since_epoch, self._since_line = True, Speed(), Speed()
         return stop
 
     def _check_finite(self, losses: np.ndarray, step: int) -> None:
@@ -296,7 +335,7 @@ class Loop:
         if self.progress:
             self.progress.line(self.stands.step, figures)
 
-    def _figures(self, sums: Sums, speed: "Speed") -> dict[str, float]:
+    def _figures(self, sums: Sums, speed: "Speed") -> dict[str, float | None]:
         return {
             "loss": sums.mean_loss,
             "error": sums.error,
@@ -311,11 +350,15 @@ class Loop:
         self._waits.append(max(collectives.gather(self._since_epoch.share_waited(), "waits")))
         figures["data_wait"] = self._waits[-1]
         if self._evaluation_due():
+            self._doing(f"the evaluation after epoch {self.stands.epochs}")
             sums = evaluate(self.recipe, self.replica, self.sources, self.stands.epochs)
+            check_evaluation(sums, self.stands.epochs)
             self.stands.errors.append(sums.error)
             figures |= {"eval_loss": sums.mean_loss, "eval_error": sums.error, "eval_examples": int(sums.count)}
         self.stands.epoch = Sums()
-        self._on_root(lambda: self._record(figures))
+        self._doing(f"the record of epoch {self.stands.epochs}")
+        if self._on_root(lambda: self._record(figures)):
+            again.saved(self.stands.step)
         self._since_epoch, self._since_line = Speed(), Speed()
         self._commit()
 
@@ -343,18 +386,26 @@ class Loop:
         finished = self.stands.epochs
         return finished % self.recipe.run.eval_every == 0 or finished > self.recipe.epochs - 5
 
-    def _record(self, figures: dict[str, Any]) -> None:
-        """Rank 0's part of an epoch's end."""
+    def _doing(self, what: str) -> None:
+        """For the progress of long work beside the steps."""
+        if self.progress:
+            self.progress.doing(what)
+
+    def _record(self, figures: dict[str, Any]) -> bool:
+        """Rank 0's part of an epoch's end; whether there is a checkpoint of it."""
         finished, weights = self.stands.epochs, self.replica.weights()
+        standing.check_finite(weights, self.stands.step)
         digests = {"order": f"{zlib.crc32(self._order(finished - 1)):08x}", "weights": checkpoint.digest(weights)}
         self.log.write("epoch", self.stands.step, figures | digests | {"norm": norm(weights)})
         evaluated = f"  evaluation error {figures['eval_error']:.2%}" if "eval_error" in figures else ""
         self.progress.say(
             f"epoch {finished} of {self.recipe.epochs}: training error {figures['error']:.2%}{evaluated}  "
-            f"{figures['images_per_second']:,.0f} images/s"
+            + (f"{speed:,.0f} images/s" if (speed := figures["images_per_second"]) else "")
         )
-        if finished == self.recipe.epochs or finished % self.recipe.run.checkpoint_every == 0:
+        due = finished == self.recipe.epochs or finished % self.recipe.run.checkpoint_every == 0
+        if due:
             self._save()
+        return due
 
     def _save(self) -> str:
         return str(standing.save(self.stands, self.replica, self.run_dir, self.recipe, self.examples, self.steps))
@@ -362,9 +413,9 @@ class Loop:
     def _leave(self) -> None:
         """Saves, and ends the run on all ranks."""
         path = self._on_root(self._save)
+        again.saved(self.stands.step)
         raise Preempted(
-            f"told to leave after step {self.stands.step}: the state is in {path}; the same command with --resume "
-            "goes on from there",
+            f"told to leave after step {self.stands.step}: the state is in {path}, and --resume goes on from there",
             everywhere=True,
         )
 
@@ -379,11 +430,12 @@ class Speed:
     def __init__(self) -> None:
         self.examples, self.waited, self._began = 0, 0.0, time.monotonic()
 
-    def per_second(self) -> float:
-        return self.examples / (time.monotonic() - self._began)
+    def per_second(self) -> float | None:
+        """None before there are any."""
+        return self.examples / (time.monotonic() - self._began) if self.examples else None
 
     def share_waited(self) -> float:
-        return self.waited / (time.monotonic() - self._began)
+        return self.waited / max(time.monotonic() - self._began, 1e-9)
 
 
 def norm(weights: dict[str, np.ndarray]) -> float:

@@ -20,7 +20,8 @@ class Sums:
         """Adds a batch. logits: [b, classes] floats; labels: [b] integers."""
         logits = np.asarray(logits, dtype=np.float64)
         top = logits.max(axis=1)
-        log_total = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+        with np.errstate(invalid="ignore"):  # ∞ − ∞ of a network that has diverged: its sum says so
+            log_total = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
         self.loss += float((log_total - logits[np.arange(len(labels)), labels]).sum())
         self.correct += int((logits.argmax(axis=1) == labels).sum())
         self.count += len(labels)

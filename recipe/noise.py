@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 
 import absl.logging
@@ -19,7 +18,7 @@ def filtered() -> Iterator[None]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     absl.logging.set_verbosity(absl.logging.ERROR)
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as written:
+    with os.fdopen(os.memfd_create("stderr"), "w+b") as written:
         stderr = os.dup(2)
         os.dup2(written.fileno(), 2)
         try:
@@ -31,4 +30,5 @@ def filtered() -> Iterator[None]:
             written.seek(0)
             for line in written:
                 if not _CHATTER.match(line):
-                    os.write(2, line)
+                    with contextlib.suppress(OSError):  # what can't be printed is lost
+                        os.write(2, line)

@@ -1,14 +1,17 @@
-"""SIGTERM and SIGUSR1: noticed at once, acted upon at the next step boundary, when all ranks know."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: noticed at once, acted upon at the next step boundary, when all ranks know."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
 
+from recipe import watchdog
 from recipe.errors import Preempted
 
 STATUS = 75  # EX_TEMPFAIL: exit status of a run that has saved its state and can be resumed
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+HEARD = b"\nCtrl-C: saving after one of the next steps, then leaving; Ctrl-C once more leaves at once, without saving\n"
 
 
 class Notice:
@@ -27,8 +30,15 @@ def noticed() -> Iterator[Notice]:
 
     def receive(number: int, frame: FrameType | None) -> None:
         notice.received = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one
+            if watchdog.launched_rank() == "0":
+                with contextlib.suppress(OSError):
+                    os.write(2, HEARD)  # print() might be at work where the signal came
 
-    before = {number: signal.signal(number, receive) for number in SIGNALS}
+    # A shell's background job ignores Ctrl-C, which is meant for another one.
+    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, receive) for number in heeded}
     try:
         yield notice
     except Preempted:

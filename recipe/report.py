@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from recipe import cli, runlog
-from recipe.errors import UsageError
+from recipe.errors import RunError, UsageError
 from recipe.metrics import final_error
 
 PICTURE = "report.png"  # written into the first run's directory
@@ -17,7 +17,13 @@ def main(argv: list[str]) -> None:
     results = [_print_run(folder, epochs) for folder, epochs in runs.items()]
     if len(results) > 1:
         print(f"{len(results)} runs: {statistics.mean(results):.2%} ± {statistics.stdev(results):.2%}")
-    print(f"curves: {draw(runs, Path(argv[0]) / PICTURE)}")
+    picture = Path(argv[0]) / PICTURE
+    try:
+        print(f"curves: {draw(runs, picture)}")
+    except OSError as error:
+        raise RunError(
+            f"{picture} can't be written: {error.strerror}; name a run directory first that can be"
+        ) from None
 
 
 def draw(runs: dict[str, list[dict]], path: Path) -> Path:
@@ -44,20 +50,21 @@ def draw(runs: dict[str, list[dict]], path: Path) -> Path:
 
 
 def _print_run(folder: str, epochs: list[dict]) -> float:
-    errors = [line["eval_error"] for line in epochs if "eval_error" in line]
+    errors = [line["eval_error"] for line in epochs if line.get("eval_error") is not None]
     if not errors:
         raise UsageError(f"{folder} has no evaluated epoch yet")
-    speed = statistics.median(line["images_per_second"] for line in epochs)
+    speeds = [line["images_per_second"] for line in epochs if line.get("images_per_second")]
+    speed = f"; {statistics.median(speeds):,.0f} images/s" if speeds else ""
     print(
         f"{folder}: top-1 error {final_error(errors):.2%}, median of the last {len(errors[-5:])} of "
-        f"{len(epochs)} epochs; {speed:,.0f} images/s"
+        f"{len(epochs)} epochs{speed}"
     )
     return final_error(errors)
 
 
 def _series(epochs: list[dict], name: str) -> tuple[list[float], list[float]]:
     scale = 100 if name.endswith("error") else 1
-    points = [(line["epoch"], scale * line[name]) for line in epochs if name in line]
+    points = [(line["epoch"], scale * line[name]) for line in epochs if line.get(name) is not None]
     return [x for x, _ in points], [y for _, y in points]
 
 

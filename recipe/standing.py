@@ -1,14 +1,16 @@
 """Where a run stands: kept in its checkpoints and taken up from them, on any number of ranks."""
 
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from recipe import checkpoint, config, runlog
 from recipe.config import Recipe
-from recipe.errors import UsageError
+from recipe.errors import RunError, UsageError
 from recipe.metrics import Sums
+from recipe.output import warn
 from recipe.replica import Replica
 
 
@@ -27,7 +29,8 @@ def save(standing: Standing, replica: Replica, run_dir: Path, recipe: Recipe, ex
     """Writes the checkpoint of a run with so many training examples and steps per epoch. One rank.
 
     Raises RunError when the disk is full, say; the older checkpoints are then untouched."""
-    run = recipe.run
+    run, arrays = recipe.run, replica.arrays()
+    check_finite(arrays, standing.step)
     meta = asdict(standing) | {
         "seed": recipe.seed,
         "recipe": config.identity(recipe),
@@ -36,19 +39,32 @@ def save(standing: Standing, replica: Replica, run_dir: Path, recipe: Recipe, ex
         "steps_per_epoch": steps,
         "versions": runlog.versions(),
     }
-    folder = run_dir / "checkpoints"
-    return checkpoint.save(folder, standing.step, replica.arrays(), meta, run.keep_checkpoints, run.keep_every * steps)
+    folder = run_dir / runlog.CHECKPOINTS
+    return checkpoint.save(folder, standing.step, arrays, meta, run.keep_checkpoints, run.keep_every * steps)
+
+
+def check_finite(arrays: dict[str, np.ndarray], step: int) -> None:
+    """Raises RunError when a state isn't worth keeping."""
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise RunError(
+                f"{name} has values that are no finite numbers after step {step}: training has diverged, and this "
+                "state is not kept; lower config.optimizer.base_rate or lengthen config.schedule.warmup_epochs"
+            )
 
 
 def restore(replica: Replica, run_dir: Path, recipe: Recipe, examples: int, steps: int, force: bool) -> Standing:
-    """Takes up the newest whole checkpoint, on this rank; a run that has none begins anew.
+    """Takes up the newest whole checkpoint, on this rank; a run that never had one begins anew.
 
     Newer ones, damaged, are set aside; with `force` all that are another recipe's, once the state is saved as this
-    one's. Raises UsageError when the state is another recipe's or of other data, unless `force`; RunError when all
-    checkpoints are damaged."""
-    folder = run_dir / "checkpoints"
+    one's. Raises UsageError when the state is another recipe's, of other data or gone, unless `force`; RunError when
+    all checkpoints are damaged."""
+    folder = run_dir / runlog.CHECKPOINTS
     found = checkpoint.newest(folder, warn)
     if found is None:
+        if not force:
+            runlog.check_progress(run_dir)
+        warn(f"{folder} holds no checkpoint: the run begins at step 0")
         return Standing()
     arrays, meta = found
     if not force:
@@ -72,11 +88,6 @@ def restore(replica: Replica, run_dir: Path, recipe: Recipe, examples: int, step
         mine = save(stands, replica, run_dir, recipe, examples, steps)
         checkpoint.set_aside([path for path in checkpoint.checkpoints(folder) if path != mine])
     return stands
-
-
-def warn(text: str) -> None:
-    """What the user should know, on rank 0."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _compare_versions(old: dict[str, str]) -> None:

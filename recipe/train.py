@@ -4,13 +4,15 @@
 --config.k=4 --config.optimizer.base_rate=0.05 "--config.schedule.decay_epochs=(8,9)". recipe/config.py explains all.
 """
 
+import shlex
 import time
 from pathlib import Path
 
 from absl import flags
 
-from recipe import cli, noise, preemption, watchdog
+from recipe import again, cli, config, noise, preemption, watchdog
 from recipe.config import Recipe
+from recipe.data.work import telling
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string("run_dir", "", "where the run is recorded; runs/PRESET-DATE when empty", flag_values=VALUES)
@@ -25,21 +27,23 @@ flags.DEFINE_enum(
 
 def main(argv: list[str]) -> None:
     recipe, name, others = cli.parse_recipe(argv)
-    cli.parse_flags(VALUES, ["--resume=yes" if other == "--resume" else other for other in others])
+    fields = [f"config.{field}" for field in config.flatten(recipe)]
+    cli.parse_flags(VALUES, ["--resume=yes" if other == "--resume" else other for other in others], fields)
     with preemption.noticed() as notice:
-        train(recipe, VALUES.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}", notice)
+        train(recipe, VALUES.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}", argv, notice)
 
 
-def train(recipe: Recipe, run_dir: str, notice: preemption.Notice) -> None:
+def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption.Notice) -> None:
     with noise.filtered():
         from recipe import collectives, elastic, loop, metrics, replica
 
         fit = replica.of(recipe.framework)
     # Ranks that join an elastic run wait for the next commit.
-    with watchdog.patience(0.0 if elastic.wanted() else recipe.run.step_timeout):
+    with watchdog.patience(0.0 if elastic.wanted() else recipe.run.step_timeout), telling("waiting for all ranks"):
         fit.start(recipe.run.deterministic)
 
     def trained(run_dir: str, commits: elastic.Commits | None) -> tuple[str, list[float]]:
+        again.begun(run_dir, arguments)
         errors = loop.train(recipe, Path(run_dir), VALUES.resume, fit.make_replica, notice, commits)
         return run_dir, errors
 
@@ -47,7 +51,7 @@ def train(recipe: Recipe, run_dir: str, notice: preemption.Notice) -> None:
     if collectives.rank() == 0:
         last = len(errors[-5:])
         print(f"top-1 error {metrics.final_error(errors):.2%} (median of the last {last} epochs) in {run_dir}")
-        print(f"curves: python -m recipe.report {run_dir}")
+        print(f"curves: python -m recipe.report {shlex.quote(run_dir)}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ them, running.
 import contextlib
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+from recipe import again, output
 
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 LAUNCHERS = ("horovodrun", "mpirun", "mpiexec", "mpiexec.hydra", "orterun", "orted", "srun", "slurmstepd")
@@ -124,12 +125,18 @@ def alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+    except psutil.Error:
+        return True  # it may not be looked at, and this thread must not end of it
 
 
 def leave(why: str) -> None:
     """Ends the process with status 1, whatever its other threads wait for."""
-    print(f"error: rank {launched_rank()} on {socket.gethostname()}: {why}", file=sys.stderr, flush=True)
-    os._exit(1)
+    try:
+        if launched_rank() == "0" and (advice := again.advice()):
+            output.say(advice)
+        output.say(f"error: rank {launched_rank()} on {socket.gethostname()}: {why}")
+    finally:
+        os._exit(1)
 
 
 def _starts_ranks(process: psutil.Process) -> bool:

@@ -1,6 +1,7 @@
 """The command: builds `.venv` at the project's root in six stages, or sees that it is in place."""
 
 import argparse
+import os
 import sys
 import time
 
@@ -72,7 +73,8 @@ def build(wanted: target.Target, console: Console) -> None:
     minutes, seconds = divmod(round(time.monotonic() - start), 60)
     print(f"\nReady in {minutes} min {seconds} s: {target.VENV}")
     print(stages.summary(wanted, versions, proofs))
-    print("Next: ./launch/local")
+    if "STARTED_AS" not in os.environ:  # else it is what comes next by itself
+        print("Next: ./launch/local")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """What the user sees of the installation: one line a stage; the output of every command goes to a log file."""
 
+import contextlib
 import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from recipe import ticking
 from recipe.errors import RunError
 
 # What a command's output says, and what to tell the user; the first match counts.
@@ -34,6 +37,9 @@ KNOWN = (
 )
 
 
+TAIL = 4000  # bytes of the log
+
+
 class Console:
     """Prints the stages of an installation, numbered, with the time each took."""
 
@@ -45,16 +51,32 @@ class Console:
 
     @contextmanager
     def stage(self, text: str) -> Iterator[None]:
-        """Print what happens now (and how long it may take), and at the end how long it took."""
+        """Print what happens now, how long it has been going on, and at the end how long it took."""
         self.count += 1
-        start = time.monotonic()
-        print(f"[{self.count}/{self.total}] {text} ... ", end="", flush=True)
+        start, terminal = time.monotonic(), sys.stdout.isatty()
+        head = f"[{self.count}/{self.total}] {text} ... "
+        print(head, end="", flush=True)
+
+        def tick() -> None:
+            far = f"{time.monotonic() - start:.0f} s{self.far()}"
+            print(f"\r{head}{far}\x1b[K" if terminal else f"{far}; ", end="", flush=True)
+
         try:
-            yield
+            with ticking.every(ticking.TERMINAL if terminal else ticking.LOG, tick):
+                yield
         except BaseException:
             print(flush=True)
             raise
+        print(f"\r{head}\x1b[K" if terminal else "", end="")
         print(f"{time.monotonic() - start:.0f} s", flush=True)
+
+    def far(self) -> str:
+        """How far a compilation says that it is, by its last lines in the log; else nothing."""
+        with contextlib.suppress(OSError), self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - TAIL))
+            if shares := re.findall(rb"\[ *(\d+)%\]", log.read()):
+                return f", {int(shares[-1])} %"
+        return ""
 
     def run(
         self,

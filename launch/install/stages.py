@@ -42,7 +42,7 @@ def check(target: Target) -> str:
 
 def create(console: Console, target: Target) -> None:
     """An empty environment, marked as ours, with the pinned pip."""
-    with console.stage(f"creating {VENV} with Python {platform.python_version()} (10 s)"):
+    with console.stage(f"creating {VENV} with Python {platform.python_version()}"):
         shutil.rmtree(VENV, ignore_errors=True)
         VENV.mkdir(parents=True)
         write_stamp({})
@@ -62,7 +62,7 @@ def pip(console: Console, target: Target, *arguments: str | Path) -> None:
 def packages(console: Console, target: Target) -> None:
     """The frameworks and everything else but Horovod."""
     wanted = requirements(target)
-    with console.stage(f"installing TensorFlow, PyTorch and {len(wanted) - 2} other packages (1 to 3 minutes)"):
+    with console.stage(f"installing TensorFlow, PyTorch and {len(wanted) - 2} other packages"):
         if target.mpi.system:  # built against it, and not from pip's cache, which doesn't know whose MPI it has
             pip(console, target, "--no-binary", "mpi4py", "--no-cache-dir", "mpi4py")
         pip(console, target, *wanted)
@@ -94,9 +94,8 @@ def horovod(console: Console, target: Target, compiler: str) -> str:
     refuse_mixture(target, found["packages"])
     inputs = wheel_inputs(target, compiler, found)
     folder = wheel.cache() / wheel.key(inputs)
-    cores = build.jobs()
     kept = wheel.finished(folder)
-    text = f"building Horovod {wheel.VERSION} (about {max(2, 14 // cores)} minutes on {cores} cores)"
+    text = f"building Horovod {wheel.VERSION} on {build.jobs()} cores, the longest stage"
     with console.stage(f"installing Horovod {wheel.VERSION} from {folder}" if kept else text):
         made = wheel.keep(folder, inputs, partial(build.make, console, target, Path(found["site"])))
         pip(console, target, "--no-deps", "--force-reinstall", made)
@@ -114,21 +113,21 @@ def refuse_mixture(target: Target, packages: dict[str, str]) -> None:
 
 def project(console: Console, target: Target) -> None:
     """The project itself, as it lies here; then all packages must fit together."""
-    with console.stage("installing this project (10 s)"):
+    with console.stage("installing this project"):
         pip(console, target, "--no-deps", "--no-build-isolation", "--editable", ROOT)
         console.run([PYTHON, "-m", "pip", "check"], "`pip check`", target.environment())
 
 
 def decoder(console: Console, target: Target) -> None:
     """The program that decodes images, in C."""
-    with console.stage("building the image decoder (2 s)"):
+    with console.stage("building the image decoder"):
         command = [PYTHON, "-m", "recipe.data.decode_build"]
         console.run(command, "building the image decoder", target.environment())
 
 
 def proofs(console: Console, target: Target) -> list[dict]:
     """A 2-rank allreduce in each framework, through mpirun."""
-    with console.stage("proving it with 2 ranks in TensorFlow and in PyTorch (20 s)"):
+    with console.stage("proving it with 2 ranks in TensorFlow and in PyTorch"):
         return [proof(console, target, name) for name in ("tensorflow", "torch")]
 
 

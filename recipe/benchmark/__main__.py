@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from recipe import cli, launched, noise
+from recipe import cli, launched, noise, ticking
 from recipe.benchmark.contender import BATCH, CONTENDERS, STEPS
 from recipe.errors import RunError, UsageError
 
@@ -54,10 +54,16 @@ def main(argv: list[str]) -> None:
 
         prepare(cli.load_recipe("quick").data)
     found: Found = {entry: [] for entry in entries(names)}
-    print(f"{BATCH} images per rank and step, {STEPS - WARMUP} steps after {WARMUP}, one core per rank; median (range)")
+    print(
+        f"{BATCH} images per rank and step, {STEPS - WARMUP} steps after {WARMUP}, one core per rank; median (range)",
+        flush=True,
+    )
+    total, done = int(repeats) * len(found), 0
     for _ in range(int(repeats)):
         for entry, pairs in found.items():
-            pairs.append(measured(entry))
+            done += 1
+            with ticking.ticking(f"measuring {str(entry).strip()}, {done} of {total}"):
+                pairs.append(measured(entry))
     report(found)
 
 

@@ -4,14 +4,16 @@ import contextlib
 import io
 import logging
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from recipe import ticking
 from recipe.config import Data, nearest
-from recipe.data import tars
+from recipe.data import tars, work
 from recipe.data.fashion_photos import FashionPhotos  # which registers its name with TFDS
 from recipe.errors import RunError, UsageError
 
@@ -73,7 +75,8 @@ def run_builder(builder: tfds.core.DatasetBuilder, manual_dir: Path) -> None:
     """Downloads (where TFDS does) and writes a data set; TFDS renames the finished folder into place.
 
     Raises RunError with TFDS's reason."""
-    if not sys.stderr.isatty():
+    bars = ticking.is_terminal() and os.get_terminal_size(sys.stderr.fileno()).columns > 0  # else they'd be empty
+    if not bars:
         tfds.disable_progress_bar()
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # ten retries, a line each
     shards = SHARDS if isinstance(builder, FashionPhotos) else None
@@ -82,7 +85,9 @@ def run_builder(builder: tfds.core.DatasetBuilder, manual_dir: Path) -> None:
         if builder.name == IMAGENET:
             tars.prepare(builder, manual_dir)
             return
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS's own messages; its progress bars are on stderr
+        # TFDS's own bars are on stderr; its messages go nowhere.
+        told = contextlib.nullcontext() if bars else work.telling(f"preparing {builder.name}")
+        with contextlib.redirect_stdout(io.StringIO()), told:
             builder.download_and_prepare(download_config=config)
     except (UsageError, RunError):
         raise
@@ -102,7 +107,7 @@ def check_tars(folder: Path) -> None:
     if problems:
         raise UsageError(
             f"{' and '.join(problems)}: download from https://image-net.org/download-images (after registration) into "
-            f"{folder}, then run: python -m recipe.data.prepare {IMAGENET} --manual_dir={folder}"
+            f"{folder}, then run: python -m recipe.data.prepare {IMAGENET} {shlex.quote(f'--manual_dir={folder}')}"
         )
 
 
@@ -118,13 +123,14 @@ def check_counts(builder: tfds.core.DatasetBuilder, expected: dict[str, int]) ->
 
 
 def _not_prepared(data: Data) -> str:
-    command = f"python -m recipe.data.prepare {data.name} --data_dir={data_dir(data)}"
+    place = shlex.quote(f"--data_dir={data_dir(data)}")
+    command = f"python -m recipe.data.prepare {shlex.quote(data.name)} {place}"
     if data.name == IMAGENET:
         try:
             check_tars(manual_dir(data))
         except UsageError as error:
-            return f"{data.name} is not prepared in {data_dir(data)}: {error} --data_dir={data_dir(data)}"
-        command += f" --manual_dir={manual_dir(data)}"
+            return f"{data.name} is not prepared in {data_dir(data)}: {error} {place}"
+        command += f" {shlex.quote(f'--manual_dir={manual_dir(data)}')}"
     return f"config.data.name={data.name!r} is not prepared in {data_dir(data)}; run: {command}"
 
 

@@ -3,18 +3,26 @@
 import contextlib
 import functools
 import os
-import sys
+import stat
+import unicodedata
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from recipe import watchdog
+from recipe import output, watchdog
 from recipe.config import Data
 from recipe.data import files, records, verify, work
 from recipe.errors import RunError, UsageError
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
+# Folders that tools and file systems make beside and inside of those of the classes; hidden ones are left out, too.
+TOOLS = frozenset(
+    (
+        *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "@__thumb", "$RECYCLE.BIN"),
+        *("lost+found", "System Volume Information", "__MACOSX", "__pycache__"),
+    )
+)
 THREADS = 16  # class folders listed at once, for file systems that answer slowly
 Index = dict[str, np.ndarray]
 
@@ -103,10 +111,8 @@ def split_folder(data: Data, split: str) -> Path:
 
 
 def _classes(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        found = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
-    classes = [name for name, is_dir in found if is_dir]
-    others = [name for name, is_dir in found if not is_dir]
+    """The names of the class folders, sorted."""
+    classes, others = _listed(folder)
     if not classes:
         raise UsageError(
             f"{folder} has {len(others):,} files and no folders: move each image into a folder of its class's name, "
@@ -115,16 +121,53 @@ def _classes(folder: Path) -> list[str]:
     return classes
 
 
+def _listed(folder: Path) -> tuple[list[str], list[str]]:
+    """(names of the class folders, sorted; paths of what else is there). Raises UsageError for a dead link: where it
+    stands for a class, all labels after it would be others."""
+    classes, others = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _left_out(entry.name):
+                others.append(entry.path)
+            elif entry.is_dir():
+                classes.append(entry.name)
+            elif entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
+                raise UsageError(f"{entry.path} is a link that leads nowhere: mend it or delete it, in all splits")
+            else:
+                others.append(entry.path)
+    return sorted(classes), sorted(others)
+
+
+def _left_out(name: str) -> bool:
+    """Whether this is no user's file or folder."""
+    return name.startswith(".") or name in TOOLS
+
+
 def _check_classes(folder: Path, classes: list[str], training: Path) -> None:
     if folder == training:
         return
     theirs = _classes(training)
     for one, names, other, others in ((folder, classes, training, theirs), (training, theirs, folder, classes)):
         if alone := sorted(set(names) - set(others)):
+            alike = next((name for name in others if _looks(name) == _looks(alone[0])), None)
+            hint = f", which has {alike!a}: rename one of the two" if alike else ""
             raise UsageError(
-                f"{one} has {len(alone)} classes that {other} lacks, such as {alone[0]}: both must have the same "
-                "folders, because their places in the sorted order are the labels"
+                f"{one} has {len(alone)} classes that {other} lacks, such as "
+                f"{ascii(alone[0]) if alike else alone[0]}{hint}: both must have the same folders, because their "
+                "places in the sorted order are the labels"
             )
+
+
+def _looks(name: str) -> str:
+    """Equal for names that look alike: other cases, other spaces, accents in one sign or in two."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def _say_alike(folder: Path, classes: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in classes:
+        if (other := seen.setdefault(_looks(name), name)) != name:
+            output.warn(f"{folder} has the classes {other!a} and {name!a}, which look alike: they are two")
 
 
 def _cache(folder: Path) -> Path:
@@ -141,8 +184,10 @@ def _read_index(folder: Path, classes: list[str]) -> Index:
     ):
         if kept["classes"].tolist() == _encoded(classes).tolist() and kept["changed"].tolist() == changed:
             return {name: kept[name] for name in ("counts", "names", "sizes", "times")}
-    lists = list(work.in_threads(_files, [folder / name for name in classes], THREADS))
-    _say_left_out(folder, [path for _, others in lists for path in others])
+    with work.telling(f"listing {folder}"):
+        lists = list(work.in_threads(_files, [folder / name for name in classes], THREADS))
+    _say_alike(folder, classes)
+    _say_left_out(folder, [*_listed(folder)[1], *(path for _, others in lists for path in others)])
     if empty := [name for name, (images, _) in zip(classes, lists, strict=True) if not images]:
         raise UsageError(f"{folder / empty[0]} has no images: delete that folder in all splits, or fill it")
     images = [image for found, _ in lists for image in found]
@@ -162,26 +207,35 @@ def _files(folder: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
     images, others = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
-                raise UsageError(f"{entry.path} is a folder within a class's: move its images one folder up")
-            if "\n" in entry.name:
-                raise UsageError(f"{entry.path!r} has a line break in its name: rename it")
-            if entry.name.startswith(".") or not entry.name.lower().endswith(SUFFIXES):
+            if _left_out(entry.name):
                 others.append(entry.path)
                 continue
-            stat = entry.stat()
-            images.append((entry.name, stat.st_size, stat.st_mtime_ns))
+            if entry.is_dir():
+                raise UsageError(
+                    f"{entry.path} is a folder within a class's: move its images one folder up, or delete it if they "
+                    "are not the class's"
+                )
+            if "\n" in entry.name:
+                raise UsageError(f"{entry.path!r} has a line break in its name: rename it")
+            if not entry.name.lower().endswith(SUFFIXES):
+                others.append(entry.path)
+                continue
+            found = entry.stat()
+            if stat.S_ISREG(found.st_mode):
+                images.append((entry.name, found.st_size, found.st_mtime_ns))
+            else:  # a pipe, say, which nobody writes to
+                others.append(entry.path)
     watchdog.beat()
     return sorted(images), sorted(others)
 
 
 def _say_left_out(folder: Path, others: list[str]) -> None:
+    """One sentence; an image among them is the example, for it may be missed."""
     if others:
-        print(
-            f"warning: {len(others):,} files in {folder} are no images ({', '.join(SUFFIXES)}) or hidden, and are left "
-            f"out, such as {others[0]}",
-            file=sys.stderr,
-            flush=True,
+        images = [path for path in others if path.lower().endswith(SUFFIXES) and "/." not in path[len(str(folder)) :]]
+        output.warn(
+            f"{len(others):,} files or folders in {folder} are no images ({', '.join(SUFFIXES)}) in a class's folder, "
+            f"or hidden, or a tool's, and are left out, such as {(images or others)[0]}"
         )
 
 

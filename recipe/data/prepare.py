@@ -6,6 +6,7 @@ for the same data anywhere. With --shorter_side a prepared data set is written a
 another name."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 from absl import flags
@@ -98,7 +99,8 @@ def reencode_now(data: Data) -> None:
     sources.class_count(builder)
     reencode.prepare(builder, name, VALUES.shorter_side, VALUES.quality)
     look(dataclasses.replace(data, name=name))
-    print(f"train on it with --config.data.name={name} --config.data.data_dir={builders.data_dir(data)}")
+    place = shlex.quote(f"--config.data.data_dir={builders.data_dir(data)}")
+    print(f"train on it with {shlex.quote(f'--config.data.name={name}')} {place}")
 
 
 def prepare_folder(data: Data) -> None:

@@ -62,7 +62,7 @@ def prepare(builder: tfds.core.DatasetBuilder, name: str, shorter_side: int, qua
         how = f"shorter side at most {shorter_side}, JPEG quality {quality}"
         _describe(source, unfinished, builder.name, name, how)
         unfinished.replace(finished)
-        (finished / "lock").unlink()
+        (finished / tars.LOCK).unlink()
 
 
 def _write_files(builder: tfds.core.DatasetBuilder, name: str, folder: Path, shorter_side: int, quality: int) -> None:

@@ -13,16 +13,20 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from recipe import augment
 from recipe.config import Data, nearest
-from recipe.data import builders, files, records
+from recipe.data import builders, files, records, work
 from recipe.data.folders import FolderSource
 from recipe.errors import RunError, UsageError
+
+
+class UnknownLabel(RunError):
+    """An example's label is no class's."""
 
 
 class TFDSSource:
     """The encoded images and labels of a prepared TFDS split, in the order of TFDS's files.
 
-    `split` is TFDS's notation, also "train[:10%]". Raises UsageError when there is no such split, or when the data
-    set's features aren't an `image` and its `label`."""
+    `split` is TFDS's notation, also "train[:10%]". Raises UsageError when there is no such split or it has no labels,
+    or when the data set's features aren't an `image` and its `label`."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
         self.num_classes = class_count(builder)
@@ -36,6 +40,7 @@ class TFDSSource:
         self._fds = _open_all(self._paths)
         weakref.finalize(self, _close_all, self._fds)
         self._states = [_state(fd, path, index[path]) for fd, path in zip(self._fds, self._paths, strict=True)]
+        self._check_first_label(builder.name, split)
 
     def __len__(self) -> int:
         return len(self._start)
@@ -54,10 +59,25 @@ class TFDSSource:
         self._file, self._start, self._end = self._file[:count], self._start[:count], self._end[:count]
         return self
 
+    def _check_first_label(self, name: str, split: str) -> None:
+        """TFDS's label of an example whose class isn't known is −1: then it is that of all others in the split."""
+        try:
+            self._example(0)
+        except UnknownLabel as error:
+            raise UsageError(f"the split {split!r} of {name} can't be used: {error}") from None
+        except RunError:
+            pass  # who reads it hears of it
+
     def _example(self, i: int) -> tuple[bytes, int]:
         try:
             features = tf_example_pb2.Example.FromString(self._record(i)).features.feature
-            return features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
+            image, label = features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
+            if not 0 <= label < self.num_classes:
+                raise UnknownLabel(
+                    f"{self.where(i)} has the label {label}, which is none of the {self.num_classes} classes'; name a "
+                    "split that has labels in config.data.train_split and config.data.eval_split"
+                )
+            return image, label
         except OSError as error:
             raise RunError(f"{self.where(i)} can't be read: {error.strerror}") from None
         except (ValueError, IndexError, DecodeError) as error:
@@ -147,6 +167,8 @@ def class_count(builder: tfds.core.DatasetBuilder) -> int:
             f"config.data.name={builder.name!r} has the features {', '.join(features)}: the recipe needs an image and "
             "a label of that name"
         )
+    if not features["label"].num_classes:
+        raise UsageError(f"config.data.name={builder.name!r} doesn't say how many classes its label has")
     return features["label"].num_classes
 
 
@@ -172,7 +194,8 @@ def _index(builder: tfds.core.DatasetBuilder) -> dict[str, np.ndarray]:
     paths = [os.fspath(path) for split in splits for path in split.filepaths]
     if missing := next((path for path in paths if not Path(path).exists()), None):
         raise RunError(f"{missing} is missing: copy it there again, or delete the folder and prepare it again")
-    index = records.read_index(paths, Path(builder.data_dir) / "records.npz")
+    with work.telling(f"finding the records in {builder.data_dir}"):
+        index = records.read_index(paths, Path(builder.data_dir) / "records.npz")
     counts = [count for split in splits for count in split.shard_lengths]
     for path, count in zip(paths, counts, strict=True):
         if len(index[path]) - 1 != count:

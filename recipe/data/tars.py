@@ -6,9 +6,9 @@ is written at once, from random reads, with its examples made by TFDS's builder:
 examples at the same places, and, unlike TFDS's, the same bytes each time."""
 
 import contextlib
-import fcntl
 import io
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,9 +20,13 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, hashing
 from tensorflow_datasets.core.utils import shard_utils
 
+from recipe import owner
 from recipe.data import records, work
 from recipe.errors import RunError, UsageError
 
+LOCK = "lock"
+FILE = r".+\.tfrecord-[0-9]{5,}-of-[0-9]{5,}"  # names of TFDS's files,
+HEADS = r".+\.heads\.npy"  # and of the kept heads
 THREADS = 8  # files in the making; more of them hide a slow disk's latency
 PROTO = 60  # bytes of an example besides its image: its file name, label and the names of the three
 END = bytes(1024)  # of a tar
@@ -62,16 +66,17 @@ def prepare(builder: tfds.core.GeneratorBasedBuilder, manual_dir: Path) -> None:
         builder.info.set_splits(tfds.core.splits.SplitDict(infos))
         builder.info.download_size = 0
         builder.info.write_to_directory(unfinished)
-        for own in unfinished.glob("*.heads.npy"):
+        for own in _heads_of(r".+", unfinished):
             own.unlink()
         unfinished.replace(finished)
-        (finished / "lock").unlink()
+        (finished / LOCK).unlink()
 
 
 def check_disk(unfinished: Path, manual_dir: Path) -> None:
     """Raises UsageError unless what is left to write fits: at most the tars' size, less what is written."""
-    tars = sum(path.stat().st_size for path in manual_dir.glob("ILSVRC2012_img_*.tar"))
-    written = sum(path.stat().st_size for path in unfinished.glob("[!.]*.tfrecord-*"))
+    paths = [manual_dir / f"ILSVRC2012_img_{kind}.tar" for kind in ("train", "val", "test")]
+    tars = sum(path.stat().st_size for path in paths if path.exists())
+    written = sum(path.stat().st_size for path in unfinished.glob("*.tfrecord-*") if re.fullmatch(FILE, path.name))
     existing = next(folder for folder in (unfinished, *unfinished.parents) if folder.exists())
     room(existing, max(0, tars - written))
 
@@ -89,17 +94,13 @@ def room(folder: Path, needed: int) -> None:
 def alone(folder: Path) -> Iterator[None]:
     """Keeps other preparations out of a folder while this one lives, and removes what killed ones were writing.
 
-    Raises UsageError when one is in it."""
-    with (folder / "lock").open("w") as file:
+    Raises UsageError when one is in it, saying which."""
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"another process is preparing this data set in {folder}: wait for it, or end it"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        for leftover in folder.glob(".*-*"):
+            held.enter_context(owner.only(folder / LOCK, f"{folder}, where a data set is prepared,"))
+        except FileNotFoundError:
+            raise UsageError(f"{folder} was just finished by another process: give the command again") from None
+        for leftover in work.leftovers(folder, f"({FILE}|{HEADS})"):
             leftover.unlink(missing_ok=True)
         yield
 
@@ -124,12 +125,13 @@ def _images(split: str, tar: Path, folder: Path) -> np.ndarray:
     kept = folder / f"{split}.{stat.st_size}.{stat.st_mtime_ns}.heads.npy"
     with contextlib.suppress(OSError, ValueError):
         return np.load(kept)
-    for heads in folder.glob(f"{split}.*.heads.npy"):  # of a tar that was here before: what was made of it goes
+    for heads in _heads_of(re.escape(split), folder):  # of a tar that was here before: what was made of it goes
         for path in (*folder.glob(f"*-{split}.tfrecord-*"), heads):
-            path.unlink()
+            if path == heads or re.fullmatch(FILE, path.name):
+                path.unlink()
     print(f"reading the heads in {tar} ...", flush=True)
     try:
-        images = np.array(list(_heads(tar)), dtype=IMAGE)
+        images = _all_heads(tar, stat.st_size)
     except tarfile.TarError as error:
         raise RunError(f"{tar} is damaged ({error}): download it again") from None
     hasher = hashing.Hasher(split)
@@ -140,6 +142,25 @@ def _images(split: str, tar: Path, folder: Path) -> np.ndarray:
     with work.whole_file(kept) as file:
         np.save(file, images)
     return images
+
+
+def _heads_of(split: str, folder: Path) -> list[Path]:
+    """The kept heads of a split, of any tar; `split`: a regular expression."""
+    return [path for path in folder.iterdir() if re.fullmatch(rf"{split}\.[0-9]+\.[0-9]+\.heads\.npy", path.name)]
+
+
+def _all_heads(tar: Path, size: int) -> np.ndarray:
+    """IMAGE[images] in the tar's order; says how far it is, for on a slow disk it takes minutes."""
+    found: list[tuple] = []
+
+    def far() -> str:
+        done = found[-1][2] / size if found else 0
+        return f"reading the heads in {tar}: {len(found):,} images, {done:.0%} of the tar"
+
+    with work.telling(far):
+        for head in _heads(tar):
+            found.append(head)
+    return np.array(found, dtype=IMAGE)
 
 
 def _heads(path: Path) -> Iterator[tuple]:

@@ -3,7 +3,6 @@
 import collections
 import functools
 import hashlib
-import io
 import os
 import re
 import sys
@@ -15,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
-from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from recipe.data import builders, decode, files, records, work
-from recipe.data.images import check_depth, image_shape
+from recipe.data.images import image_kind, image_shape
 from recipe.errors import RunError
 
 SUMS = "SHA256SUMS"  # beside the data, as sha256sum writes and checks it
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")  # of that file
+UNKNOWN = -1  # TFDS's label of an image whose class isn't known
 NAMED = 100  # bad images with a line each; all are counted
 CLASSES = {"train": (1000, 732, 1300), "validation": (1000, 50, 50)}  # ImageNet's: their number, smallest, largest
 
@@ -76,7 +75,12 @@ def verify(name: str, folder: Path, parts: list[Part]) -> None:
     for split, found in splits.items():
         everything.add(found)
         print(_summary(split, found), flush=True)
-    problems = [*everything.bad, *_wrong_sizes(name, splits), *_other_files(folder, kept, everything)]
+    problems = [
+        *everything.bad,
+        *_partly_labelled(splits),
+        *_wrong_sizes(name, splits),
+        *_other_files(folder, kept, everything),
+    ]
     for problem in problems[:NAMED]:
         print(f"bad: {problem}", file=sys.stderr, flush=True)
     if problems:
@@ -90,8 +94,9 @@ def verify(name: str, folder: Path, parts: list[Part]) -> None:
 
 def tfds_parts(builder: tfds.core.DatasetBuilder) -> list[Part]:
     """The files of a prepared data set."""
+    classes = builder.info.features["label"].num_classes
     return [
-        Part(name, Path(path).name, count, functools.partial(_look_at_records, str(path), count))
+        Part(name, Path(path).name, count, functools.partial(_look_at_records, str(path), count, classes))
         for name, split in builder.info.splits.items()
         for path, count in zip(split.filepaths, split.shard_lengths, strict=True)
     ]
@@ -105,20 +110,13 @@ def verified(folder: Path) -> bool:
 def kind_of(encoded: bytes) -> str:
     """ "JPEG RGB" or the like, of an image all of which has been decoded, as in a run. Raises ValueError saying what is
     wrong."""
-    try:
-        with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
-            check_depth(image.mode)
-            kind = f"{image.format} {image.mode}"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "it is neither JPEG nor PNG" if "cannot identify" in str(error) else str(error)
-        raise ValueError(reason) from None
     box, out = np.array([[0, 0, *image_shape(encoded)]]), np.empty((1, 1, 1, 3), dtype=np.uint8)
     if problem := decode.decode([encoded], box, np.zeros(1, dtype=bool), 1, decode.PLAIN, out):
         raise ValueError(problem[0])
-    return kind
+    return image_kind(encoded)
 
 
-def _look_at_records(path: str, count: int, tally: work.Tally) -> Found:
+def _look_at_records(path: str, count: int, classes: int, tally: work.Tally) -> Found:
     """A file read once, from its beginning to its end."""
     found, sha = Found(), hashlib.sha256()
     if not Path(path).exists():
@@ -126,7 +124,7 @@ def _look_at_records(path: str, count: int, tally: work.Tally) -> Found:
     try:
         for number, (start, block) in enumerate(_blocks(path, sha)):
             try:
-                _look_at_example(records.content(block), found)
+                _look_at_example(records.content(block), classes, found)
             except (ValueError, IndexError, DecodeError) as error:
                 found.bad.append(f"{path}: example {number} (byte {start}): {error}")
             tally.add()
@@ -161,9 +159,12 @@ def _blocks(path: str, sha: "hashlib._Hash") -> Iterator[tuple[int, bytes]]:
             position += len(block)
 
 
-def _look_at_example(content: bytes, found: Found) -> None:
+def _look_at_example(content: bytes, classes: int, found: Found) -> None:
     features = tf_example_pb2.Example.FromString(content).features.feature
-    found.good(features["image"].bytes_list.value[0], features["label"].int64_list.value[0])
+    label = features["label"].int64_list.value[0]
+    if label != UNKNOWN and not 0 <= label < classes:
+        raise ValueError(f"its label is {label}, and there are {classes} classes")
+    found.good(features["image"].bytes_list.value[0], label)
 
 
 def look_at_files(paths: list[str], root: Path, label: int, tally: work.Tally) -> Found:
@@ -184,8 +185,17 @@ def look_at_files(paths: list[str], root: Path, label: int, tally: work.Tally) -
 
 def _summary(split: str, found: Found) -> str:
     sizes, kinds = found.labels.values(), ", ".join(f"{n:,} {kind}" for kind, n in found.kinds.most_common())
+    if found.labels.keys() == {UNKNOWN}:
+        return f"{split}: {sum(sizes):,} good images without labels: {kinds}; digest {found.content:064x}"
     classes = f"{len(sizes):,} classes of {min(sizes, default=0):,} to {max(sizes, default=0):,}"
     return f"{split}: {sum(found.kinds.values()):,} good images in {classes}: {kinds}; digest {found.content:064x}"
+
+
+def _partly_labelled(splits: dict[str, Found]) -> Iterator[str]:
+    """A split has labels or has none; one without can't be trained on, nor evaluated."""
+    for split, found in splits.items():
+        if 0 < found.labels[UNKNOWN] < sum(found.labels.values()):
+            yield f"{found.labels[UNKNOWN]:,} of the images of {split} have no label ({UNKNOWN})"
 
 
 def _wrong_sizes(name: str, splits: dict[str, Found]) -> Iterator[str]:

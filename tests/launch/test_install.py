@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from launch.install import __main__ as installer
 from launch.install import build, checks, mpi, prove, stages, target, wheel
 from launch.install.console import Console, explain
+from recipe import ticking
 from recipe.errors import RunError
 
 HERE = target.HERE
@@ -478,3 +480,14 @@ def test_the_patch_is_well_formed() -> None:
         kinds = [line[:1] or " " for line in lines[start + 1 : end]]
         assert kinds.count(" ") + kinds.count("-") == before
         assert kinds.count(" ") + kinds.count("+") == after
+
+
+def test_a_stage_shows_that_it_goes_on_and_how_far_a_compilation_is(tmp_path, monkeypatch, capsys):
+    """A log, not a terminal: what is said has no end of line before the stage's end."""
+    monkeypatch.setattr(ticking, "LOG", 0.1)
+    console = Console(tmp_path / "install.log", 1)
+    with console.stage("building"):
+        console.log.write_text("[  5%] Building a\n[ 45%] Building b\n")
+        time.sleep(1)
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"\[1/1\] building \.\.\. (\d s, 45 %; ){2,}\d s\n", printed), printed

@@ -1,8 +1,10 @@
 """Checkpoints are whole or not there at all, and never unpickled."""
 
+import errno
 import hashlib
 import os
 import re
+import stat
 import zipfile
 
 import numpy as np
@@ -117,3 +119,55 @@ def test_a_digest_is_of_names_types_shapes_and_values():
     others = [{"a": np.zeros(4), "b": np.ones(2)}, {"a": np.zeros((2, 2), np.float32), "b": np.ones(2)}]
     others += [{"a": np.zeros(4, np.float32), "c": np.ones(2)}, {"a": np.float32([0, 0, 0, 1e-45]), "b": np.ones(2)}]
     assert len({one, *map(checkpoint.digest, others)}) == 5
+
+
+OTHERS = (
+    *("step-best.npz", "step-00000001.copy.npz", "step-1.npz", "step-000000001.npz", "step-00000002.npz.bak"),
+    *(".step-mine.partial", "step-\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668.npz", "aside-step-00000003.npz"),
+)
+
+
+def test_others_files_are_neither_read_nor_counted_nor_removed(tmp_path):
+    for name in OTHERS:
+        (tmp_path / name).write_bytes(b"somebody's")
+    (tmp_path / "step-00000099.npz").mkdir()
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000003.npz"]
+    assert checkpoint.newest(tmp_path, warn=pytest.fail)[1] == {"step": 3}
+    checkpoint.set_aside(checkpoint.checkpoints(tmp_path))
+    assert all((tmp_path / name).read_bytes() == b"somebody's" for name in OTHERS)
+    assert (tmp_path / "aside-2-step-00000003.npz").stat().st_size > 1000
+
+
+def test_steps_of_nine_digits_are_later_than_those_of_eight(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step)
+    assert checkpoint.newest(tmp_path, warn=print)[1] == {"step": 100_000_000}
+
+
+@pytest.mark.parametrize("which", ["folders", "files and folders"])
+def test_a_file_system_without_fsync_is_one_warning(tmp_path, monkeypatch, capsys, which):
+    """CIFS and FUSE file systems say EINVAL, for folders or for all."""
+    fsync = os.fsync
+
+    def unable(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or which != "folders":
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", unable)
+    monkeypatch.setattr(checkpoint, "_warned", set())
+    for step in (1, 2, 3):
+        checkpoint.load(save(tmp_path, step))
+    assert capsys.readouterr().err.count("the run goes on without") == (1 if which == "folders" else 2)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_one_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "_warned", set())
+    monkeypatch.setattr(type(tmp_path), "unlink", lambda path, missing_ok=False: os.rmdir(path))  # noqa: PTH106
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=1)
+    assert len(checkpoint.checkpoints(tmp_path)) == 3
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "step-00000001.npz can't be removed: Not a directory; the run goes on beside it" in warning

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe import cli
-from recipe.config import Data, Model, Optimizer, Recipe, Schedule, flatten
+from recipe import cli, train
+from recipe.config import SYNONYMS, Data, Model, Optimizer, Recipe, Schedule, flatten
 from recipe.errors import UsageError
 
 
@@ -71,6 +71,11 @@ def test_a_runs_config_file_is_a_recipe(tmp_path):
         (["--config=no.json"], ["no.json", "can't be read"]),
         (["--config=quick", "--config.optimiser.base_rate=1"], ["optimiser", "--config.optimizer.base_rate"]),
         (["--config=quick", "--config.base_rate=1"], ["--config.optimizer.base_rate"]),
+        (["--config=quick", "--config.optimizer.lr=1"], ["mean --config.optimizer.base_rate?"]),
+        (["--config=quick", "--config.batch_size=1"], ["mean --config.n?"]),
+        (["--config=quick", "--config.momentum=0.8"], ["mean --config.optimizer.momentum?"]),
+        (["--config=quick", "--config.train.epochs=1"], ["mean --config.epochs?"]),
+        (["--config=quick", "--config.num-workers=1"], ["mean --config.k?"]),
         (["--config=quick", "--config.k=two"], ["config.k", "two"]),
         (["--config=quick", "--config.k=0"], ["config.k", "at least 1", "0"]),
         (["--config=quick", "--config.optimizer.base_rate=nan"], ["config.optimizer.base_rate", "nan"]),
@@ -114,7 +119,32 @@ def test_what_is_no_section_or_no_number_is_refused():
     refused(lambda: parse("--config=quick", "--config.optimizer.base_rate=inf"), "config.optimizer.base_rate", "inf")
 
 
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--confg.k=3", "--config.k"),
+        ("--epochs=3", "--config.epochs"),
+        ("--lr=0.1", "--config.optimizer.base_rate"),
+        ("--batch-size=64", "--config.n"),
+        ("--output_dir=x", "--run_dir"),
+        ("--runs_dir=x", "--run_dir"),
+        ("--resume_from=x", "--resume"),
+    ],
+)
+def test_a_flag_of_no_program_is_answered_by_what_may_be_meant(flag, meant):
+    refused(lambda: train.main(["--config=quick", flag]), f"did you mean {meant}?")
+
+
+def test_every_synonym_is_of_a_field_or_a_flag():
+    known = {"run_dir", "resume", *(f"config.{name}" for name in flatten(Recipe()))}
+    assert set(SYNONYMS) <= known
+    others = [word for words in SYNONYMS.values() for word in words.split()]
+    assert len(set(others)) == len(others)
+
+
 def test_unknown_names_in_a_file_are_refused():
+    refused(lambda: Recipe.from_dict({"optimizer": {"lr": 3}}), "did you mean config.optimizer.base_rate?")
+    refused(lambda: Recipe.from_dict({"optimiser": {}}), "did you mean config.optimizer?")
     refused(lambda: Recipe.from_dict({"model": {"widht": 3}}), "config.model.widht", "config.model.width")
 
 

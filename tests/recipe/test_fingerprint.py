@@ -2,13 +2,16 @@
 
 import copy
 import json
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from recipe import fingerprint, runlog
 from recipe.configs.quick import RECIPE
 from recipe.errors import UsageError
+from recipe.processor import processor
 
 START = {"kind": "start", "step": 0, "first_images": "0123abcd", "initial_weights": "11" * 32}
 EPOCHS = [
@@ -81,3 +84,25 @@ def test_what_is_no_run_is_refused(run, tmp_path):
     ):
         with pytest.raises(UsageError, match=part):
             fingerprint.main(arguments)
+
+
+def test_other_processors_are_named_as_the_cause(run, capsys):
+    def part(lines):
+        lines[2].update(weights="f" * 64)
+
+    runs = [run("a"), run("b", part), run("c", part), run("d")]
+    for folder, kind in zip(runs, ("Old (avx2)", "New (avx512f)", "Old (avx2)", "New (avx512f)"), strict=True):
+        (Path(folder) / "environment.json").write_text(json.dumps({"processors": [kind]}))
+    assert verdict(capsys, *runs[:2]).endswith(
+        "; they ran on other processors (Old (avx2); New (avx512f)), whose libraries round otherwise"
+    )
+    assert "they ran on" not in verdict(capsys, runs[0], runs[2])
+    assert verdict(capsys, runs[0], runs[3]).endswith("the same to the bit, up to epoch 3")
+    (Path(runs[1]) / "environment.json").unlink()
+    assert "they ran on" not in verdict(capsys, *runs[:2])
+
+
+def test_this_processor_has_a_kind_and_instructions():
+    """As the kernel says; not the words of one processor."""
+    assert re.fullmatch(r".+ \(.+: .+\)", processor())
+    assert processor() == processor()

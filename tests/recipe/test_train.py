@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ import psutil
 import pytest
 
 from recipe import checkpoint
+from recipe.processor import processor
 from tests.ranks import BIN, ROOT, command, environment, launch
 
 pytestmark = pytest.mark.ranks
@@ -93,6 +96,7 @@ def test_the_run_directory_says_what_ran(finished):
     assert (config["k"], config["n"], config["data"]["eval_examples"]) == (2, 64, 131)
     environment_ = json.loads((folder / "environment.json").read_text())
     assert len(environment_["hosts"]) == 2
+    assert environment_["processors"] == [processor()]
     assert environment_["packages"]["horovod"] == "0.28.1"
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"
@@ -347,9 +351,28 @@ def test_a_run_that_ended_before_its_first_checkpoint_resumes_from_the_start(fin
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     shutil.rmtree(folder / "checkpoints")
+    metrics = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(metrics[:2]))  # the start and step 2 of 4 an epoch
     done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
     assert done.returncode == 0, done.stdout
+    assert "holds no checkpoint: the run begins at step 0" in done.stdout
     assert [line["epoch"] for line in lines(folder, "epoch")] == [1, 2, 3]
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_unless_told_so(finished, tmp_path, data_dir):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "checkpoints")
+    before = (folder / "metrics.jsonl").read_bytes()
+    done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
+    refused(done, 2, str(folder), "has 3 finished epochs", "holds no checkpoint", "--resume=force")
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert not (folder / ".lock").exists()
+    done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume=force"], TFDS_DATA_DIR=data_dir)
+    assert done.returncode == 0, done.stdout
+    (aside,) = folder.glob("aside-*-metrics.jsonl")
+    assert aside.read_bytes() == before
+    assert checkpoint.digest(weights(folder)) == checkpoint.digest(weights(finished[0]))
 
 
 def test_there_must_be_something_to_resume(tmp_path, data_dir):
@@ -360,6 +383,97 @@ def test_there_must_be_something_to_resume(tmp_path, data_dir):
 def test_divergence_stops_all_ranks(tmp_path, data_dir):
     arguments = [*SMALL, f"--run_dir={tmp_path / 'run'}", "--config.optimizer.base_rate=1e30"]
     refused(launch(2, arguments, TFDS_DATA_DIR=data_dir), 1, "the loss is", "at step 2", "worker", "base_rate")
+
+
+NATIVE = [*SMALL, "--config.framework=torch", "--config.n=32"]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_an_epoch_whose_last_update_diverges_is_not_kept(tmp_path, data_dir, epochs):
+    """The loss of each step is that before its update: the last one's effect is seen by the evaluation only."""
+    folder = tmp_path / "run"
+    options = ["--config.data.train_examples=128", "--config.k=2", "--config.n=64", "--config.optimizer.base_rate=1e22"]
+    options += [f"--config.epochs={epochs}", "--config.schedule.warmup=none", "--config.schedule.warmup_epochs=0"]
+    options += ["--config.schedule.decay_epochs=()", "--config.framework=torch", f"--run_dir={folder}"]
+    done = launch(2, [*SMALL, *options], TFDS_DATA_DIR=data_dir)
+    assert done.returncode == 1, done.stdout
+    (sentence,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert "training has diverged" in sentence and "base_rate" in sentence
+    assert not checkpoint.checkpoints(folder / "checkpoints")
+    assert not lines(folder, "epoch")
+    assert f"--run_dir={folder} --resume" in done.stdout
+
+
+def test_a_run_that_runs_is_not_started_once_more(tmp_path, data_dir):
+    folder = tmp_path / "run"
+    long = [*NATIVE, f"--run_dir={folder}", "--config.epochs=400", "--config.run.checkpoint_steps=1"]
+    first = subprocess.Popen(
+        command(1, long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(TFDS_DATA_DIR=data_dir)
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / "checkpoints/step-00000001.npz").exists():
+            assert time.monotonic() < deadline and first.poll() is None
+            time.sleep(0.05)
+        refused(launch(1, [*long, "--resume"], TFDS_DATA_DIR=data_dir), 2, "in use by process", "since")
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data_dir):
+    """As SIGUSR1 does: to the rank itself, and to its launcher, which passes it on as SIGTERM."""
+    folder = tmp_path / "my runs" / "größe"
+    program = [sys.executable, *NATIVE, f"--run_dir={folder}", "--config.epochs=400"]
+    values = environment(TFDS_DATA_DIR=data_dir, OMPI_MCA_odls_base_sigkill_timeout="5")
+
+    def interrupted(words: list[str]) -> tuple[int, str]:
+        job = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=values)
+        seen = [""]
+        while not any(sign in seen[-1] for sign in ("step 4 of", "going on after step")):
+            seen.append(job.stdout.readline())
+            assert seen[-1], seen
+        job.send_signal(signal.SIGINT)
+        printed = "".join(seen) + job.stdout.read()
+        return job.wait(60), printed
+
+    status, printed = interrupted(program)
+    assert status == 75, printed
+    first = checkpoint.step_of(checkpoint.checkpoints(folder / "checkpoints")[-1])
+    assert f"run directory: {folder}" in printed and "Ctrl-C: saving" in printed
+    (advice,) = [line for line in printed.splitlines() if line.startswith(f"saved after step {first}; to go on")]
+    again = shlex.split(advice.partition("launcher: ")[2])
+    assert again[:3] == ["python", "-m", "recipe.train"] and again[-2:] == [f"--run_dir={folder}", "--resume"]
+    status, printed = interrupted([str(BIN / "mpirun"), "-np", "1", *again])
+    assert "preempted: told to leave after step" in printed, (status, printed)
+    second = checkpoint.step_of(checkpoint.checkpoints(folder / "checkpoints")[-1])
+    assert second > first
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path, data_dir):
+    folder = tmp_path / "run"
+    words = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, *NATIVE, f"--run_dir={folder}"]
+    done = subprocess.run(words, env=environment(TFDS_DATA_DIR=data_dir), timeout=200, check=False)
+    assert done.returncode == 0
+    assert [line["epoch"] for line in lines(folder, "epoch")] == [1, 2, 3]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts file systems of its own, which needs root")
+@pytest.mark.parametrize("where", ["tensorboard", "/dev/shm"])
+def test_without_room_for_tensorboard_or_shared_memory_it_trains(tmp_path, data_dir, where):
+    """A full disk where TensorBoard's events meet it first, and a /dev/shm that can't be written."""
+    folder = tmp_path / "run"
+    place = where if where.startswith("/") else str(folder / where)
+    script = f"mkdir -p {place} && mount -t tmpfs -o {'ro,' if where == '/dev/shm' else ''}size=4k none {place} && "
+    words = ["unshare", "-m", "sh", "-c", script + 'exec "$@"', "sh", sys.executable, *NATIVE, f"--run_dir={folder}"]
+    words += ["--config.run.log_every=1", "--config.epochs=12"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=200, env=environment(TFDS_DATA_DIR=data_dir), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(lines(folder, "epoch")) == 12
+    assert done.stderr.count("TensorBoard will lack figures") == (where == "tensorboard")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounts a small file system, which needs root")

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recipe import cli, noise
+from recipe import cli, noise, ticking
 from recipe.data.benchmark.contender import BATCH, CONTENDERS, CORES, IMAGES, SIZE
 from recipe.errors import RunError, UsageError
 
@@ -27,16 +27,19 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with noise.filtered():
             from recipe.data.benchmark import photos
-
+        with ticking.ticking("making the photos"):
             sizes = photos.make(Path(folder))
         print(
             f"{len(sizes)} JPEGs of {statistics.mean(sizes) / 1e3:.0f} KB to {SIZE}², batches of {BATCH}, {IMAGES} "
-            f"images after a warm-up, {CORES} cores; median (range)"
+            f"images after a warm-up, {CORES} cores; median (range)",
+            flush=True,
         )
         found: dict[str, list[dict]] = {name: [] for name in CONTENDERS}
-        for _ in range(int(argv[0]) if argv else 3):
+        repeats = int(argv[0]) if argv else 3
+        for repeat in range(repeats):
             for name in CONTENDERS:
-                found[name].append(measured(name, folder))
+                with ticking.ticking(f"measuring {name}, repeat {repeat + 1} of {repeats}"):
+                    found[name].append(measured(name, folder))
     for name, runs in found.items():
         print(f"{name:17} {line(runs)}")
     for name, target in TARGETS.items():

@@ -239,3 +239,17 @@ def test_the_user_hears_how_to_get_the_fast_one(monkeypatch: pytest.MonkeyPatch,
     assert "python -m recipe.data.decode_build" in decode.why_slow()
     decode_build.library(tmp_path).write_bytes(b"no library")
     assert "can't be loaded" in decode.why_slow()
+
+
+def test_the_orientation_of_exif_is_ignored() -> None:
+    """docs/data.md says so: as tf.io.decode_jpeg and torchvision's usual loader do."""
+    plain = encoded(photo(40, 56), "JPEG")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    head = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+    turned = plain[:2] + b"\xff\xe1" + (len(head) + 2).to_bytes(2, "big") + head + plain[2:]
+    assert Image.open(io.BytesIO(turned)).getexif()[0x0112] == 6
+    out = np.empty((2, 8, 8, 3), dtype=np.uint8)
+    boxes = np.array([[0.0, 0.0, 40.0, 56.0]] * 2)
+    assert decode.decode([plain, turned], boxes, np.zeros(2, dtype=bool), 8, decode.SMOOTH, out) == {}
+    assert np.array_equal(out[0], out[1])

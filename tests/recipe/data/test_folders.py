@@ -82,8 +82,68 @@ def test_what_is_no_image_is_left_out_and_said(tree: Path, capsys: pytest.Captur
         (tree / "train" / CLASSES[0] / name).write_bytes(b"no image")
     assert len(sources.open_source(data_of(tree), "train")) == 24
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: 2 files in {tree}/train are no images")
+    assert line.startswith(f"warning: 2 files or folders in {tree}/train are no images")
     assert line.endswith(f"such as {tree}/train/{CLASSES[0]}/._n01440764_0.JPEG")
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found"])
+@pytest.mark.parametrize("place", ["train", f"train/{CLASSES[1]}"])
+def test_folders_that_tools_make_are_left_out_and_said(tree: Path, name: str, place: str, capsys) -> None:
+    (tree / place / name).mkdir()
+    (tree / place / name / "thumb.jpg").write_bytes(b"small")
+    source = sources.open_source(data_of(tree), "train")
+    assert (len(source), source.num_classes) == (24, 3)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: 1 files or folders in ") and line.endswith(f"such as {tree / place / name}")
+
+
+def test_an_image_beside_the_class_folders_is_said(tree: Path, capsys: pytest.CaptureFixture) -> None:
+    (tree / "train" / ".hidden").touch()
+    (tree / "train" / "unsorted.jpg").write_bytes(photo(40, 40, seed=1))
+    assert len(sources.open_source(data_of(tree), "train")) == 24
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: 2 files or folders") and line.endswith(f"such as {tree}/train/unsorted.jpg")
+
+
+def test_a_class_folder_that_is_a_dead_link_is_refused(tree: Path) -> None:
+    """In both splits; else all labels after it would be others, and nothing would say so."""
+    for split in ("train", "val"):
+        shutil.rmtree(tree / split / CLASSES[1])
+        (tree / split / CLASSES[1]).symlink_to(tree / "gone")
+    with pytest.raises(UsageError, match=rf"^{tree}/train/{CLASSES[1]} is a link that leads nowhere"):
+        sources.prepare(data_of(tree))
+
+
+def test_a_pipe_among_the_images_is_left_out(tree: Path, capsys: pytest.CaptureFixture) -> None:
+    os.mkfifo(tree / "train" / CLASSES[0] / "pipe.jpg")
+    assert len(sources.open_source(data_of(tree), "train")) == 24
+    assert "pipe.jpg" in capsys.readouterr().err
+
+
+def test_classes_that_look_alike_are_said_and_between_splits_refused(tree: Path, capsys) -> None:
+    one, other = "Caf\u00e9", "Cafe\u0301"
+    for split, names in (("train", [one, "Cat", "cat"]), ("val", [one, "Cat", "cat"])):
+        for name in names:
+            shutil.copytree(tree / split / CLASSES[0], tree / split / name)
+    sources.prepare(data_of(tree))
+    alike = [line for line in capsys.readouterr().err.splitlines() if "look alike" in line]
+    assert len(alike) == 2 and all("'Cat' and 'cat'" in line for line in alike)
+    (tree / "val" / one).rename(tree / "val" / other)
+    with pytest.raises(UsageError, match=r"such as 'Cafe\\u0301', which has 'Caf\\xe9': rename one of the two"):
+        sources.prepare(data_of(tree))
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o077])
+def test_kept_lists_and_digests_have_the_rights_of_plain_files(tree: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        source = sources.open_source(data_of(tree), "train")
+        verify.verify("folder", tree, source.parts())
+    finally:
+        os.umask(before)
+    for name in ("train.index.npz", verify.SUMS):
+        assert (tree / name).stat().st_mode & 0o777 == 0o666 & ~mask
+    assert not list(tree.glob(".*"))
 
 
 def empty_class(tree: Path) -> None:

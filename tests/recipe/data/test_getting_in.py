@@ -20,7 +20,7 @@ from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.proto import tf_example_pb2
 
 from recipe.config import Data
-from recipe.data import builders, records, reencode, sources, tars, verify
+from recipe.data import builders, decode, records, reencode, sources, tars, verify
 from recipe.data.images import image_shape
 from tests.recipe.data import prepare_program
 from tests.recipe.data.conftest import photo, tar_of
@@ -160,7 +160,7 @@ def test_one_preparation_at_a_time(tmp_path: Path, manual_dir: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = run(0, tmp_path, manual_dir)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"another process is preparing this data set in {unfinished}" in done.stderr
+    assert f"{unfinished}, where a data set is prepared, is in use by another process" in done.stderr
 
 
 def test_too_small_a_disk_is_refused_before_it_starts(tmp_path: Path) -> None:
@@ -268,6 +268,23 @@ def test_markers_without_a_length_are_passed_over() -> None:
     assert verify.kind_of(restarts) == "JPEG RGB"
     for odd in (restarts, jpeg[:2] + b"\xff\x01" + jpeg[2:]):
         assert image_shape(odd) == (40, 56)
+        assert verify.kind_of(odd) == "JPEG RGB"
+
+
+def test_what_a_run_reads_is_good_however_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow refuses more than 179 million pixels, and here more than 2,000; the run's decoder doesn't."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    large = photo(64, 64, seed=1)
+    box, out = np.array([[0.0, 0.0, 64.0, 64.0]]), np.empty((1, 8, 8, 3), dtype=np.uint8)
+    assert decode.decode([large], box, np.zeros(1, dtype=bool), 8, decode.BILINEAR, out) == {}
+    assert verify.kind_of(large) == "JPEG RGB"
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "LA"])
+def test_kinds_are_called_as_pillow_calls_them(mode: str) -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).convert(mode).save(out, "PNG")
+    assert verify.kind_of(out.getvalue()) == f"PNG {mode}"
 
 
 def test_deep_pixels_are_refused() -> None:
@@ -282,7 +299,12 @@ def test_deep_pixels_are_refused() -> None:
 def test_a_copy_of_smaller_images(copied: Path, manual_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the original's order, by a name that the recipe reads; an image that is small enough keeps its bytes. What a
     killed process was writing is removed, and what it made of files that were here before."""
-    leftover = copied / "imagenet2012_short90_q80" / "unfinished.5.1.0" / ".imagenet2012_short90_q80-train-x1y2"
+    leftover = (
+        copied
+        / "imagenet2012_short90_q80"
+        / "unfinished.5.1.0"
+        / (".imagenet2012_short90_q80-train.tfrecord-00000-of-00002-0123abcd")
+    )
     leftover.parent.mkdir(parents=True)
     leftover.touch()
     name = "imagenet2012_short90_q80"

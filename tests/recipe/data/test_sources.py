@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import gc
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from recipe.config import Data
-from recipe.data import builders, files, prepare, records, sources
+from recipe.data import builders, files, prepare, records, sources, verify
 from recipe.errors import RunError, UsageError
 
 
@@ -367,3 +368,56 @@ def test_the_command_ends_with_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "ILSVRC2012_img_train.tar is missing" in done.stderr
+
+
+def labelled(data_dir: Path, **splits: list[int]) -> Data:
+    """A data set of three classes with these labels."""
+
+    class Labelled(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            kinds = {"image": tfds.features.Image(encoding_format="jpeg", shape=(8, 8, 3))}
+            kinds["label"] = tfds.features.ClassLabel(num_classes=3)
+            features = tfds.features.FeaturesDict(kinds)
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, manager: object) -> dict:
+            return {name: self._generate_examples(labels) for name, labels in splits.items()}
+
+        def _generate_examples(self, labels: list[int]) -> list:
+            return [(i, {"image": np.full((8, 8, 3), i, np.uint8), "label": label}) for i, label in enumerate(labels)]
+
+    builders.run_builder(Labelled(data_dir=data_dir), data_dir)
+    return Data(name="labelled", data_dir=str(data_dir))
+
+
+def test_a_split_without_labels_is_refused_and_verified_as_such(tmp_path: Path, capsys) -> None:
+    """As TFDS's imagenet2012 has its test images: -1."""
+    data = labelled(tmp_path, train=[0, 1, 2], test=[-1, -1])
+    assert sources.open_source(data, "train").read(np.arange(3))[1].tolist() == [0, 1, 2]
+    with pytest.raises(UsageError, match=r"the split 'test' of labelled can't be used: .* has the label -1, which is"):
+        sources.open_source(dataclasses.replace(data, eval_split="test"), "eval")
+    verify.verify("labelled", tmp_path, verify.tfds_parts(builders.find_builder(data)))
+    printed = capsys.readouterr().out
+    assert "train: 3 good images in 3 classes of 1 to 1" in printed
+    assert "test: 2 good images without labels: 2 JPEG RGB" in printed
+
+
+def test_an_example_whose_label_is_no_class_is_named(tmp_path: Path, capsys) -> None:
+    data = labelled(tmp_path, train=[0, -1, 2])
+    source = sources.open_source(data, "train")
+    with pytest.raises(RunError, match=r"^example 1 \(byte .*\) has the label -1, which is none of the 3 classes'"):
+        source.read(np.arange(3))
+    with pytest.raises(RunError, match="is not whole"):
+        verify.verify("labelled", tmp_path, verify.tfds_parts(builders.find_builder(data)))
+    assert "bad: 1 of the images of train have no label (-1)" in capsys.readouterr().err
+
+
+def test_commands_that_are_printed_can_be_pasted(tmp_path: Path) -> None:
+    data = Data(name="imagenet2012", data_dir=str(tmp_path / "my data"))
+    with pytest.raises(UsageError) as refused:
+        sources.prepare(data)
+    words = shlex.split(str(refused.value).partition("run: ")[2])
+    assert words[:4] == ["python", "-m", "recipe.data.prepare", "imagenet2012"]
+    assert words[4:] == [f"--manual_dir={tmp_path}/my data/downloads/manual", f"--data_dir={tmp_path}/my data"]

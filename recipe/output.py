@@ -1,0 +1,70 @@
+"""What a program prints: a line that can't be printed is lost, and nothing else is."""
+
+import contextlib
+import os
+import sys
+from typing import Any, TextIO
+
+DESCRIPTORS = (0, 1, 2)  # of the standard streams
+
+
+class Forgiving:
+    """A text stream whose reader may go away, or whose disk may be full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # a closed stream's is a ValueError
+            return self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def forgive() -> None:
+    """From here on neither stdout nor stderr raises: not when it is closed or full, nor for a character it lacks.
+
+    A descriptor that was closed before the program began leads to nowhere: else the next file that is opened would
+    have its number, and hold what native code prints."""
+    for descriptor in DESCRIPTORS:
+        _occupy(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, Forgiving):
+            continue
+        if stream is None:
+            stream = open(os.devnull, "w")  # noqa: SIM115, PTH123
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, Forgiving(stream))
+
+
+def warn(text: str) -> None:
+    """What the user should know."""
+    say(f"warning: {text}")
+
+
+def say(text: str) -> None:
+    """A line on stderr, at once; lost where it can't be printed."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _occupy(descriptor: int) -> None:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        if nowhere != descriptor:
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

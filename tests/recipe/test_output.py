@@ -1,0 +1,63 @@
+"""A line that can't be printed is lost, and nothing else: the work goes on, and the exit status stays right."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.ranks import environment
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from recipe import cli
+from recipe.errors import RunError
+def main(argv):
+    path = Path(argv[0])
+    for _ in range(3000):
+        print("η ± a line \\udcff")
+        print("η ± a line \\udcff", file=sys.stderr)
+    with path.open("w") as file:
+        assert file.fileno() > 2, "native code prints to 1 and 2"
+        file.write("done")
+    if argv[1] == "fail":
+        raise RunError("made to fail")
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("status", [0, 1])
+@pytest.mark.parametrize("output", ["closed", "full", "reader gone", "ascii"])
+def test_a_program_goes_on_and_ends_with_its_status(tmp_path, output, status):
+    words = [sys.executable, "-c", PROGRAM, str(tmp_path / "result"), "fail" if status else "work"]
+    if output == "closed":
+        words = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
+    with open(os.devnull if output in ("closed", "ascii") else "/dev/full", "w") as sink:  # noqa: PTH123
+        stream = sink
+        if output == "reader gone":
+            reader, stream = os.pipe()
+            os.close(reader)
+        extra = {"PYTHONIOENCODING": "ascii"} if output == "ascii" else {}
+        done = subprocess.run(words, stdout=stream, stderr=stream, timeout=100, env=environment(**extra), check=False)
+        if output == "reader gone":
+            os.close(stream)
+    assert (done.returncode, (tmp_path / "result").read_text()) == (status, "done")
+
+
+def test_help_to_a_full_disk_ends_well():
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        words = [sys.executable, "-m", "recipe.report", "--help"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, timeout=100, env=environment(), check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_file_that_is_out_of_reach_is_one_sentence():
+    """Whatever looked at it; and an error that isn't a file's keeps its traceback."""
+    program = "from pathlib import Path\nfrom recipe import cli\ncli.run(lambda argv: {})"
+    for what, said in (("Path('x' * 300).exists()", ": File name too long"), ("1 / 0", "ZeroDivisionError")):
+        words = [sys.executable, "-c", program.format(what)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=100, env=environment(), check=False)
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert ("Traceback" in done.stderr) == ("Zero" in said)
