@@ -292,11 +292,13 @@ class Together(keras.callbacks.Callback):
             return
         self._in_steps = False
         recording.stop()
-        while not self._agreed and (self._steps is None or self._done < self._steps):
-            if not self._take_part(self._done):
-                break
-            self._end_step(self._done, self._logs)
-        self.agreement.say(nothing=False, stop=bool(self._wish))
+        try:
+            while not self._agreed and (self._steps is None or self._done < self._steps):
+                if not self._take_part(self._done):
+                    break
+                self._end_step(self._done, self._logs)
+        finally:
+            self.agreement.say(nothing=False, stop=bool(self._wish))
 
     def _take_part(self, batch: int) -> bool:
         """Does the collectives of one step, with no examples, and its update. Returns whether any rank had examples."""
