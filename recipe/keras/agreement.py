@@ -63,7 +63,7 @@ class Agreement:
         self._heard = _variable(np.zeros((self.size, ROW)))
 
     def begin(self) -> None:
-        """Forgets what was said and heard in another `fit`."""
+        """Forgets what was said and heard, in another epoch or another `fit`."""
         self.say(nothing=False, stop=False)
         self._heard.assign(np.array([[1, 0, 0]] * self.size, np.float32))
 

@@ -60,9 +60,14 @@ class Here:
         self._inside.pop()
         self.count += 1
 
-    def reset(self, place: str, failed: str = "") -> None:
-        """A fit begins or has ended."""
-        self._inside.clear()
+    @property
+    def depth(self) -> int:
+        """How many callbacks and validations the rank is in, one inside the other."""
+        return len(self._inside)
+
+    def reset(self, place: str, depth: int, failed: str = "") -> None:
+        """A fit begins or has ended, in a callback of another perhaps: so many callbacks deep."""
+        del self._inside[depth:]
         self.failed = failed
         self.at(place)
 
@@ -79,14 +84,15 @@ optimizers: weakref.WeakSet[keras.optimizers.Optimizer] = weakref.WeakSet()  # w
 @contextlib.contextmanager
 def told() -> Iterator[None]:
     """Around a fit: an error that ends it is told to the other ranks, which wait for this one, unless all have it."""
-    here.reset("the beginning of fit")
+    depth = here.depth
+    here.reset("the beginning of fit", depth)
     try:
         yield
     except BaseException as error:
         alone = not getattr(error, "everywhere", False)
-        here.reset("after fit", f"{type(error).__name__}: {error}" if alone else "")
+        here.reset("after fit", depth, f"{type(error).__name__}: {error}" if alone else "")
         raise
-    here.reset("after fit")
+    here.reset("after fit", depth)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,8 @@ def _agreement(model: keras.Model) -> Agreement | None:
     reductions = [reduction for o in optimizers_of(model) if (reduction := reduction_of(o))]
     if any(r.process_set.process_set_id for r in reductions):
         return None
-    agreement = next((r.agreement for r in reductions if r.agreement), None) or Agreement()
+    made = [r.agreement for r in reductions if r.agreement and r.agreement.size == collectives.size()]
+    agreement = made[0] if made else Agreement()
     for reduction in reductions:
         reduction.agreement = agreement
     if model not in agreement.calls:
@@ -298,6 +299,7 @@ class Together(keras.callbacks.Callback):
                     break
                 self._end_step(self._done, self._logs)
         finally:
+            self.agreement.begin()
             self.agreement.say(nothing=False, stop=bool(self._wish))
 
     def _take_part(self, batch: int) -> bool:
