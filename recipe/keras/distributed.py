@@ -267,16 +267,17 @@ def PartialDistributedOptimizer(
 
 
 def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
-    """Returns the optimizers that train a model: the compiled one first, then those in its attributes, as a GAN has."""
-    held = [model.optimizer, *keras.tree.flatten([v for v in vars(model).values() if _may_hold(v)])]
+    """Returns the optimizers that train a model: the compiled one first, then those in its attributes, as a GAN has,
+    or in lists and dictionaries there."""
+    held = [model.optimizer, *(member for value in vars(model).values() for member in _members(value))]
     found = {id(o): o for o in held if isinstance(o, keras.optimizers.Optimizer)}
     return list(found.values())
 
 
-def _may_hold(value: Any) -> bool:
-    """Whether an attribute is an optimizer, or a list or a dictionary with one."""
-    members = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(m, keras.optimizers.Optimizer) for m in members)
+def _members(value: Any) -> Iterable:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def is_distributed(optimizer: Any) -> bool:

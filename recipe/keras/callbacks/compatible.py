@@ -120,6 +120,10 @@ class LearningRateScheduleCallback(ScheduledRate):
         if not is_passing(self.model):
             self._before_step(batch)
 
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        super().on_train_batch_end(batch, logs)
+        self.on_batch_end(batch, logs)
+
     def _before_step(self, batch: int) -> None:
         if self._epoch < self.start_epoch or (self.end_epoch is not None and self._epoch >= self.end_epoch):
             return
