@@ -82,6 +82,36 @@ def worker_weight(examples: int, step: int, worker: int, k: int, n: int) -> floa
     return k * count / minibatch(examples, step, k, n)
 
 
+def cuts(examples: int, minibatch: int, ranks: int) -> np.ndarray:
+    """int64[steps + 1]: where an epoch's minibatches begin in its order, and its end; every example is in one.
+
+    A rest that fills no minibatch is shared with the last full one: both become about as large. So the cuts are the
+    same for all numbers of ranks, and no rank goes without an example. Only with one example a rank can they be too
+    few for that: then the rest joins the last minibatch."""
+    full, rest = divmod(examples, minibatch)
+    starts = np.append(np.arange(max(full, 1), dtype=np.int64) * minibatch, examples)
+    if full and rest and minibatch + rest >= 2 * ranks:
+        return np.insert(starts, full, examples - (minibatch + rest) // 2)
+    return starts
+
+
+def parts(cuts: np.ndarray, rank: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where this rank's part of each minibatch begins and ends in the order: int64[steps] both.
+
+    The ranks' parts follow one another and differ by one example at most, the larger ones first."""
+    share, larger = np.divmod(np.diff(cuts), size)
+    begins = cuts[:-1] + rank * share + np.minimum(rank, larger)
+    return begins, begins + share + (rank < larger)
+
+
+def shares(left: int, rank: int, size: int) -> list[tuple[int, int, int]]:
+    """(j, a, b): this rank's share of `left` < size batches is that from a/size to b/size of batch j; two at most.
+
+    The shares of all ranks, one after another, are all of the batches. A batch of n is cut at ⌊a·n/size⌋."""
+    cut = [(j, max(rank * left - j * size, 0), min((rank + 1) * left - j * size, size)) for j in range(left)]
+    return [(j, a, b) for j, a, b in cut if a < b]
+
+
 def eval_indices(examples: int, rank: int, size: int) -> np.ndarray:
     """int64: this rank's block of 0 … examples−1. Every example is in exactly one rank's block, also when size does
     not divide the examples; with fewer examples than ranks some blocks are empty."""

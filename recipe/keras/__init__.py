@@ -9,7 +9,9 @@ from typing import Any
 from recipe import collectives
 from recipe.keras import backend, callbacks, elastic, rollcall, together
 from recipe.keras.backend import Compression
-from recipe.keras.distributed import DistributedOptimizer, PartialDistributedOptimizer, load_model
+from recipe.keras.distributed import DistributedOptimizer, PartialDistributedOptimizer
+from recipe.keras.division import divide
+from recipe.keras.loading import load_model
 from recipe.keras.normalization import SyncBatchNormalization
 from recipe.keras.operations import (
     allgather,
@@ -92,6 +94,7 @@ __all__ = [
     "cross_size",
     "cuda_built",
     "ddl_built",
+    "divide",
     "elastic",
     "global_process_set",
     "gloo_built",

@@ -21,6 +21,12 @@ from recipe.keras.recording import Call
 ROW = 3  # has examples, wants to stop, η
 
 
+def check_started() -> None:
+    """Raises ValueError before Horovod's start: its own errors have internal names."""
+    if not collectives.started():
+        raise ValueError("Horovod is not initialised; call recipe.keras.init() before fit()")
+
+
 @dataclass(frozen=True)
 class Heard:
     """The word of all ranks in one step, a place for each rank."""

@@ -27,6 +27,21 @@ class _Distributed:
         """An optimizer of this configuration, distributed in the same way."""
         return DistributedOptimizer(cls._hvd_wrapped.from_config(config, custom_objects), **cls._hvd_options)
 
+    @property
+    def variables(self) -> list:
+        """The optimizer's variables; `variables()`, as Horovod has it, is the same."""
+        return _CallableList(super().variables)
+
+    @property
+    def process_set(self) -> Any:
+        """The ranks over which the gradients are reduced."""
+        return self._hvd.process_set
+
+    @property
+    def scale_local_gradients(self) -> bool:
+        """Whether local variables' gradients are divided by the number of ranks."""
+        return self._hvd.scale_local
+
     def register_local_var(self, var: Any) -> None:
         """The gradient of `var`, a Keras or a framework variable, stays on its rank: it is not reduced.
 
@@ -122,6 +137,30 @@ class _Distributed:
 
         due = keras.ops.equal((self._iterations + 1) % self.gradient_accumulation_steps, 0)
         update(keras.ops.cond(due, last, lambda: mine), variables)
+
+
+class _CallableList(list):
+    def __call__(self) -> list:
+        return self
+
+
+class _NotInKeras3:
+    """What Horovod's optimizer has and Keras 3's have not; a wrapped class's own methods by these names come first."""
+
+    def compute_gradients(self, loss: Any, var_list: Any, tape: Any = None) -> None:
+        """Raises ValueError: who trains takes the gradients."""
+        raise ValueError(_no_gradients("compute_gradients"))
+
+    def get_gradients(self, loss: Any, params: Any) -> None:
+        """Raises ValueError: who trains takes the gradients."""
+        raise ValueError(_no_gradients("get_gradients"))
+
+
+def _no_gradients(name: str) -> str:
+    return (
+        f"{name}: optimizers of Keras 3 compute no gradients; take them with the framework (tape.gradient or "
+        "loss.backward) and give them to apply_gradients, which reduces them"
+    )
 
 
 def DistributedOptimizer(
@@ -227,26 +266,6 @@ def PartialDistributedOptimizer(
     return optimizer
 
 
-def load_model(
-    filepath: Any,
-    custom_optimizers: Iterable[type] | None = None,
-    custom_objects: dict[str, Any] | None = None,
-    compression: type = Compression.none,
-    legacy_opts: bool = False,
-) -> keras.Model:
-    """Loads a model with `keras.models.load_model` and makes its optimizer, state included, distributed.
-
-    `custom_optimizers` are classes, `custom_objects` maps names to classes or functions. A model that was saved
-    without an optimizer comes back as it is. Raises ValueError for `legacy_opts`, which Keras 3 doesn't have."""
-    if legacy_opts:
-        raise ValueError("legacy_opts=True: Keras 3 has no legacy optimizers; save the model with one of its own")
-    objects = {cls.__name__: cls for cls in custom_optimizers or ()} | (custom_objects or {})
-    model = keras.models.load_model(filepath, custom_objects=objects)
-    if model.optimizer is not None and not is_distributed(model.optimizer):
-        model.optimizer = DistributedOptimizer(model.optimizer, compression=compression)
-    return model
-
-
 def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     """Returns the optimizers that train a model: the compiled one first, then those in its attributes, as a GAN has."""
     held = [model.optimizer, *vars(model).values()]
@@ -262,6 +281,11 @@ def is_distributed(optimizer: Any) -> bool:
 def reduction_of(optimizer: Any) -> Reduction | None:
     """How a DistributedOptimizer reduces; None for any other."""
     return optimizer._hvd if is_distributed(optimizer) else None
+
+
+def use_compression(optimizer: keras.optimizers.Optimizer, compression: type) -> None:
+    """Changes how a DistributedOptimizer's gradients travel."""
+    optimizer._hvd.compression = optimizer._hvd_options["compression"] = compression
 
 
 def _check_optimizer(optimizer: Any) -> None:
@@ -307,7 +331,7 @@ def _distributed_class(wrapped: type, options: dict[str, Any]) -> type:
         "_hvd_wrapped": wrapped,
         "_hvd_options": options,
     }
-    distributed = type(wrapped.__name__, (_Distributed, wrapped), names)
+    distributed = type(wrapped.__name__, (_Distributed, wrapped, _NotInKeras3), names)
     registered = keras.saving.get_registered_name(wrapped)
     if ">" in registered:  # the name must lead from both classes, but only to the wrapped one
         register = keras.saving.register_keras_serializable(*registered.split(">", 1))

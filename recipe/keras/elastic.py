@@ -19,11 +19,12 @@ class KerasState(ObjectState):
     """A model, its optimizer (default: the compiled one) and any picklable properties, as attributes.
 
     `commit()` keeps a copy of all variables in host memory, `restore()` goes back to it, `sync()` brings rank 0's to
-    all ranks. Raises ValueError for a model without variables or without an optimizer."""
+    all ranks, but for the seeds of random layers: each rank has its own, by its number after a reset. Raises ValueError
+    for a model without variables or without an optimizer."""
 
     def __init__(self, model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None, **kwargs: Any) -> None:
-        if not model.built:
-            raise ValueError(f"model {model.name!r} has no variables yet; call model.build(input_shape) first")
+        if not model.built or not model.variables:  # a class's `build` may mark it built without making any
+            raise ValueError(f"model {model.name!r} has no variables yet; call it once on a batch first: model(x[:1])")
         self.model, self.optimizer = model, optimizer or model.optimizer
         if self.optimizer is None:
             raise ValueError(f"model {model.name!r} is not compiled; compile it or pass optimizer=")
@@ -80,23 +81,28 @@ def _reset() -> None:
 
 
 class CommitStateCallback(keras.callbacks.Callback):
-    """Commits `state` every `batches_per_commit` batches and at the end of each epoch."""
+    """Calls `commit()`, which commits `state`, every `batches_per_commit` batches and at the end of each epoch."""
 
     def __init__(self, state: Any, batches_per_commit: int = 1) -> None:
         super().__init__()
         self.state, self.batches_per_commit = state, batches_per_commit
-        self._batches = 0
+        self.batches_remaining = batches_per_commit
+
+    def commit(self) -> None:
+        """Commits the state. A subclass may do more, or choose when to."""
+        self.state.commit()
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        self._batches = 0  # all ranks count from the same batch
+        self.batches_remaining = self.batches_per_commit  # all ranks count from the same batch
 
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        self._batches += 1
-        if self._batches % self.batches_per_commit == 0:
-            self.state.commit()
+    def on_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self.batches_remaining -= 1
+        if self.batches_remaining == 0:
+            self.commit()
+            self.batches_remaining = self.batches_per_commit
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        self.state.commit()
+        self.commit()
 
 
 class UpdateBatchStateCallback(keras.callbacks.Callback):
@@ -108,13 +114,18 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
     def __init__(self, state: Any) -> None:
         super().__init__()
         self.state = state
+        self.steps_per_epoch: int | None = None  # of a whole epoch, once one has begun
 
     def on_train_begin(self, logs: dict | None = None) -> None:
+        self.steps_per_epoch = None
         passing.stop_passing(self.model)
         if self.state.batch:
             passing.pass_by(self.model, self.state.batch)
 
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self.steps_per_epoch = self.params.get("steps")
+
+    def on_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self.state.batch = max(self.state.batch, batch + 1)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
@@ -130,14 +141,15 @@ class UpdateEpochStateCallback(keras.callbacks.Callback):
     def __init__(self, state: Any) -> None:
         super().__init__()
         self.state = state
-        self._offset: int | None = None
+        self.initial_epoch = state.epoch  # how many epochs were done when training began
+        self._first: int | None = None  # Keras's number of the first epoch since then
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        self._offset = None
+        self.initial_epoch, self._first = self.state.epoch, None
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        if self._offset is None:
-            self._offset = self.state.epoch - epoch
+        if self._first is None:
+            self._first = epoch
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        self.state.epoch = self._offset + epoch + 1
+        self.state.epoch = self.initial_epoch + epoch - self._first + 1

@@ -7,7 +7,7 @@ import numpy as np
 
 from recipe import collectives, replica
 from recipe.errors import RunError
-from recipe.keras import backend, names, velocities
+from recipe.keras import backend, names, seeds, velocities
 from recipe.keras.distributed import optimizers_of, reduction_of
 from recipe.keras.normalization import SyncBatchNormalization
 from recipe.keras.reduction import framework_variable
@@ -52,17 +52,23 @@ def without(variables: list, excluded: list, optimizer: keras.optimizers.Optimiz
     return [v for v in variables if id(framework_variable(v)) not in out]
 
 
-def broadcast_state(model: keras.Model, root_rank: int = 0, local: Sequence = ()) -> None:
+def broadcast_state(model: keras.Model, root_rank: int = 0, local: Sequence = (), *, same_seeds: bool = False) -> None:
     """Rank root_rank's state on every rank, optimizer slots included, which are built first. Collective.
 
-    The variables in `local`, and their slots, keep what they have."""
+    The variables in `local`, and their slots, keep what they have. Random layers get a seed of each rank's own, made
+    of the root's and the rank; with `same_seeds` the root's own."""
     if model.optimizer is not None and not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
-    broadcast_model(model, optimizers_of(model), root_rank, local)
+    broadcast_model(model, optimizers_of(model), root_rank, local, same_seeds=same_seeds)
 
 
 def broadcast_model(
-    model: keras.Model, optimizers: Sequence[keras.optimizers.Optimizer], root_rank: int = 0, local: Sequence = ()
+    model: keras.Model,
+    optimizers: Sequence[keras.optimizers.Optimizer],
+    root_rank: int = 0,
+    local: Sequence = (),
+    *,
+    same_seeds: bool = False,
 ) -> None:
     """`broadcast_state` for a model and optimizers that are perhaps not compiled into it. Collective."""
     variables = model.variables
@@ -74,10 +80,12 @@ def broadcast_model(
     floats = [v for v in variables if keras.backend.is_float_dtype(v.dtype)]
     others = [v for v in variables if not keras.backend.is_float_dtype(v.dtype)]
     backend.broadcast(floats, root_rank, "state")
-    # Horovod has no unsigned types, which the seeds are; they are few and small.
+    # Horovod has no unsigned types, which seeds may be; they are few and small.
     values = [keras.ops.convert_to_numpy(v) for v in others]
+    seeds.draw_by_state(model)
+    own = set() if same_seeds else {id(v) for v in seeds.states(model)}
     for v, value in zip(others, collectives.gather(values, "state.others")[root_rank], strict=True):
-        v.assign(value)
+        v.assign(seeds.of_rank(value, collectives.rank(), root_rank) if id(v) in own else value)
 
 
 def check_replicas(model: keras.Model, also: Sequence = ()) -> None:

@@ -17,7 +17,7 @@ import keras
 from recipe import collectives, elastic
 from recipe.errors import RunError
 from recipe.keras import backend, recording, rollcall
-from recipe.keras.agreement import Agreement, Heard
+from recipe.keras.agreement import Agreement, Heard, check_started
 from recipe.keras.distributed import is_distributed, optimizers_of, reduction_of
 from recipe.keras.recording import Call, Foreign, Total, Update
 
@@ -54,8 +54,6 @@ def install() -> None:
 
 def refused_alone(model: keras.Model) -> str:
     """Returns why a model with a DistributedOptimizer can't be trained, on any number of ranks; empty: it can."""
-    if not collectives.started():
-        return "Horovod is not initialised; call recipe.keras.init() before fit()"
     if any(is_distributed(getattr(o, "inner_optimizer", None)) for o in optimizers_of(model)):
         return (
             "the LossScaleOptimizer is outside the DistributedOptimizer, so that ranks would disagree about "
@@ -71,6 +69,7 @@ def refused_alone(model: keras.Model) -> str:
 
 def _fit(fit: Callable, model: keras.Model, *args: Any, **kwargs: Any) -> Any:
     """`fit` of a model that a DistributedOptimizer trains."""
+    check_started()
     if sentence := refused_alone(model):
         raise ValueError(sentence)
     _without_xla(model)

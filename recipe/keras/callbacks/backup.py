@@ -14,7 +14,7 @@ from recipe import checkpoint, collectives
 from recipe.errors import RunError
 from recipe.keras import backend, passing, state, velocities
 from recipe.keras.callbacks.rates import rate_of
-from recipe.keras.distributed import reduction_of
+from recipe.keras.distributed import is_distributed, optimizers_of, reduction_of
 
 _FORMAT = "recipe.keras.BackupAndRestore 1"
 _KERAS_FILES = ("latest.weights.h5", "training_metadata.json")  # of keras.callbacks.BackupAndRestore
@@ -117,7 +117,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._check_steps(found)
         for name in variables if arrays else ():  # on rank 0
             variables[name].assign(arrays[name])
-        state.broadcast_model(self.model, self.model.optimizer)
+        state.broadcast_model(self.model, [self.model.optimizer])
         self._own = _received(arrays, found)
         if found["size"] != collectives.size():
             self._own = _of_variables(self._own, but=_METRICS)  # the others' examples would be missing
@@ -319,6 +319,11 @@ def _check_model(model: keras.Model) -> None:
         )
     if not hasattr(model, "_initial_epoch"):
         raise RunError(f"BackupAndRestore can't set fit()'s first epoch in Keras {keras.__version__}; use Keras 3.15")
+    if any(is_distributed(o) for o in optimizers_of(model) if o is not model.optimizer):
+        raise ValueError(
+            f"BackupAndRestore keeps the state of the compiled optimizer; model {model.name!r} trains with others, "
+            "whose state would be lost: save and load it yourself"
+        )
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
 

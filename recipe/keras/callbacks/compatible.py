@@ -18,16 +18,25 @@ _UNSET = "unset.keras"  # Keras insists on a file name when a ModelCheckpoint is
 class BroadcastGlobalVariablesCallback(BroadcastState):
     """Rank root_rank's state on all ranks before the first step; `local_variables` keep what each rank has.
 
-    `device` may be left empty only: the variables are broadcast where they lie."""
+    `device` may be left empty only: the variables are broadcast where they lie. With `same_seeds`
+    random layers draw the same numbers on all ranks; without it each rank draws its own."""
 
-    def __init__(self, root_rank: int, device: str = "", local_variables: Any = None) -> None:
+    def __init__(self, root_rank: int, device: str = "", local_variables: Any = None, same_seeds: bool = False) -> None:
         _refuse_device(device)
         if local_variables is not None and not isinstance(local_variables, (list, tuple, set, frozenset)):
             local_variables = [local_variables]
+        super().__init__(root_rank, same_seeds=same_seeds)
+        self.device = device
         for v in local_variables or ():
-            if not hasattr(v, "shape") or (not hasattr(v, "assign") and backend.FRAMEWORK == "tensorflow"):
-                raise ValueError(f"local_variables must be variables, not {v!r}")
-        super().__init__(root_rank, list(local_variables or ()))
+            self.register_local_var(v)
+
+    def register_local_var(self, var: Any) -> None:
+        """Makes `var`, a Keras or a framework variable, one of `local_variables`: it keeps what its rank has.
+
+        Takes effect when training begins."""
+        if not hasattr(var, "shape") or (not hasattr(var, "assign") and backend.FRAMEWORK == "tensorflow"):
+            raise ValueError(f"local_variables must be variables, not {var!r}")
+        self.local_variables.append(var)
 
 
 class MetricAverageCallback(MetricSums):
@@ -39,7 +48,11 @@ class MetricAverageCallback(MetricSums):
     def __init__(self, device: str = "", unweighted: bool = False) -> None:
         _refuse_device(device)
         super().__init__()
-        self.unweighted = unweighted
+        self.device, self.unweighted = device, unweighted
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        super().on_train_batch_end(batch, logs)
+        self.on_batch_end(batch, logs)
 
     def on_test_begin(self, logs: dict | None = None) -> None:
         if not self.unweighted:
@@ -86,6 +99,11 @@ class LearningRateScheduleCallback(ScheduledRate):
         self.staircase, self.steps_per_epoch = staircase, steps_per_epoch
         super().__init__(self._rate, momentum_correction=momentum_correction)
 
+    @property
+    def current_epoch(self) -> int:
+        """The epoch that has begun last."""
+        return self._epoch
+
     def on_train_begin(self, logs: dict | None = None) -> None:
         if not self.staircase:
             super().on_train_begin(logs)
@@ -94,6 +112,13 @@ class LearningRateScheduleCallback(ScheduledRate):
         if logs is not None:
             held = velocities.held(self.model.optimizer)  # others may have set the next epoch's
             logs.setdefault("lr", rate_of(self.model.optimizer) if held is None else held)
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        self.on_batch_begin(batch, logs)
+
+    def on_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        if not is_passing(self.model):
+            self._before_step(batch)
 
     def _before_step(self, batch: int) -> None:
         if self._epoch < self.start_epoch or (self.end_epoch is not None and self._epoch >= self.end_epoch):

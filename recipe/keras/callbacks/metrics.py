@@ -12,6 +12,7 @@ import numpy as np
 
 from recipe import collectives
 from recipe.errors import RunError
+from recipe.keras.agreement import check_started
 from recipe.keras.distributed import optimizers_of, reduction_of
 
 Number = float | np.ndarray  # what Keras logs: a number, or one for each class
@@ -68,6 +69,7 @@ class MetricSums(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
+        check_started()
         self._in_fit = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:

@@ -6,22 +6,25 @@ from typing import Any
 import keras
 
 from recipe.keras import backend, state
+from recipe.keras.agreement import check_started
 from recipe.keras.distributed import is_distributed, optimizers_of, reduction_of
 
 
 class BroadcastState(keras.callbacks.Callback):
-    """Before the first step: rank root_rank's weights, moving statistics, optimizer slots, counters and seeds on all.
+    """Before the first step: rank root_rank's weights, moving statistics, optimizer slots and counters on all.
 
     Horovod's callback does this after the first step, which then averages gradients of different networks. A model
     that Keras builds at its first batch is built on that batch, broadcast, and then trained on it.
-    `local_variables`, Keras's or the framework's, and their slots keep what each rank has."""
+    `local_variables`, Keras's or the framework's, and their slots keep what each rank has. Random layers get a seed
+    of each rank's own, a function of the root's seed and the rank; with `same_seeds` the root's."""
 
-    def __init__(self, root_rank: int = 0, local_variables: Sequence = ()) -> None:
+    def __init__(self, root_rank: int = 0, local_variables: Sequence = (), *, same_seeds: bool = False) -> None:
         super().__init__()
-        self.root_rank, self.local_variables = root_rank, list(local_variables)
+        self.root_rank, self.local_variables, self.same_seeds = root_rank, list(local_variables), same_seeds
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
+        check_started()
         if backend.FRAMEWORK == "tensorflow":
             model.jit_compile = False  # Horovod's operations can't be part of an XLA cluster
 
@@ -50,7 +53,7 @@ class BroadcastState(keras.callbacks.Callback):
         return train_function
 
     def _broadcast(self) -> None:
-        state.broadcast_state(self.model, self.root_rank, self.local_variables)
+        state.broadcast_state(self.model, self.root_rank, self.local_variables, same_seeds=self.same_seeds)
 
 
 class ReplicaCheck(keras.callbacks.Callback):
@@ -61,6 +64,10 @@ class ReplicaCheck(keras.callbacks.Callback):
         super().__init__()
         self.every, self.also = every, also
         self._steps = 0
+
+    def set_model(self, model: keras.Model) -> None:
+        super().set_model(model)
+        check_started()
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         for optimizer in optimizers_of(self.model):

@@ -392,7 +392,7 @@ def refusals() -> dict:
         "no filepath": refused(lambda: callbacks.BestModelCheckpoint().on_train_begin()),
         "steps_per_epoch=0": refused(lambda: hvd.RateSchedule(Rate(0.1, 0.1), 0)),
         "steps_per_execution=2": refused(several_steps_per_execution),
-        "build": refused(lambda: hvd.elastic.KerasState(keras.Sequential([keras.layers.Dense(1)]), sgd())),
+        "model(x[:1])": refused(lambda: hvd.elastic.KerasState(keras.Sequential([keras.layers.Dense(1)]), sgd())),
         "device_dense='/cpu:0'": refused(lambda: wrap(sgd(), device_dense="/cpu:0"))
         if not TENSORFLOW
         else "TensorFlow takes device_dense='/cpu:0'",

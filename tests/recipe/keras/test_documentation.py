@@ -4,6 +4,7 @@ import importlib
 import inspect
 import re
 import runpy
+import types
 
 import keras
 import pytest
@@ -11,6 +12,17 @@ import pytest
 from tests.ranks import ROOT
 
 PAGE = (ROOT / "docs/keras.md").read_text()
+MADE_WITH = {
+    "BroadcastGlobalVariablesCallback": (0,),
+    "MetricAverageCallback": (),
+    "LearningRateScheduleCallback": (0.1, 1.0),
+    "LearningRateWarmupCallback": (0.1,),
+    "CommitStateCallback": (types.SimpleNamespace(batch=0, epoch=0),),
+    "UpdateBatchStateCallback": (types.SimpleNamespace(batch=0, epoch=0),),
+    "UpdateEpochStateCallback": (types.SimpleNamespace(batch=0, epoch=0),),
+}
+# What Horovod's callbacks remember for themselves, of TensorFlow 1's graphs and of a momentum that they put aside.
+ITS_OWN_NOTES = {"backend", "broadcast_done", "variables", "allreduce_ops", "restore_momentum"}
 IMPORTED = {"K", "inspect", "is_version_greater_equal_than", "keras", "tf", "version", "warnings"}
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Horovod's Keras modules need it")
@@ -67,6 +79,38 @@ def test_horovod_keras_takes_the_same_keywords(name):
     for expected in parameters(public("horovod.keras")[name]):
         assert expected.name in ours
         assert expected.name == "average" or ours[expected.name] == expected.default
+
+
+def classes() -> list:
+    return [case for case in cases() if inspect.isclass(public(case[0])[case[1]])]
+
+
+@pytest.mark.parametrize(("module", "name"), classes())
+def test_every_public_method_of_horovods_classes_exists_and_takes_its_arguments(module, name):
+    theirs, ours = public(module)[name], counterpart(module, name)
+    for method in [m for m in dir(theirs) if not m.startswith("_") and callable(getattr(theirs, m))]:
+        expected, found = (parameters(getattr(cls, method)) for cls in (theirs, ours))
+        assert [(p.name, p.default) for p in found[: len(expected)]] == [(p.name, p.default) for p in expected], method
+
+
+@pytest.mark.parametrize(("module", "name"), [case for case in classes() if case[1] in MADE_WITH])
+def test_every_public_attribute_of_horovods_callbacks_exists(module, name):
+    theirs, ours = (cls(*MADE_WITH[name]) for cls in (public(module)[name], counterpart(module, name)))
+    for attribute in [a for a in vars(theirs) if not a.startswith("_") and a not in ITS_OWN_NOTES]:
+        assert hasattr(ours, attribute), attribute
+
+
+def test_every_public_name_of_horovods_distributed_optimizer_exists():
+    theirs, ours = (
+        hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+        for hvd in map(importlib.import_module, ("horovod.tensorflow.keras", "recipe.keras"))
+    )
+    for name in [n for n in vars(type(theirs)) if not n.startswith("_")] + ["process_set", "scale_local_gradients"]:
+        assert hasattr(ours, name), name
+        expected = inspect.getattr_static(theirs, name, None)
+        if inspect.isfunction(expected) and name != "apply_gradients":  # Horovod's is (*args, **kwargs)
+            assert [p.name for p in parameters(getattr(ours, name))] == [p.name for p in parameters(expected)]
+    assert ours.variables() == ours.variables
 
 
 def test_every_test_that_the_page_names_exists():

@@ -233,7 +233,7 @@ def test_an_error_on_one_rank_ends_the_others_with_its_words(backend):
     done = ended(backend, "error", RECIPE_STEP_TIMEOUT="150")
     assert done.returncode == 1
     assert "error: rank 1 has failed, and the others wait for it: KeyError: 'no such thing'" in done.stdout
-    assert "rank 0 waits: epoch 0, step" in done.stdout
+    assert "rank 0 waits: the end of epoch 0" in done.stdout
 
 
 @pytest.mark.parametrize("way", ["absent", "own loop"])

@@ -569,6 +569,7 @@ def logs() -> dict:
                   keras.metrics.F1Score(threshold=0.5), Counted(), Largest()])  # fmt: skip
     expected = alone.evaluate(whole, labels(whole), batch_size=BATCH, verbose=0, return_dict=True)
     together = classifier()
+    options = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
     return {
         "fit": fit(together, mine, labels(mine), MetricSums()),
         "evaluate": together.evaluate(
@@ -576,8 +577,8 @@ def logs() -> dict:
         ),
         "expected": expected,
         "share": float(labels(mine).mean()),
-        "named": named.fit(mine, target(mine), batch_size=BATCH, verbose=0, callbacks=[MetricSums()]).history,
-        "raw": raw.fit(mine, target(mine), batch_size=BATCH, verbose=0, callbacks=[MetricSums()]).history,
+        "named": named.fit(mine, target(mine), callbacks=[MetricSums()], **options).history,
+        "raw": raw.fit(mine, target(mine), callbacks=[MetricSums()], **options).history,
         "own": [float(np.mean(target(b) ** 2)) for b in mine.reshape(-1, BATCH, 4)],  # losses; the weights are 0
         "callbacks": fit(classifier(), mine, labels(mine), Score([0]), MetricSums()),
         "old": fit(classifier(), mine, labels(mine), Score([0]), hvd.callbacks.MetricAverageCallback(unweighted=True)),
