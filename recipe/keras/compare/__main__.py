@@ -188,7 +188,10 @@ ROWS: dict[str, tuple[str, Callable[[Outcome], str]]] = {
 
 
 def overlap(contender: Contender) -> str:
-    """How much of the reduction goes on beside backprop: from Horovod's timeline, for us."""
+    """How much of the reduction begins beside backprop: from Horovod's timeline for us, from PyTorch's hook for Keras."""
+    if contender.name == "keras":
+        outcome = run(contender, "overlap")
+        return failed(outcome) or "{before} of {all} buckets begin before its end".format(**outcome.found[0])
     if contender.name != "ours":
         return "not run"
     said = subprocess.run(

@@ -218,6 +218,34 @@ def mpirun(way: Any) -> dict:
     return fit(way) | {"size": way.size}
 
 
+class CountBuckets(keras.callbacks.Callback):
+    """Notes when Keras's DistributedDataParallel hands over a bucket of gradients to be reduced; by PyTorch's hook,
+    which is called as soon as the bucket's last gradient is ready."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: list[bool] = []  # of each bucket: is it the one that backprop ends with
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        def hook(group: Any, bucket: Any) -> Any:
+            self.last.append(bucket.is_last())
+            return allreduce_hook(group, bucket)
+
+        self.model.ddp_model.register_comm_hook(None, hook)
+
+
+def overlap(way: Any) -> dict:
+    """Buckets whose reduction begins before backprop's end: of 12 layers of 1024, in three steps."""
+    model = keras.Sequential([keras.Input((1024,)), *[keras.layers.Dense(1024) for _ in range(12)]])
+    model.compile(way.optimizer(keras.optimizers.SGD(1e-4)), "mse", jit_compile=False)
+    (FOLDER / f"began{way.rank}").touch()
+    x = np.ones((3 * BATCH, 1024), np.float32)
+    model.fit(x, x, batch_size=BATCH, verbose=0, callbacks=[buckets := CountBuckets()])
+    return {"before": buckets.last.count(False), "all": len(buckets.last)}
+
+
 @contextlib.contextmanager
 def reported(rank: int) -> Iterator[None]:
     """An error is what became of it; it goes on, for the other processes' sake."""
