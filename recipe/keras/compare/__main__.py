@@ -188,7 +188,7 @@ ROWS: dict[str, tuple[str, Callable[[Outcome], str]]] = {
 
 
 def overlap(contender: Contender) -> str:
-    """How much of the reduction begins beside backprop: from Horovod's timeline for us, from PyTorch's hook for Keras."""
+    """How much of the reduction begins beside backprop: by Horovod's timeline for us, PyTorch's hook for Keras."""
     if contender.name == "keras":
         outcome = run(contender, "overlap")
         return failed(outcome) or "{before} of {all} buckets begin before its end".format(**outcome.found[0])

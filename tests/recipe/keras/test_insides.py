@@ -10,7 +10,9 @@ def built(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
 
 
 def model() -> keras.Model:
-    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    compiled = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    compiled.compile("sgd", "mse")
+    return compiled
 
 
 def normalization() -> keras.layers.Layer:
@@ -26,7 +28,16 @@ def several() -> keras.optimizers.Optimizer:
 
 
 INSIDES = {
-    model: ("_flatten_layers", "_initial_epoch", "_symbolic_build", "train_function", "make_train_function"),
+    model: (
+        "_compile_config",
+        "_flatten_layers",
+        "_initial_epoch",
+        "_symbolic_build",
+        "make_train_function",
+        "train_function",
+    ),
+    lambda: keras.layers.Dropout(0.5): ("_seed_generators",),
+    lambda: keras.random.SeedGenerator(1): ("_initial_seed",),
     lambda: built(keras.optimizers.SGD(gradient_accumulation_steps=2)): (
         "_accumulated_gradients",
         "_get_variable_index",
