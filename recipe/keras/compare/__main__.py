@@ -24,7 +24,7 @@ from recipe.keras.compare import expected
 CONTENDER = str(Path(__file__).with_name("contender.py"))
 ROOT = Path(__file__).parents[3]
 COMING = ROOT / ".cache/coming-keras"
-SETUP, LIMIT = 150.0, 45.0  # seconds until both processes train, and from then on
+SETUP, LIMIT = 120.0, 30.0  # seconds until both processes train, and from then on
 TOLERANCE = 1e-4  # of weights around 1: float32's rounding over 32 steps is below 1e-5, a batch too many 1e-2
 MPIRUN = [str(Path(sys.executable).parent / "mpirun"), "-np", "2", "--oversubscribe", "--bind-to", "none"]
 PLAIN = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
@@ -44,7 +44,7 @@ class Outcome:
     """What became of a contender's two processes."""
 
     found: list[dict] = field(default_factory=list)  # of each process that came to its end
-    errors: list[str] = field(default_factory=list)
+    errors: dict[int, str] = field(default_factory=dict)  # by rank
     hung: bool = False
     seconds: float = 0.0  # since both began to train
     output: str = ""
@@ -87,7 +87,7 @@ def run(contender: Contender, row: str) -> Outcome:
             processes.append(subprocess.Popen(command, env=environ | extra, **options))
         outcome = _waited(processes, folder)
         outcome.found = [json.loads(path.read_text()) for path in sorted(folder.glob("found*"))]
-        outcome.errors = [path.read_text() for path in sorted(folder.glob("error*"))]
+        outcome.errors = {int(path.name[-1]): path.read_text() for path in sorted(folder.glob("error*"))}
         outcome.output = (folder / "log").read_text(errors="replace")
         return outcome
 
@@ -100,23 +100,30 @@ def _waited(processes: list[subprocess.Popen], folder: Path) -> Outcome:
         if began is None and len(list(folder.glob("began*"))) == 2:
             began = now
         if now - (began or started) > (LIMIT if began else SETUP):
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            _end(processes, folder)
             return Outcome(hung=True, seconds=now - (began or started))
     return Outcome(seconds=time.monotonic() - (began or time.monotonic()))
+
+
+def _end(processes: list[subprocess.Popen], folder: Path) -> None:
+    """Kills the launchers and what they have started, which names the folder in its command line."""
+    for process in processes:
+        process.kill()
+        process.wait()
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in entry.read_bytes():
+                os.kill(int(entry.parent.name), signal.SIGKILL)
 
 
 def failed(outcome: Outcome) -> str:
     """The words of a cell whose processes didn't both come to their end; empty: they did."""
     if outcome.hung:
-        error = f", rank 1: {_short(outcome.errors[-1])}" if outcome.errors else ""
-        return f"hang: {outcome.seconds:.0f} s without end{error}"
+        return f"hang: no end within {outcome.seconds:.0f} s"
     if len(outcome.found) == 2:
         return ""
     if outcome.errors:
-        return _short(outcome.errors[0])
+        return _short(next(iter(outcome.errors.values())))
     said = re.findall(r"^error: (.*)$", outcome.output, re.MULTILINE)
     return f"error: {_short(said[0])}" if said else "ended without a word"
 
@@ -164,7 +171,7 @@ def deciding(outcome: Outcome) -> str:
 
 
 def lost(outcome: Outcome) -> str:
-    if outcome.hung:
+    if outcome.hung or 1 in outcome.errors:
         return failed(outcome)
     return f"the job ended within {outcome.seconds:.0f} s"
 

@@ -44,7 +44,7 @@ INSIDES = {
         "_iterations",
         "_trainable_variables",
     ),
-    lambda: keras.optimizers.SGD(momentum=0.9): ("momentums",),
+    lambda: built(keras.optimizers.SGD(momentum=0.9)): ("momentums",),
     lambda: built(keras.optimizers.RMSprop(momentum=0.9)): ("_momentums",),
     lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()): ("inner_optimizer",),
     several: ("_inner_optimizers",),
