@@ -129,9 +129,9 @@ def failed(outcome: Outcome) -> str:
 
 
 def _short(text: str) -> str:
-    """The first eight words, safe in a table."""
-    words = text.replace("|", "/").split()
-    return " ".join(words[:8]) + (" …" if len(words) > 8 else "")
+    """The first seven words, without a file's place, safe in a table."""
+    words = re.sub(r"\[[^\]]*:\d+\]", "", text).replace("|", "/").split()
+    return " ".join(words[:7]) + (" …" if len(words) > 7 else "")
 
 
 def weights(batches: tuple[int, int] = (8, 8), epochs: int = 1) -> Callable[[Outcome], str]:

@@ -104,26 +104,31 @@ class OwnStep(keras.Sequential):
 
     def train_step(self, data: tuple) -> dict:
         x, y = data
-        if keras.backend.backend() == "torch":
-            gradients, loss = self._torch_gradients(x, y)
-            import torch
+        loss = self._torch_step(x, y) if keras.backend.backend() == "torch" else self._tensorflow_step(x, y)
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss)
+        return {metric.name: metric.result() for metric in self.metrics}
 
-            with torch.no_grad():
-                self.optimizer.apply(gradients, self.trainable_weights)
-            return {"loss": loss}
+    def _tensorflow_step(self, x: Any, y: Any) -> Any:
         import tensorflow as tf
 
         with tf.GradientTape() as tape:
             loss = self.compute_loss(y=y, y_pred=self(x, training=True))
         self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
-        return {"loss": loss}
+        return loss
 
-    def _torch_gradients(self, x: Any, y: Any) -> tuple:
+    def _torch_step(self, x: Any, y: Any) -> Any:
+        import torch
+
         predicted = self(x, training=True)
         self.zero_grad()
         loss = self.compute_loss(y=y, y_pred=predicted)
         loss.backward()
-        return [v.value.grad for v in self.trainable_weights], loss.detach()
+        gradients = [v.value.grad for v in self.trainable_weights]
+        with torch.no_grad():
+            self.optimizer.apply(gradients, self.trainable_weights)
+        return loss.detach()
 
 
 class Largest(keras.metrics.Metric):
@@ -137,7 +142,7 @@ class Largest(keras.metrics.Metric):
         self.seen.assign(keras.ops.maximum(self.seen, keras.ops.max(y_true)))
 
     def result(self) -> Any:
-        return self.seen
+        return keras.ops.convert_to_tensor(self.seen)
 
 
 class On(keras.callbacks.Callback):
@@ -227,9 +232,10 @@ class CountBuckets(keras.callbacks.Callback):
         self.last: list[bool] = []  # of each bucket: is it the one that backprop ends with
 
     def on_train_begin(self, logs: dict | None = None) -> None:
+        import torch
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-        def hook(group: Any, bucket: Any) -> Any:
+        def hook(group: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
             self.last.append(bucket.is_last())
             return allreduce_hook(group, bucket)
 
