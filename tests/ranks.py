@@ -16,7 +16,9 @@ def environment(**extra: str) -> dict[str, str]:
     """The environment of a rank: the project importable, one CPU thread, MPI willing to run as root in a container."""
     values = os.environ | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
+        ),  # tests/coming-keras
         "OMP_NUM_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "OMPI_MCA_mpi_yield_when_idle": "1",  # waiting ranks leave the few cores to the others

@@ -142,7 +142,10 @@ def without_gradients() -> contextlib.AbstractContextManager:
 
 
 def strategy() -> str:
-    """The name of a strategy that averages gradients; empty: PyTorch's are seen by what wraps the model."""
+    """What Keras averages gradients with, from 3.16 on wherever PyTorch has a process group; empty: nothing."""
+    has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if has_group and hasattr(keras.Model, "_initialize_ddp"):
+        return "Keras's DistributedDataParallel (torch.distributed is initialised)"
     return ""
 
 

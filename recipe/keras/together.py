@@ -59,11 +59,9 @@ def refused_alone(model: keras.Model) -> str:
             "the LossScaleOptimizer is outside the DistributedOptimizer, so that ranks would disagree about "
             "overflows and hang; use DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer))"
         )
-    if (strategy := backend.strategy()) or keras.distribution.distribution() is not None:
-        return (
-            f"{strategy or type(keras.distribution.distribution()).__name__} and a DistributedOptimizer both average "
-            "the gradients; use one of them"
-        )
+    distribution = keras.distribution.distribution()
+    if other := type(distribution).__name__ if distribution is not None else backend.strategy():
+        return f"{other} and a DistributedOptimizer both average the gradients; use one of them"
     return ""
 
 

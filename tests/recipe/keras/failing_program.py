@@ -1,5 +1,6 @@
 """Run on two real ranks by test_together.py: ways in which ranks can't come together; the first argument chooses."""
 
+import socket
 import sys
 import time
 
@@ -31,6 +32,8 @@ class Trouble(keras.callbacks.Callback):
 
 
 def main():
+    if WAY.startswith("both"):
+        starts_keras_own(and_sets=WAY == "both, set")
     x = np.ones((64, 4), np.float32)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse", jit_compile=False)
@@ -47,6 +50,16 @@ def main():
     except KeyError:
         time.sleep(100)  # a script that goes on with something else
     print("rank", rank, "has ended", flush=True)
+
+
+def starts_keras_own(and_sets: bool):
+    """Keras's own data parallelism, beside Horovod's."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = hvd.broadcast_object(free.getsockname()[1], 0)
+    keras.distribution.initialize(f"localhost:{port}", hvd.size(), rank)
+    if and_sets:
+        keras.distribution.set_distribution(keras.distribution.DataParallel())
 
 
 def waits_for_something_else():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from tests.ranks import ROOT, environment, launch, results
 
 PROGRAM = str(ROOT / "tests/recipe/keras/together_program.py")
 FAILING = str(ROOT / "tests/recipe/keras/failing_program.py")
+KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 SEVERAL = ("uneven", "even_generators", "two_optimizers")
 ON_TWO = (*SEVERAL, "stopping", "deciding", "refused", "quiet", "validations", "replica_checks", "late_models", "logs")
 
@@ -328,3 +330,13 @@ model.fit(np.ones((4, 4)), np.ones((4, 1)), verbose=0, callbacks=callbacks)
     assert done.stderr.splitlines()[-1] == (
         "ValueError: Horovod is not initialised; call recipe.keras.init() before fit()"
     )
+
+
+@pytest.mark.skipif(KERAS < (3, 16), reason="Keras 3.16 has it: tests/coming-keras")
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("way", "name"), [("both, set", "DataParallel"), ("both", "Keras's DistributedDataParallel")])
+def test_keras_own_data_parallelism_beside_ours_is_refused(size, way, name):
+    done = launch(size, [FAILING, way], timeout=200, KERAS_BACKEND="torch")
+    assert done.returncode == 1
+    assert f"ValueError: {name}" in done.stdout
+    assert "and a DistributedOptimizer both average the gradients; use one of them" in done.stdout
