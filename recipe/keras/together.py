@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 
@@ -18,11 +18,15 @@ from recipe import collectives, elastic
 from recipe.errors import RunError
 from recipe.keras import backend, recording, rollcall
 from recipe.keras.agreement import Agreement, Heard, check_started
+from recipe.keras.callbacks.backup import BackupAndRestore
+from recipe.keras.callbacks.metrics import MetricSums
+from recipe.keras.callbacks.replicas import BroadcastState, ReplicaCheck
 from recipe.keras.distributed import is_distributed, optimizers_of, reduction_of
 from recipe.keras.recording import Call, Foreign, Total, Update
 
 # Keras looks for these in the list that `fit` is given; they speak of this rank alone.
 _KERAS_OWN = (keras.callbacks.History, keras.callbacks.ProgbarLogger)
+_COLLECTIVE = (BackupAndRestore, BroadcastState, MetricSums, ReplicaCheck)  # all ranks have these, in one order
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Facts:
     steps: int | None  # of an epoch, by this rank's data; None: unknown
     steps_per_execution: int
     epochs: int
+    collective: list[str]  # names of the callbacks in which the ranks meet
     refused: str  # why this rank's `fit` can't go on; empty: it can
 
 
@@ -173,10 +178,14 @@ class Together(keras.callbacks.Callback):
             callback.set_model(model)
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        facts = collectives.gather(
-            Facts(self.params["steps"], self.model.steps_per_execution, self.params["epochs"], self._refused),
-            "fit.begin",
+        mine = Facts(
+            steps=self.params["steps"],
+            steps_per_execution=self.model.steps_per_execution,
+            epochs=self.params["epochs"],
+            collective=[type(c).__name__ for c in self.callbacks if isinstance(c, _COLLECTIVE)],
+            refused=self._refused,
         )
+        facts = collectives.gather(mine, "fit.begin")
         _check(facts)
         self._agree_on_steps([f.steps for f in facts])
         self.agreement.begin()
@@ -348,21 +357,23 @@ def _parts(call: Call) -> Iterator[Callable]:
 
 def _check(facts: list[Facts]) -> None:
     """Raises ValueError, on all ranks, for what must be equal and isn't, and for what a rank must not do."""
+    first = facts[0]
     for rank, theirs in enumerate(facts):
         if theirs.refused:
-            raise _everywhere(ValueError(f"rank {rank}: {theirs.refused}"))
-        if theirs.epochs != facts[0].epochs:
-            raise _everywhere(
-                ValueError(f"fit(epochs=…) is {facts[0].epochs} on rank 0 and {theirs.epochs} on rank {rank}")
+            _refuse_everywhere(f"rank {rank}: {theirs.refused}")
+        if theirs.epochs != first.epochs:
+            _refuse_everywhere(f"fit(epochs=…) is {first.epochs} on rank 0 and {theirs.epochs} on rank {rank}")
+        if theirs.collective != first.collective:
+            ours, others = (", ".join(names) or "none" for names in (first.collective, theirs.collective))
+            _refuse_everywhere(
+                f"the ranks meet in these callbacks, so all need the same: rank 0 has {ours}; rank {rank} has {others}"
             )
     steps = {f.steps for f in facts}
     if max(f.steps_per_execution for f in facts) > 1 and (len(steps) > 1 or None in steps):
         found = ", ".join("unknown" if f.steps is None else str(f.steps) for f in facts)
-        raise _everywhere(
-            ValueError(
-                f"with steps_per_execution > 1 all ranks need the same number of steps an epoch, not {found}; pass "
-                "steps_per_epoch to fit()"
-            )
+        _refuse_everywhere(
+            f"with steps_per_execution > 1 all ranks need the same number of steps an epoch, not {found}; pass "
+            "steps_per_epoch to fit()"
         )
 
 
@@ -378,7 +389,8 @@ def _check_epochs(epochs: list[int | None]) -> None:
             )
 
 
-def _everywhere(error: ValueError) -> ValueError:
-    """Marks an error that all ranks raise together."""
+def _refuse_everywhere(sentence: str) -> NoReturn:
+    """Raises a ValueError that all ranks raise together."""
+    error = ValueError(sentence)
     error.everywhere = True
-    return error
+    raise error

@@ -151,13 +151,17 @@ def test_what_cannot_be_agreed_on_is_refused_on_all_ranks(run, backend):
         "first epochs": ("RunError: rank 0 begins with epoch 0 and rank 1 with epoch 1", "BackupAndRestore"),
         "no epoch": ("RunError: rank 0 begins with epoch 0 and rank 1 with no epoch at all",),
         "epochs": ("ValueError: fit(epochs=…) is 3 on rank 0 and 4 on rank 1",),
+        "callbacks": (
+            "ValueError: all ranks need the same callbacks",
+            "rank 0 has BroadcastState and MetricSums, rank 1",
+        ),
         "Keras's restore": ("ValueError: rank 0: keras.callbacks.BackupAndRestore", "recipe.keras.callbacks"),
         "scaled outside": ("ValueError: the LossScaleOptimizer is outside", "use DistributedOptimizer("),
         "strategy": ("ValueError: MirroredStrategy and a DistributedOptimizer both average",),
         "steps per execution": ("ValueError: with steps_per_execution > 1", "not 4, 6", "steps_per_epoch"),
     }
     for found in run("refused", backend):
-        assert len(found) == (8 if backend == "tensorflow" else 6)
+        assert len(found) == (9 if backend == "tensorflow" else 7)
         for name, sentence in found.items():
             assert all(word in sentence for word in words[name]), (name, sentence)
             assert len(sentence) < 260 and "\n" not in sentence

@@ -353,6 +353,7 @@ def refused() -> dict:
         "first epochs": caught(lambda: fit_steps(initial_epoch=rank)),
         "no epoch": caught(lambda: fit_steps(initial_epoch=3 * (rank == 1))),
         "epochs": caught(lambda: fit_steps(epochs=3 + rank)),
+        "callbacks": caught(lambda: fit_steps(*[MetricSums()] if rank == 0 else [])),
         "Keras's restore": caught(
             lambda: fit_steps(*[keras.callbacks.BackupAndRestore("unused")] if rank == 0 else [])
         ),
