@@ -59,32 +59,34 @@ class Agreement:
         self._told = False
         # The calls of a step; None before the first.
         self.calls: weakref.WeakKeyDictionary[keras.Model, list[Call] | None] = weakref.WeakKeyDictionary()
-        self._mine = _variable(np.array([1.0, 0.0]))
-        self._heard = _variable(np.zeros((self.size, ROW)))
+        # The word of a rank is a vector of the ranks' rows, with zeros in those of the others.
+        places = np.arange(self.size * ROW)
+        self._own_rate = places == self.rank * ROW + 2
+        self._has_data = np.float32(places % ROW == 0)
+        self._mine = _variable(self._row(has_data=True, stop=False))
+        self._heard = _variable(np.zeros(self.size * ROW))
 
     def begin(self) -> None:
         """Forgets what was said and heard, in another epoch or another `fit`."""
         self.say(nothing=False, stop=False)
-        self._heard.assign(np.array([[1, 0, 0]] * self.size, np.float32))
+        self._heard.assign(self._has_data)
 
     def say(self, *, nothing: bool, stop: bool) -> None:
         """What this rank says from its next reduction on."""
         self.nothing = nothing
-        self._mine.assign(np.array([not nothing, stop], np.float32))
+        self._mine.assign(self._row(has_data=not nothing, stop=stop))
 
     def word(self, optimizer: keras.optimizers.Optimizer) -> Any:
         """Returns this rank's vector, float32[size · 3]: zeros but for its own row. None when it was told already."""
         if self._told:
             return None
-        row = ops.concatenate([ops.convert_to_tensor(self._mine), ops.reshape(_rate(optimizer), (1,))])
-        own = ops.reshape(ops.arange(self.size) == self.rank, (self.size, 1))
-        return ops.reshape(ops.where(own, row, ops.zeros_like(row)), (-1,))
+        return ops.where(self._own_rate, _rate(optimizer), ops.convert_to_tensor(self._mine))
 
     def hear(self, summed: Any) -> Any:
         """Takes the sum of all ranks' words; None: it was heard already. Returns the share of ranks with examples."""
         if summed is not None:
-            self._heard.assign(ops.reshape(summed, (self.size, ROW)))
-        return ops.maximum(ops.sum(self._heard[:, 0]), 1) / self.size
+            self._heard.assign(summed)
+        return ops.sum(ops.multiply(ops.convert_to_tensor(self._heard), self._has_data)) / self.size
 
     def nobody(self) -> bool:
         """Whether this rank, which has no examples, has heard that no other has any."""
@@ -101,8 +103,13 @@ class Agreement:
 
     def heard(self) -> Heard:
         """The word of the last reduction."""
-        rows = ops.convert_to_numpy(self._heard)
+        rows = ops.convert_to_numpy(self._heard).reshape(self.size, ROW)
         return Heard(rows[:, 0] > 0, rows[:, 1] > 0, rows[:, 2].copy())
+
+    def _row(self, has_data: bool, stop: bool) -> np.ndarray:
+        vector = np.zeros((self.size, ROW), np.float32)
+        vector[self.rank, :2] = has_data, stop
+        return vector.reshape(-1)
 
 
 def _rate(optimizer: keras.optimizers.Optimizer) -> Any:

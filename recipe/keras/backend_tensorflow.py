@@ -56,15 +56,25 @@ def after(tensor: tf.Tensor | None) -> contextlib.AbstractContextManager:
     return tf.control_dependencies([tensor]) if tensor is not None else contextlib.nullcontext()
 
 
-def divided(gradient: Any, by: tf.Tensor) -> Any:
-    """The gradient, which may be sparse, divided by a number.
+def divided(gradients: list, by: tf.Tensor) -> list:
+    """The gradients (tensors, IndexedSlices or None) divided by a number; where it is 1, as nearly always, nothing is
+    computed.
 
     Not multiplied: TensorFlow would put products with other numbers together, otherwise on a rank without examples
     than on the others, whose weights would differ in their last bit."""
+    tensors = [g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients if g is not None]
+    if not tensors:
+        return gradients
+    quotients = iter(
+        tf.nest.flatten(tf.cond(by < 1, lambda: [t / tf.cast(by, t.dtype) for t in tensors], lambda: tensors))
+    )
+    return [None if g is None else _with_values(g, next(quotients)) for g in gradients]
+
+
+def _with_values(gradient: Any, values: tf.Tensor) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
-        values = gradient.values / tf.cast(by, gradient.dtype)
         return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-    return gradient / tf.cast(by, gradient.dtype)
+    return values
 
 
 def kind(gradient: Any) -> str:

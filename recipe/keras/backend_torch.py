@@ -59,9 +59,10 @@ def after(tensor: torch.Tensor | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def divided(gradient: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    """The gradient divided by a number."""
-    return gradient if float(by) == 1.0 else gradient / float(by)
+def divided(gradients: list, by: torch.Tensor) -> list:
+    """The gradients (tensors or None) divided by a number."""
+    share = float(by)
+    return gradients if share == 1.0 else [None if g is None else g / share for g in gradients]
 
 
 def kind(gradient: Any) -> str:

@@ -63,7 +63,7 @@ class Reduction:
         those; sums stay sums."""
         if self.op != backend.horovod.Average:
             return gradients
-        return [None if g is None else backend.divided(g, share) for g in gradients]
+        return backend.divided(gradients, share)
 
     def note(self, optimizer: keras.optimizers.Optimizer, gradients: list, variables: list) -> None:
         """Records a call of the optimizer's `apply`, when a step is being recorded."""
