@@ -81,7 +81,7 @@ def update(optimizer, gradients: list, variables: list, method: str) -> None:
 
 
 def drawn(draw: Callable, rows: object, width: int, seed: keras.random.SeedGenerator) -> object:
-    """Noise as two ranks draw it: their seeds are equal, and so is the noise of their halves."""
+    """Noise as two ranks draw it with `same_seeds=True`: the noise of their halves is equal."""
     noise = draw((-(-rows // parts()), width), seed=seed)
     return ops.concatenate([noise] * parts())[:rows]
 
@@ -488,7 +488,7 @@ def main() -> None:
     hvd.init()
     found = {}
     for name, train in PATTERNS.items():
-        hooks = lambda: [BroadcastState(), MetricSums(), ReplicaCheck(every=1)]  # noqa: E731
+        hooks = lambda: [BroadcastState(same_seeds=True), MetricSums(), ReplicaCheck(every=1)]  # noqa: E731
         found[name] = {"wrapped": trained(train, hvd.DistributedOptimizer, hooks)}
         if hvd.size() == 1:
             found[name]["plain"] = trained(train, lambda optimizer: optimizer, list)
