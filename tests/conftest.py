@@ -1,4 +1,6 @@
-"""For all tests: examples are the same in every run, and pytest told to leave by SIGTERM cleans up as after Ctrl-C."""
+"""For all tests: examples are the same in every run, and pytest told to leave by SIGTERM cleans up as after Ctrl-C.
+
+A shell's background jobs ignore SIGINT, and so would the programs that tests interrupt: here it is heeded."""
 
 import signal
 
@@ -6,3 +8,4 @@ from hypothesis import settings
 
 settings.load_profile("ci")  # no deadlines either: processors here may be busy
 signal.signal(signal.SIGTERM, signal.default_int_handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)
