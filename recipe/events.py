@@ -19,7 +19,8 @@ class Events:
 
         self._event, self._folder = Event, folder
         self._file, self._end, self._warned = -1, 0, False  # end: of the last whole record
-        self._path = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
+        # TensorBoard reads files in the order of their names. Two starts in one second need two names.
+        self._path = folder / f"events.out.tfevents.{time.time():020.9f}.{socket.gethostname()}"
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if step:
             started = SessionLog(status=SessionLog.START)
