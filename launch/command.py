@@ -11,8 +11,25 @@ from recipe.errors import RunError, UsageError
 # What other launchers and habits call our options and choices.
 SYNONYMS = {
     "-np": ("np", "nproc", "numproc", "ntasks", "ranks", "slots", "nprocpernode"),
-    "--hostfile": ("h", "f", "host", "hosts", "hostlist", "machinefile", "hostsfile", "nodelist", "nodefile"),
-    "--interface": ("networkinterface", "networkinterfaces", "iface", "nic", "nics", "networkifname"),
+    "--hostfile": (
+        "h",
+        "f",
+        "host",
+        "hosts",
+        "hostlist",
+        "machinefile",
+        "hostsfile",
+        "nodelist",
+        "nodefile",
+    ),
+    "--interface": (
+        "networkinterface",
+        "networkinterfaces",
+        "iface",
+        "nic",
+        "nics",
+        "networkifname",
+    ),
     "--log-dir": ("output", "outputfilename", "logs", "logfile"),
     "--elastic": ("minnp", "maxnp", "minnumproc", "maxnumproc"),
     "--data_dir": ("data", "tfdsdatadir"),
@@ -57,7 +74,12 @@ class Parser(argparse.ArgumentParser):
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known name that was meant, by a synonym or by its letters; "" when none is like it."""
     plain = {_plain(each): each for each in known}
-    plain |= {other: plain[_plain(each)] for each in SYNONYMS if _plain(each) in plain for other in SYNONYMS[each]}
+    plain |= {
+        other: plain[_plain(each)]
+        for each in SYNONYMS
+        if _plain(each) in plain
+        for other in SYNONYMS[each]
+    }
     alike = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=ALIKE)
     return plain[alike[0]] if alike else ""
 

@@ -37,7 +37,9 @@ MANY = 32  # servers of the paper's run: how long would this take there?
 
 def main(argv: list[str]) -> None:
     options = _parsed(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that the ranks end too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # as an exception, so that the ranks end too
     report = examine(_hosts(options, os.environ), options)
     print(json.dumps(report, indent=2) if options.json else table(report))
     sys.exit(0 if report["well"] else 1)
@@ -49,7 +51,9 @@ def examine(hosts: list[Host], options: argparse.Namespace) -> dict[str, Any]:
     in_slurm = hostfile.in_slurm(os.environ) and shutil.which("srun") is not None
     names = [host.name for host in hosts]
     allocated = [host.name for host in hostfile.from_slurm(os.environ)] if in_slurm else []
-    reached = {name: _allocated(name, allocated) for name in names} if in_slurm else reach_all(names)
+    reached = (
+        {name: _allocated(name, allocated) for name in names} if in_slurm else reach_all(names)
+    )
     findings = [Finding(name, r.reason, r.fix) for name, r in reached.items() if not r.how]
     if launched.homeless():
         findings.append(Finding("", "a plain mpirun dies by signal 11 here", launched.no_home()))
@@ -76,7 +80,11 @@ def examine(hosts: list[Host], options: argparse.Namespace) -> dict[str, Any]:
 def _allocated(name: str, allocated: list[str]) -> Reach:
     if name in allocated:
         return Reach("srun")
-    return Reach("", reason="it is not in this job's allocation", fix="take it out of the hostfile, or give none")
+    return Reach(
+        "",
+        reason="it is not in this job's allocation",
+        fix="take it out of the hostfile, or give none",
+    )
 
 
 def judge(
@@ -101,11 +109,15 @@ def judge(
 def named(parts: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """The ranks' parts with their hosts' names, the rounds counted, and their time foretold for MANY hosts."""
     found: dict[str, Any] = {
-        key: dict(zip(names, parts[key], strict=True)) for key in ("facts", "clocks") if key in parts
+        key: dict(zip(names, parts[key], strict=True))
+        for key in ("facts", "clocks")
+        if key in parts
     }
     if "pairs" in parts:
         links = [
-            row | {end: names[row[end]] for end in ("from", "to")} for each in parts["pairs"] for row in each["rows"]
+            row | {end: names[row[end]] for end in ("from", "to")}
+            for each in parts["pairs"]
+            for row in each["rows"]
         ]
         rounds, seconds = len(names) - 1 + len(names) % 2, parts["pairs"][0]["seconds"]
         foretold = {f"seconds_for_{MANY}_hosts": seconds / rounds * (MANY - 1)}
@@ -128,16 +140,33 @@ def table(report: Mapping[str, Any]) -> str:
     count = sum(finding.fault for finding in findings)
     said = f"{count} fault{'s' * (count > 1)}" if count else "all is well"
     hosts = len(report["hosts"])
-    return "\n".join([*lines, f"{said} ({hosts} host{'s' * (hosts > 1)}, {report['seconds']:.1f} s)"])
+    return "\n".join(
+        [*lines, f"{said} ({hosts} host{'s' * (hosts > 1)}, {report['seconds']:.1f} s)"]
+    )
 
 
-HEAD = ["host", "reached", "slots", "GPUs", "cores", "memory", "disk", "files", "locked", "address", "clock"]
+HEAD = [
+    "host",
+    "reached",
+    "slots",
+    "GPUs",
+    "cores",
+    "memory",
+    "disk",
+    "files",
+    "locked",
+    "address",
+    "clock",
+]
 HEAD += ["latency", "sends", "receives"]
 
 
 def columns(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def _row(host: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
@@ -147,7 +176,11 @@ def _row(host: Mapping[str, Any], report: Mapping[str, Any]) -> list[str]:
         return [*start, *["-"] * (len(HEAD) - len(start))]
     f = report["facts"][name]
     middle = [verdicts.describe_gpus(f["gpus"]), str(f["cores"]), verdicts.size(f["memory"])]
-    middle += [verdicts.size(min(f["disk"].values())), _limit(f["open_files"]), _bytes(f["locked_memory"])]
+    middle += [
+        verdicts.size(min(f["disk"].values())),
+        _limit(f["open_files"]),
+        _bytes(f["locked_memory"]),
+    ]
     return [*start, *middle, f["address"] or "unknown", _clock(report, name), *_links(report, name)]
 
 
@@ -169,16 +202,29 @@ def _links(report: Mapping[str, Any], name: str) -> list[str]:
         return ["-"] * 3
     middle = statistics.median
     latency = middle(row["latency"] for row in sends)
-    return [f"{latency * 1e6:.0f} µs", *(rate(middle(row["bandwidth"] for row in some)) for some in (sends, receives))]
+    return [
+        f"{latency * 1e6:.0f} µs",
+        *(rate(middle(row["bandwidth"] for row in some)) for some in (sends, receives)),
+    ]
 
 
 def _versions(facts: Mapping[str, Any]) -> str:
     first = next(iter(facts.values()))
-    found = {name: version for name, version in first["packages"].items() if verdicts.KEY_PACKAGES.fullmatch(name)}
+    found = {
+        name: version
+        for name, version in first["packages"].items()
+        if verdicts.KEY_PACKAGES.fullmatch(name)
+    }
     drivers = {gpu["driver"] for gpu in first["gpus"]}
-    words = [f"Python {first['python']}", f"recipe {first['recipe']}", *(f"{n} {v}" for n, v in sorted(found.items()))]
+    words = [
+        f"Python {first['python']}",
+        f"recipe {first['recipe']}",
+        *(f"{n} {v}" for n, v in sorted(found.items())),
+    ]
     words += [f"GPU driver {driver}" for driver in sorted(drivers)]
-    return ", ".join([*words, f"in {first['prefix']} on {first['disk_of_prefix'] or 'an unknown disk'}"])
+    return ", ".join(
+        [*words, f"in {first['prefix']} on {first['disk_of_prefix'] or 'an unknown disk'}"]
+    )
 
 
 def _data(facts: Mapping[str, Any]) -> str:
@@ -191,12 +237,14 @@ def _network(network: Mapping[str, Any]) -> list[str]:
     links = network["links"]
     link, host = verdicts.slowest(links)
     usual = statistics.median(row["bandwidth"] for row in links)
-    said = f"{len(links)} links, the median {rate(usual)}; slowest link {link['from']}→{link['to']} "
-    said += rate(link["bandwidth"]) + (f", slowest host {host}" if len(verdicts.hosts_of(links)) > 2 else "")
-    foretold = network[f"seconds_for_{MANY}_hosts"]
-    took = (
-        f"{network['rounds']} rounds in {network['seconds']:.1f} s; {MANY} hosts: {MANY - 1} rounds, {foretold:.0f} s"
+    said = (
+        f"{len(links)} links, the median {rate(usual)}; slowest link {link['from']}→{link['to']} "
     )
+    said += rate(link["bandwidth"]) + (
+        f", slowest host {host}" if len(verdicts.hosts_of(links)) > 2 else ""
+    )
+    foretold = network[f"seconds_for_{MANY}_hosts"]
+    took = f"{network['rounds']} rounds in {network['seconds']:.1f} s; {MANY} hosts: {MANY - 1} rounds, {foretold:.0f} s"
     return [said, took]
 
 
@@ -205,7 +253,9 @@ def _together(together: Mapping[str, float], count: int) -> str:
     each = 2 * (count - 1) / count * together["bytes"] / together["seconds"]
     step = together["seconds"] * 4 * GRADIENTS / together["bytes"]
     said = f"{together['bytes'] / 1e6:.1f} MB among all in {together['seconds']:.2f} s, {rate(each)} a host"
-    return f"{said}; ResNet-50's gradients ({4 * GRADIENTS / 1e6:.0f} MB): {step:.2f} s a step by MPI"
+    return (
+        f"{said}; ResNet-50's gradients ({4 * GRADIENTS / 1e6:.0f} MB): {step:.2f} s a step by MPI"
+    )
 
 
 def _limit(count: int | None) -> str:
@@ -221,20 +271,32 @@ def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host
         return hostfile.read(options.hostfile)
     if hostfile.in_slurm(environ):
         return hostfile.from_slurm(environ)
-    raise UsageError("which hosts? Give --hostfile, such as hostfiles/localhost, or run this in a Slurm allocation")
+    raise UsageError(
+        "which hosts? Give --hostfile, such as hostfiles/localhost, or run this in a Slurm allocation"
+    )
 
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="python -m launch.doctor", description=__doc__)
     parser.add_argument("--hostfile", help="default: the Slurm allocation")
-    parser.add_argument("--interface", default="", help="the network between the hosts, such as eth0")
+    parser.add_argument(
+        "--interface", default="", help="the network between the hosts, such as eth0"
+    )
     data = "what all hosts should see alike; names, sizes and samples of contents are compared"
-    parser.add_argument("--data_dir", default="", help=f"{data}; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds for the job of MPI (default: 120)")
+    parser.add_argument(
+        "--data_dir",
+        default="",
+        help=f"{data}; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds for the job of MPI (default: 120)"
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(argv)
     where = options.data_dir or os.environ.get("TFDS_DATA_DIR")
-    options.data_dir = str(Path(where).expanduser().absolute()) if where else ""  # the ranks start in another folder
+    options.data_dir = (
+        str(Path(where).expanduser().absolute()) if where else ""
+    )  # the ranks start in another folder
     if not 1 <= options.timeout <= 86400:
         raise UsageError(f"--timeout={options.timeout:g} is not from 1 to 86400 seconds")
     return options

@@ -29,13 +29,17 @@ PATIENCE = 120.0  # seconds until the first task must listen
 
 def main(program: list[str]) -> None:
     if not program:
-        raise UsageError("nothing to run: end the command with one, such as python -m recipe.train --config=quick")
+        raise UsageError(
+            "nothing to run: end the command with one, such as python -m recipe.train --config=quick"
+        )
     slots = assignments(os.environ)
     if not shutil.which(program[0]):
         raise UsageError(f"{program[0]} is not on the PATH of {socket.gethostname()}")
     mine = slots[int(os.environ["SLURM_PROCID"])]
     if mine.local_rank != int(os.environ["SLURM_LOCALID"]):
-        raise UsageError("the tasks of a node don't follow one another: give srun --distribution=block")
+        raise UsageError(
+            "the tasks of a node don't follow one another: give srun --distribution=block"
+        )
     address, port = rendezvous(os.environ, slots[0].hostname)
     os.environ.update(create_slot_env_vars(mine))
     os.environ.update(
@@ -56,9 +60,13 @@ def assignments(environ: Mapping[str, str]) -> list[SlotInfo]:
     try:
         nodes, tasks = environ["SLURM_STEP_NODELIST"], environ["SLURM_STEP_TASKS_PER_NODE"]
     except KeyError:
-        raise UsageError("this is no task of Slurm's: start it by srun --mpi=none, or take horovodrun")
+        raise UsageError(
+            "this is no task of Slurm's: start it by srun --mpi=none, or take horovodrun"
+        )
     hosts = from_slurm({"SLURM_JOB_NODELIST": nodes, "SLURM_TASKS_PER_NODE": tasks})
-    return get_host_assignments([HostInfo(host.name, host.slots) for host in hosts], sum(host.slots for host in hosts))
+    return get_host_assignments(
+        [HostInfo(host.name, host.slots) for host in hosts], sum(host.slots for host in hosts)
+    )
 
 
 def rendezvous(environ: Mapping[str, str], first: str) -> tuple[str, int]:
@@ -76,7 +84,9 @@ def serve(port: int, slots: list[SlotInfo]) -> None:
     try:
         server = RendezvousHTTPServer(("", port), RendezvousHandler, 0)
     except OSError as error:
-        raise RunError(f"port {port} on {socket.gethostname()} can't be had ({error.strerror}); submit the job again")
+        raise RunError(
+            f"port {port} on {socket.gethostname()} can't be had ({error.strerror}); submit the job again"
+        )
     server.init(slots)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
@@ -104,7 +114,9 @@ def wait_for(address: str, port: int) -> None:
             return
         except OSError as error:
             if time.monotonic() > end:
-                raise RunError(f"the first task does not listen at {address}:{port} ({error}) after {PATIENCE:.0f} s")
+                raise RunError(
+                    f"the first task does not listen at {address}:{port} ({error}) after {PATIENCE:.0f} s"
+                )
             time.sleep(0.2)
 
 

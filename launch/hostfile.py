@@ -28,7 +28,9 @@ from pathlib import Path
 from launch.command import Parser, run
 from recipe.errors import RunError, UsageError
 
-LIMIT = 65536  # hosts in a file, and slots of a host: a slip of the keyboard must not eat the memory
+LIMIT = (
+    65536  # hosts in a file, and slots of a host: a slip of the keyboard must not eat the memory
+)
 RANGES = 4  # in one name; Slurm knows fewer
 LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 NAME = re.compile(rf"(?=.{{1,253}}\Z){LABEL}(?:\.{LABEL})*")
@@ -47,7 +49,9 @@ READ = {
     "horovodrun": re.compile(r"\s*(?:[\w.-]+\s+slots\s*=[0-9]+\s*)?(?:#[^\ufffd]*)?"),
 }
 KEEP_NAMES = {"orte_keep_fqdn_hostnames": "1"}  # Open MPI 4 cuts names at the first dot otherwise
-ANY_NAMES = {"regx": "naive"}  # it refuses underscores otherwise, and dies of 65 characters and more by a signal
+ANY_NAMES = {
+    "regx": "naive"
+}  # it refuses underscores otherwise, and dies of 65 characters and more by a signal
 SINFO = 1000  # hosts in one command
 NOTATIONS = {  # how a host is written, and what follows it or stands between two
     "openmpi": ("{0.name} slots={0.slots}", "\n"),
@@ -74,11 +78,15 @@ def parse(text: str, where: str, gpus: int | None = None) -> list[Host]:
         try:
             for host in _parse_line(line, gpus):
                 if first := lines.get(host.name.lower()):
-                    raise UsageError(f"{host.name} stands on line {first} already: write it once, with all its slots")
+                    raise UsageError(
+                        f"{host.name} stands on line {first} already: write it once, with all its slots"
+                    )
                 hosts.append(host)
                 lines[host.name.lower()] = number
                 if len(hosts) > LIMIT:
-                    raise UsageError(f"there are more than {LIMIT} hosts by now: is a range too long?")
+                    raise UsageError(
+                        f"there are more than {LIMIT} hosts by now: is a range too long?"
+                    )
         except UsageError as error:
             raise UsageError(f"{where}:{number}: {error}") from None
     if not hosts:
@@ -112,7 +120,9 @@ def render(hosts: list[Host], notation: str) -> str:
 
     Raises UsageError for another notation."""
     if notation not in NOTATIONS:
-        raise UsageError(f"{notation!r} is not a notation of hostfiles: take one of {', '.join(NOTATIONS)}")
+        raise UsageError(
+            f"{notation!r} is not a notation of hostfiles: take one of {', '.join(NOTATIONS)}"
+        )
     form, end = NOTATIONS[notation]
     return end.join(form.format(host) for host in hosts) + end.strip(",")
 
@@ -137,7 +147,9 @@ def from_slurm(environ: Mapping[str, str]) -> list[Host]:
             "submit it as one component, or list all hosts in a hostfile and take horovodrun"
         )
     try:
-        names = list(islice((name for entry in _entries(nodes) for name in expand(entry)), LIMIT + 1))
+        names = list(
+            islice((name for entry in _entries(nodes) for name in expand(entry)), LIMIT + 1)
+        )
     except UsageError as error:
         raise UsageError(f"SLURM_JOB_NODELIST={nodes[:80]}: {error}") from None
     counts = _slurm_tasks(environ, len(names))
@@ -151,7 +163,11 @@ def alive(hosts: list[Host]) -> list[Host]:
     A job outlives a node only if it was submitted with --no-kill."""
     names = [host.name for host in hosts]
     said = "".join(_sinfo(names[first : first + SINFO]) for first in range(0, len(names), SINFO))
-    dead = {name for name, state in map(str.split, said.splitlines()) if re.match(r"down|fail|.*\*$", state)}
+    dead = {
+        name
+        for name, state in map(str.split, said.splitlines())
+        if re.match(r"down|fail|.*\*$", state)
+    }
     if not (living := [host for host in hosts if host.name not in dead]):
         raise RunError(f"all nodes of the allocation are down: {', '.join(sorted(dead))}")
     return living
@@ -161,9 +177,13 @@ def _sinfo(names: list[str]) -> str:
     """Lines of a node and its state."""
     command = ["sinfo", "--noheader", "--Node", "--nodes", ",".join(names), "--format=%N %T"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=30
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise RunError(f"sinfo doesn't tell which nodes are up: {error}; see whether Slurm's controller runs")
+        raise RunError(
+            f"sinfo doesn't tell which nodes are up: {error}; see whether Slurm's controller runs"
+        )
 
 
 def expand(pattern: str) -> list[str]:
@@ -177,7 +197,9 @@ def expand(pattern: str) -> list[str]:
     for index, part in enumerate(parts):
         choices = _numbers(part) if index % 2 else [part]
         if len(names) * len(choices) > LIMIT:
-            raise UsageError(f"{pattern[:80]!r} stands for more than {LIMIT} hosts: shorten its ranges")
+            raise UsageError(
+                f"{pattern[:80]!r} stands for more than {LIMIT} hosts: shorten its ranges"
+            )
         names = [name + choice for name in names for choice in choices]
     for name in names:
         _check_name(name)
@@ -190,12 +212,19 @@ def main(argv: list[str]) -> None:
         _check(options.file, options.gpus)
         return
     if options.command == "discover":
-        print(render(read(options.file) if options.file else alive(from_slurm(os.environ)), "mpich"), end="")
+        print(
+            render(read(options.file) if options.file else alive(from_slurm(os.environ)), "mpich"),
+            end="",
+        )
         return
     if options.command == "convert":
         hosts = read(options.file)
     else:
-        hosts = parse("\n".join(options.hosts), "arguments") if options.hosts else from_slurm(os.environ)
+        hosts = (
+            parse("\n".join(options.hosts), "arguments")
+            if options.hosts
+            else from_slurm(os.environ)
+        )
     print(render(hosts, options.to).rstrip())
 
 
@@ -204,7 +233,9 @@ def _text(path: Path | str) -> str:
     try:
         return Path(path).read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
-        raise UsageError(f"hostfile {path} can't be read: {error.strerror}; give the path of a file with a host a line")
+        raise UsageError(
+            f"hostfile {path} can't be read: {error.strerror}; give the path of a file with a host a line"
+        )
 
 
 def _unread(text: str) -> dict[str, int]:
@@ -212,7 +243,9 @@ def _unread(text: str) -> dict[str, int]:
     found = {}
     for launcher, line in READ.items():
         lines = re.split("\n" if launcher == "mpirun" else r"\r\n?|\n", text)
-        if wrong := next((number for number, each in enumerate(lines, 1) if not line.fullmatch(each)), 0):
+        if wrong := next(
+            (number for number, each in enumerate(lines, 1) if not line.fullmatch(each)), 0
+        ):
             found[launcher] = wrong
     return found
 
@@ -263,12 +296,16 @@ def _slots(pattern: str, settings: list[str]) -> int:
         name, _, value = setting.partition("=")
         name = re.sub(r"max[-_]slots|slots[-_]max", "max_slots", name)
         if name not in ("slots", "max_slots"):
-            raise UsageError(f"{setting[:80]!r} is not understood: write {pattern} slots=8, the rest is the launcher's")
+            raise UsageError(
+                f"{setting[:80]!r} is not understood: write {pattern} slots=8, the rest is the launcher's"
+            )
         if name in given:
             raise UsageError(f"{pattern} has {name} twice: keep one, as in {pattern} slots=8")
         given[name] = _number(value, name)
     if "slots" not in given:
-        raise UsageError(f"{pattern} has no slots: write how many ranks it runs, one a GPU, as in {pattern} slots=8")
+        raise UsageError(
+            f"{pattern} has no slots: write how many ranks it runs, one a GPU, as in {pattern} slots=8"
+        )
     if given["slots"] > given.get("max_slots", LIMIT):
         raise UsageError(
             f"{pattern} has more slots than its max_slots={given['max_slots']}: lower the one, or raise it"
@@ -278,7 +315,9 @@ def _slots(pattern: str, settings: list[str]) -> int:
 
 def _number(value: str, name: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", value) or not 1 <= int(value) <= LIMIT:
-        raise UsageError(f"{name}={value[:80]} is not a whole number from 1 to {LIMIT}: write {name}=8 for 8 GPUs")
+        raise UsageError(
+            f"{name}={value[:80]} is not a whole number from 1 to {LIMIT}: write {name}=8 for 8 GPUs"
+        )
     return int(value)
 
 
@@ -293,7 +332,9 @@ def _numbers(ranges: str) -> list[str]:
         if int(last) < int(first):
             raise UsageError(f"[{first}-{last}] runs backwards: write [{last}-{first}]")
         if last.startswith("0") and len(first) != len(last):
-            raise UsageError(f"[{first}-{last}] has ends of different lengths: write as many digits in both")
+            raise UsageError(
+                f"[{first}-{last}] has ends of different lengths: write as many digits in both"
+            )
         if int(last) - int(first) + len(found) >= LIMIT:
             raise UsageError(f"[{ranges[:80]}] has more than {LIMIT} numbers: shorten it")
         found += [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
@@ -303,16 +344,26 @@ def _numbers(ranges: str) -> list[str]:
 def _check_name(name: str) -> None:
     """Only what every launcher and ssh take for the name of a host; a leading hyphen would be an option to ssh."""
     if "@" in name:
-        raise UsageError(f"{name[:80]!r} has a user: write the host alone, and its `User` into ~/.ssh/config")
+        raise UsageError(
+            f"{name[:80]!r} has a user: write the host alone, and its `User` into ~/.ssh/config"
+        )
     if RESERVED.fullmatch(name):
-        raise UsageError(f"{name!r} is a setting of Open MPI, not a host: begin the line with a host, bb01 slots=8")
+        raise UsageError(
+            f"{name!r} is a setting of Open MPI, not a host: begin the line with a host, bb01 slots=8"
+        )
     if re.fullmatch(r"[0-9.]+", name):
         try:
             address = ipaddress.IPv4Address(name)
         except ValueError:
-            raise UsageError(f"{name[:80]!r} is neither a host name nor an IPv4 address: write one, such as bb01")
-        if address.is_unspecified or address.is_multicast:  # mpirun takes 0.0.0.0 for the machine it runs on
-            raise UsageError(f"{name} is not the address of one machine: write its name, such as bb01")
+            raise UsageError(
+                f"{name[:80]!r} is neither a host name nor an IPv4 address: write one, such as bb01"
+            )
+        if (
+            address.is_unspecified or address.is_multicast
+        ):  # mpirun takes 0.0.0.0 for the machine it runs on
+            raise UsageError(
+                f"{name} is not the address of one machine: write its name, such as bb01"
+            )
     elif not NAME.fullmatch(name):
         raise UsageError(
             f"{name[:80]!r} is not a host name: letters, digits, underscores, inner hyphens and dots, as in bb01 or "
@@ -334,17 +385,28 @@ def _refuse_ipv6(word: str) -> None:
 
 def _slurm_tasks(environ: Mapping[str, str], nodes: int) -> list[str]:
     """Tasks of each node: of `8(x4),2`, or the same for all."""
-    name = next((n for n in ("SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE") if environ.get(n)), None)
+    name = next(
+        (n for n in ("SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE") if environ.get(n)), None
+    )
     if name is None:
-        raise UsageError("SLURM_TASKS_PER_NODE is not set: give sbatch or salloc --ntasks-per-node=8")
-    matches = [re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part) for part in environ[name].split(",")]
+        raise UsageError(
+            "SLURM_TASKS_PER_NODE is not set: give sbatch or salloc --ntasks-per-node=8"
+        )
+    matches = [
+        re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part)
+        for part in environ[name].split(",")
+    ]
     if None in matches or sum(times := [int(match[2] or 1) for match in matches]) > LIMIT:
-        raise UsageError(f"{name}={environ[name][:80]} is not understood: it should be like 8(x4),2")
+        raise UsageError(
+            f"{name}={environ[name][:80]} is not understood: it should be like 8(x4),2"
+        )
     counts = [match[1] for match, n in zip(matches, times, strict=True) for _ in range(n)]
     if name == "SLURM_NTASKS_PER_NODE" and len(counts) == 1:
         counts *= nodes
     if len(counts) != nodes:
-        raise UsageError(f"{name}={environ[name][:80]} has {len(counts)} nodes, SLURM_JOB_NODELIST {nodes}")
+        raise UsageError(
+            f"{name}={environ[name][:80]} has {len(counts)} nodes, SLURM_JOB_NODELIST {nodes}"
+        )
     return counts
 
 
@@ -353,15 +415,25 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="check a hostfile")
     check.add_argument("file")
-    check.add_argument("--gpus", type=lambda value: _number(value, "--gpus"), help="of a host: no more slots than that")
+    check.add_argument(
+        "--gpus",
+        type=lambda value: _number(value, "--gpus"),
+        help="of a host: no more slots than that",
+    )
     convert = commands.add_parser("convert", help="write a hostfile in another notation")
     convert.add_argument("file")
     convert.add_argument("--to", choices=NOTATIONS, required=True)
-    write = commands.add_parser("write", help="write a hostfile from a list, or from the Slurm allocation")
+    write = commands.add_parser(
+        "write", help="write a hostfile from a list, or from the Slurm allocation"
+    )
     write.add_argument("hosts", nargs="*", help="such as bb[01-32]:8; none: the Slurm allocation's")
     write.add_argument("--to", choices=NOTATIONS, default="openmpi")
-    discover = commands.add_parser("discover", help="print host:slots lines, for an elastic horovodrun")
-    discover.add_argument("file", nargs="?", help="may change while the run goes on; none: the Slurm allocation")
+    discover = commands.add_parser(
+        "discover", help="print host:slots lines, for an elastic horovodrun"
+    )
+    discover.add_argument(
+        "file", nargs="?", help="may change while the run goes on; none: the Slurm allocation"
+    )
     return parser
 
 

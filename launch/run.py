@@ -53,7 +53,9 @@ LOCAL = (
     "SLURM_",
     "PMIX_",
 )  # beginnings; the launcher's
-OURS = (Path(sys.prefix) / "bin" / "orted").exists()  # Open MPI is the environment's, not the system's
+OURS = (
+    Path(sys.prefix) / "bin" / "orted"
+).exists()  # Open MPI is the environment's, not the system's
 PATIENCE = 120  # seconds until srun must have started something
 LONGEST = 32 * os.sysconf("SC_PAGE_SIZE")  # bytes of one argument, for Linux
 # Where schedulers that this launcher doesn't know keep a job's hosts, and what makes a hostfile of it.
@@ -65,7 +67,11 @@ SCHEDULERS = {
     "OMPI_MCA_orte_default_hostfile": "--hostfile {0}",
 }
 # A lost host is noticed after 10 + 3 · 5 seconds: Open MPI's own 8 minutes, or for ever.
-KEEPALIVE = {"oob_tcp_keepalive_time": "10", "oob_tcp_keepalive_intvl": "5", "oob_tcp_keepalive_probes": "3"}
+KEEPALIVE = {
+    "oob_tcp_keepalive_time": "10",
+    "oob_tcp_keepalive_intvl": "5",
+    "oob_tcp_keepalive_probes": "3",
+}
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,9 @@ def main(argv: list[str]) -> None:
     for note in _notes(options, job, os.environ):
         print(f"note: {note}", file=sys.stderr, flush=True)
     variables = job.environment | _local(os.environ)
-    text = shlex.join(["env", "-i", *(f"{name}={value}" for name, value in variables.items()), *command])
+    text = shlex.join(
+        ["env", "-i", *(f"{name}={value}" for name, value in variables.items()), *command]
+    )
     print(text, file=sys.stdout if options.dry_run else sys.stderr, flush=True)
     if not options.dry_run:
         _ready(command, job, variables)
@@ -104,16 +112,22 @@ def main(argv: list[str]) -> None:
 def mpirun(job: Job) -> list[str]:
     """Open MPI: no rank bound to a core, ranks in the order of the hosts, one network, a lost host noticed."""
     if ":" in job.log_dir:
-        raise UsageError(f"--log-dir={job.log_dir}: mpirun would cut it at the colon; name a folder without")
+        raise UsageError(
+            f"--log-dir={job.log_dir}: mpirun would cut it at the colon; name a folder without"
+        )
     place = [] if job.allocated else _place(job, "mpirun")
-    if "--hostfile" in place:  # it would look up thousands of names, one after the other, deaf to signals
+    if (
+        "--hostfile" in place
+    ):  # it would look up thousands of names, one after the other, deaf to signals
         place += ["--mca", "if_base_do_not_resolve", "1"]
     words = ["mpirun", "-np", str(job.ranks), *place, "--bind-to", "none", "--map-by", "slot"]
     if os.geteuid() == 0:
         words.append("--allow-run-as-root")
     if OURS:
         words += ["--prefix", sys.prefix]  # where the other hosts find Open MPI
-    names = hostfile.mpirun_settings(host.name for host in job.hosts) | hostfile.mpirun_settings(_own_name())
+    names = hostfile.mpirun_settings(host.name for host in job.hosts) | hostfile.mpirun_settings(
+        _own_name()
+    )
     several = KEEPALIVE | _networks(job.interface) if job.servers > 1 else {}
     for name, value in (names | several).items():
         words += ["--mca", name, value]
@@ -168,15 +182,27 @@ def _own_name() -> list[str]:
 
 def _srun(job: Job, mpi: str) -> list[str]:
     if not hostfile.in_slurm(os.environ):
-        raise UsageError("srun needs a Slurm allocation, of salloc or sbatch; elsewhere take --launcher=horovodrun")
-    words = ["srun", f"--mpi={mpi}", f"--ntasks={job.ranks}", "--distribution=block", "--kill-on-bad-exit=1"]
+        raise UsageError(
+            "srun needs a Slurm allocation, of salloc or sbatch; elsewhere take --launcher=horovodrun"
+        )
+    words = [
+        "srun",
+        f"--mpi={mpi}",
+        f"--ntasks={job.ranks}",
+        "--distribution=block",
+        "--kill-on-bad-exit=1",
+    ]
     folder = job.log_dir.replace("%", "%%")
     return [*words, "--cpu-bind=none", *(["--output", f"{folder}/rank.%t"] if folder else [])]
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that ranks get."""
-    return {name: value for name, value in environ.items() if name in FORWARDED or name.startswith(FORWARDED_PREFIXES)}
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in FORWARDED or name.startswith(FORWARDED_PREFIXES)
+    }
 
 
 def settings(servers: int, ranks: int, interface: str, launcher: str) -> dict[str, str]:
@@ -192,7 +218,10 @@ def settings(servers: int, ranks: int, interface: str, launcher: str) -> dict[st
         found["HOROVOD_FUSION_THRESHOLD"] = str(32 * 2**20)
         found["HOROVOD_CYCLE_TIME"] = "3.5"  # ms
     if interface:
-        found |= {"NCCL_SOCKET_IFNAME": interface, "HOROVOD_GLOO_IFACE": interface.split(",")[0]}  # Gloo takes one
+        found |= {
+            "NCCL_SOCKET_IFNAME": interface,
+            "HOROVOD_GLOO_IFACE": interface.split(",")[0],
+        }  # Gloo takes one
     return found
 
 
@@ -201,18 +230,26 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--launcher", choices=list(LAUNCHERS), default="mpirun")
     parser.add_argument("--hostfile", help="default: the Slurm allocation, or this machine")
     parser.add_argument("-np", type=int, metavar="RANKS", help="default: all slots")
-    parser.add_argument("--elastic", type=_range, metavar="MIN:MAX", help="horovodrun: ranks; the hosts may change")
-    parser.add_argument("--interface", default="", help="the network between the hosts, such as eth0")
+    parser.add_argument(
+        "--elastic", type=_range, metavar="MIN:MAX", help="horovodrun: ranks; the hosts may change"
+    )
+    parser.add_argument(
+        "--interface", default="", help="the network between the hosts, such as eth0"
+    )
     parser.add_argument("--log-dir", default="", help="a folder for a file of each rank's output")
     parser.add_argument("--dry-run", action="store_true", help="print the command only")
-    parser.add_argument("program", nargs=argparse.REMAINDER, help="what to run, such as python -m recipe.train …")
+    parser.add_argument(
+        "program", nargs=argparse.REMAINDER, help="what to run, such as python -m recipe.train …"
+    )
     return parser.parse_args(argv)
 
 
 def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
     program = options.program[1:] if options.program[:1] == ["--"] else options.program
     if not program:
-        raise UsageError("nothing to run: end the command with one, such as python -m recipe.train --config=quick")
+        raise UsageError(
+            "nothing to run: end the command with one, such as python -m recipe.train --config=quick"
+        )
     hosts = _hosts(options, environ)
     slots = sum(host.slots for host in hosts)
     asked = slots if options.hostfile else _tasks(environ) or slots  # --ntasks may leave slots free
@@ -226,7 +263,9 @@ def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
         program=program,
         hosts=hosts,
         file=options.hostfile or "",
-        allocated=not options.hostfile and hostfile.in_slurm(environ) and options.launcher != "horovodrun",
+        allocated=not options.hostfile
+        and hostfile.in_slurm(environ)
+        and options.launcher != "horovodrun",
         ranks=ranks,
         interface=options.interface,
         log_dir=options.log_dir,
@@ -249,7 +288,9 @@ def _tasks(environ: Mapping[str, str]) -> int | None:
     """Of a Slurm job, if it was told."""
     told = environ.get("SLURM_NTASKS", "")
     if told and not (told.isdecimal() and int(told)):
-        raise UsageError(f"SLURM_NTASKS={told[:80]} is not a number of tasks: unset it, or give -np")
+        raise UsageError(
+            f"SLURM_NTASKS={told[:80]} is not a number of tasks: unset it, or give -np"
+        )
     return int(told) if told else None
 
 
@@ -264,7 +305,13 @@ def _assumed(options: argparse.Namespace, job: Job, environ: Mapping[str, str]) 
     if hostfile.in_slurm(environ):
         told = options.np is not None or _tasks(environ) or environ.get("SLURM_NTASKS_PER_NODE")
         counted = f"Slurm was not told how many tasks, and counts {environ.get('SLURM_TASKS_PER_NODE')} a node"
-        return [] if told else [f"{counted}: {job.ranks} ranks; give sbatch or salloc --ntasks-per-node, a task a GPU"]
+        return (
+            []
+            if told
+            else [
+                f"{counted}: {job.ranks} ranks; give sbatch or salloc --ntasks-per-node, a task a GPU"
+            ]
+        )
     return [
         f"all ranks are on this machine; {name} names the hosts of this job: {shlex.quote(path)}, to be given by "
         f"--hostfile ({form.format(shlex.quote(path))})"
@@ -276,7 +323,11 @@ def _assumed(options: argparse.Namespace, job: Job, environ: Mapping[str, str]) 
 def _first_words(path: str) -> set[str]:
     """The hosts of a scheduler's file."""
     try:
-        return {line.split()[0] for line in Path(path).read_text(errors="replace").splitlines() if line.split()}
+        return {
+            line.split()[0]
+            for line in Path(path).read_text(errors="replace").splitlines()
+            if line.split()
+        }
     except OSError:
         return set()
 
@@ -294,13 +345,25 @@ def _elastic(options: argparse.Namespace, ranks: int) -> list[str]:
     if options.elastic is None:
         return []
     if options.launcher != "horovodrun":
-        raise UsageError(f"--elastic needs --launcher=horovodrun; {options.launcher} keeps its ranks to the end")
+        raise UsageError(
+            f"--elastic needs --launcher=horovodrun; {options.launcher} keeps its ranks to the end"
+        )
     if not options.hostfile and not hostfile.in_slurm(os.environ):
-        raise UsageError("--elastic needs --hostfile, a file that may then change, or a Slurm allocation")
+        raise UsageError(
+            "--elastic needs --hostfile, a file that may then change, or a Slurm allocation"
+        )
     least, most = options.elastic
     if not least <= ranks <= most:
-        raise UsageError(f"{ranks} ranks to begin with are not among --elastic={least}:{most}; change -np or the hosts")
-    discovery = [sys.executable, "-m", "launch.hostfile", "discover", *([options.hostfile] if options.hostfile else [])]
+        raise UsageError(
+            f"{ranks} ranks to begin with are not among --elastic={least}:{most}; change -np or the hosts"
+        )
+    discovery = [
+        sys.executable,
+        "-m",
+        "launch.hostfile",
+        "discover",
+        *([options.hostfile] if options.hostfile else []),
+    ]
     limits = ["--min-np", str(least), "--max-np", str(most)]
     return [*limits, "--host-discovery-script", shlex.join(discovery)]
 
@@ -322,12 +385,16 @@ def _check_k(program: list[str], ranks: int, elastic: tuple[int, int] | None) ->
 def _ready(command: list[str], job: Job, variables: dict[str, str]) -> None:
     """Raises UsageError when the command can't be run here; makes the folder for the ranks' output."""
     if not shutil.which(command[0], path=variables.get("PATH")):
-        raise UsageError(f"{command[0]} is not on the PATH: put .venv/bin there, or take another --launcher")
+        raise UsageError(
+            f"{command[0]} is not on the PATH: put .venv/bin there, or take another --launcher"
+        )
     if command[0] == "mpirun":
         _check_mpirun(variables)
     known = [name for _, name in socket.if_nameindex()]
     if job.interface and command[0] != "srun" and not set(job.interface.split(",")) <= set(known):
-        raise UsageError(f"--interface={job.interface}: this machine has {', '.join(known)}; name the network of all")
+        raise UsageError(
+            f"--interface={job.interface}: this machine has {', '.join(known)}; name the network of all"
+        )
     if "--mpi=pmix" in command:
         _try_pmix(job.servers, variables)
     if job.log_dir:
@@ -341,19 +408,30 @@ def _ready(command: list[str], job: Job, variables: dict[str, str]) -> None:
 
 def _check_mpirun(variables: dict[str, str]) -> None:
     """Raises UsageError when another MPI's comes first. MPICH's prints its usage, starts nothing, and ends with 0."""
-    found = subprocess.run(["mpirun", "--version"], env=variables, capture_output=True, text=True, check=False).stdout
+    found = subprocess.run(
+        ["mpirun", "--version"], env=variables, capture_output=True, text=True, check=False
+    ).stdout
     if "(Open MPI)" not in found:
         path = shutil.which("mpirun", path=variables.get("PATH"))
-        raise UsageError(f"{path} is not Open MPI's: put the environment's first: source .venv/bin/activate")
+        raise UsageError(
+            f"{path} is not Open MPI's: put the environment's first: source .venv/bin/activate"
+        )
 
 
 def _try_pmix(servers: int, variables: dict[str, str]) -> None:
     """Raises UsageError when srun can't start MPI ranks on a host. `srun --mpi=list` lists what doesn't load, too."""
-    one_each = [f"--nodes={servers}", f"--ntasks={servers}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    one_each = [
+        f"--nodes={servers}",
+        f"--ntasks={servers}",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
+    ]
     words = ["srun", "--mpi=pmix", "--input=none", *one_each, "true"]
     others = "take --launcher=mpirun or srun-gloo"
     try:
-        done = subprocess.run(words, env=variables, timeout=PATIENCE, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            words, env=variables, timeout=PATIENCE, capture_output=True, text=True, check=False
+        )
     except subprocess.TimeoutExpired:
         raise UsageError(f"`{shlex.join(words)}` did not end in {PATIENCE} s: {others}")
     if done.returncode:
@@ -368,14 +446,20 @@ def _networks(interface: str) -> dict[str, str]:
 
     Docker's bridge has the same address on every host."""
     kind, names = ("include", interface) if interface else ("exclude", "lo,docker0")
-    said = {name[9:12] for name in os.environ if re.fullmatch(r"OMPI_MCA_(oob|btl)_tcp_if_(in|ex)clude", name)}
+    said = {
+        name[9:12]
+        for name in os.environ
+        if re.fullmatch(r"OMPI_MCA_(oob|btl)_tcp_if_(in|ex)clude", name)
+    }
     return {f"{part}_tcp_if_{kind}": names for part in ("oob", "btl") if part not in said}
 
 
 def _local(environ: Mapping[str, str]) -> dict[str, str]:
     """What the launcher itself needs. SLURM_JWT is a key, and SLURM_EXPORT_ENV, of `sbatch --export`, would have srun
     keep the variables chosen here from the ranks."""
-    names = [n for n in environ if n.startswith(LOCAL) and n not in ("SLURM_JWT", "SLURM_EXPORT_ENV")]
+    names = [
+        n for n in environ if n.startswith(LOCAL) and n not in ("SLURM_JWT", "SLURM_EXPORT_ENV")
+    ]
     return {name: environ[name] for name in names}
 
 

@@ -12,7 +12,11 @@ def begun(run_dir: str, arguments: list[str]) -> None:
     """A run in this directory is about to begin, by recipe.train's `arguments`."""
     global _command
     program = os.environ.get(STARTED_AS) or "python -m recipe.train"
-    kept = [word for word in arguments if word.lstrip("-").partition("=")[0] not in ("resume", "run_dir")]
+    kept = [
+        word
+        for word in arguments
+        if word.lstrip("-").partition("=")[0] not in ("resume", "run_dir")
+    ]
     _command = f"{program} {shlex.join([*kept, f'--run_dir={run_dir}', '--resume'])}"
 
 

@@ -5,13 +5,17 @@ import numpy as np
 ASPECT = (3 / 4, 4 / 3)  # width to height
 ATTEMPTS = 10  # draws before the fallback
 REPLACEMENT = 2**31  # the first counter of the numbers that choose what takes a bad image's place
-DROPOUT = 2**32  # the first counter of the numbers that decide what an example drops; cropping begins at 1
+DROPOUT = (
+    2**32
+)  # the first counter of the numbers that decide what an example drops; cropping begins at 1
 EVAL_RESIZE = 256 / 224  # shorter side to crop in evaluation (paper, sec. 5.1)
 
 
 def keys(indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """uint64[b]: for each example index the key of its random numbers in this epoch."""
-    return _mix(_mix(_mix(np.uint64([seed])) ^ np.uint64(epoch)) ^ np.asarray(indices).astype(np.uint64))
+    return _mix(
+        _mix(_mix(np.uint64([seed])) ^ np.uint64(epoch)) ^ np.asarray(indices).astype(np.uint64)
+    )
 
 
 def uniforms(indices: np.ndarray, seed: int, epoch: int, count: int, first: int = 1) -> np.ndarray:

@@ -28,7 +28,12 @@ _warned: set[str] = set()
 
 
 def save(
-    folder: Path, step: int, arrays: dict[str, np.ndarray], meta: dict[str, Any], keep: int, keep_every: int = 0
+    folder: Path,
+    step: int,
+    arrays: dict[str, np.ndarray],
+    meta: dict[str, Any],
+    keep: int,
+    keep_every: int = 0,
 ) -> Path:
     """Writes FOLDER/step-SSSSSSSS.npz, the state after so many steps, and then removes all but the newest `keep` and
     those of every `keep_every` steps (0: none of these).
@@ -41,7 +46,9 @@ def save(
         _clean(folder)
         write(path, arrays, meta)
     except OSError as error:
-        raise RunError(f"cannot write the checkpoint {path}: {error.strerror}; free space or rights, then --resume")
+        raise RunError(
+            f"cannot write the checkpoint {path}: {error.strerror}; free space or rights, then --resume"
+        )
     for old in checkpoints(folder)[:-keep]:
         if old != path and (not keep_every or step_of(old) % keep_every):
             _remove(old)
@@ -75,7 +82,9 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     except OSError as error:
         raise RunError(f"{path} can't be read: {error.strerror}")
     if hashlib.sha256(content[:-_DIGEST]).hexdigest().encode() != content[-_DIGEST:]:
-        raise RunError(f"{path} is damaged: its {len(content)} bytes don't have the checksum they end with")
+        raise RunError(
+            f"{path} is damaged: its {len(content)} bytes don't have the checksum they end with"
+        )
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -84,7 +93,9 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise RunError(f"{path} is not a checkpoint ({error})")
 
 
-def newest(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def newest(
+    folder: Path, warn: Callable[[str], None]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     """The newest checkpoint that is whole, None when there are none; `warn` is told of each newer, damaged one.
 
     Raises RunError when there are some and all are damaged."""
@@ -95,13 +106,18 @@ def newest(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, np.ndar
         except RunError as error:
             warn(f"{error}; falling back to the checkpoint before it")
     if paths:
-        raise RunError(f"no checkpoint in {folder} is whole; restore one from a copy, or train in a new directory")
+        raise RunError(
+            f"no checkpoint in {folder} is whole; restore one from a copy, or train in a new directory"
+        )
     return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first: files of the very names that `save` writes, and no others."""
-    return sorted((path for path in _listed(folder, _NAME) if path.name == name_of(step_of(path))), key=step_of)
+    return sorted(
+        (path for path in _listed(folder, _NAME) if path.name == name_of(step_of(path))),
+        key=step_of,
+    )
 
 
 def unfinished(folder: Path) -> list[Path]:
@@ -116,9 +132,13 @@ def set_aside(paths: list[Path]) -> None:
     for path in paths:
         names = (f"aside-{path.name}", *(f"aside-{n}-{path.name}" for n in range(2, 1000)))
         try:
-            path.rename(next(aside for name in names if not os.path.lexists(aside := path.with_name(name))))
+            path.rename(
+                next(aside for name in names if not os.path.lexists(aside := path.with_name(name)))
+            )
         except OSError as error:
-            raise RunError(f"{path} can't be renamed: {error.strerror}; get the rights to, then --resume")
+            raise RunError(
+                f"{path} can't be renamed: {error.strerror}; get the rights to, then --resume"
+            )
 
 
 def name_of(step: int) -> str:
@@ -163,7 +183,11 @@ def _listed(folder: Path, pattern: re.Pattern) -> list[Path]:
     """The files of a folder with such names; none where there is no folder. Raises RunError when it can't be read."""
     try:
         with os.scandir(folder) as entries:
-            return [Path(entry.path) for entry in entries if pattern.fullmatch(entry.name) and entry.is_file()]
+            return [
+                Path(entry.path)
+                for entry in entries
+                if pattern.fullmatch(entry.name) and entry.is_file()
+            ]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -188,12 +212,16 @@ def _sync(folder: Path) -> None:
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        _warn_once(f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without")
+        _warn_once(
+            f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without"
+        )
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        _warn_once(f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without")
+        _warn_once(
+            f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without"
+        )
     finally:
         os.close(descriptor)
 
@@ -205,7 +233,9 @@ def _to_disk(descriptor: int, path: Path) -> None:
     except OSError as error:
         if error.errno not in _UNABLE:
             raise
-        _warn_once(f"{path} can't be brought to the disk at once: {error.strerror}; the run goes on without")
+        _warn_once(
+            f"{path} can't be brought to the disk at once: {error.strerror}; the run goes on without"
+        )
 
 
 def _warn_once(text: str) -> None:

@@ -40,7 +40,9 @@ def parse_recipe(argv: list[str]) -> tuple[Recipe, str, list[str]]:
     _refuse_unknown(overrides, recipe)
     try:
         # A tuple's overrides may change its length, and 5 may stand for 5.0: recipe/config.py checks the types.
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", *overrides])
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=["", *overrides]
+        )
         values(["", *overrides])
     except (flags.Error, TypeError, ValueError) as error:
         raise UsageError(str(error).removeprefix("flag ")) from None
@@ -68,7 +70,9 @@ def parse_flags(values: flags.FlagValues, argv: list[str], fields: Iterable[str]
     try:
         rest = values(["", *argv])[1:]
     except flags.UnrecognizedFlagError as error:
-        known = [name for name in values if name not in ("help", "helpfull", "helpshort", "helpxml")]
+        known = [
+            name for name in values if name not in ("help", "helpfull", "helpshort", "helpxml")
+        ]
         raise UsageError(
             f"--{error.flagname} is not a flag of this program; did you mean "
             f"--{meant(error.flagname, [*known, *fields])}?"
@@ -76,7 +80,9 @@ def parse_flags(values: flags.FlagValues, argv: list[str], fields: Iterable[str]
     except flags.Error as error:
         raise UsageError(str(error)) from None
     if rest:
-        raise UsageError(f"{rest[0]!r} is not understood: flags begin with --, such as --config=quick")
+        raise UsageError(
+            f"{rest[0]!r} is not understood: flags begin with --, such as --config=quick"
+        )
 
 
 def run(main: Callable[[list[str]], None], values: flags.FlagValues | None = None) -> None:
@@ -106,7 +112,10 @@ def run(main: Callable[[list[str]], None], values: flags.FlagValues | None = Non
         _leave(130, "interrupted", True)
     except OSError as error:
         of_a_file = isinstance(error.filename, (str, bytes, os.PathLike))
-        _leave(1, f"{os.fsdecode(error.filename)}: {error.strerror}" if of_a_file else _unexpected(error))
+        _leave(
+            1,
+            f"{os.fsdecode(error.filename)}: {error.strerror}" if of_a_file else _unexpected(error),
+        )
     except Exception as error:
         _leave(2 if _homeless(error) else 1, _unexpected(error))
 
@@ -143,7 +152,9 @@ def _refuse_unknown(overrides: list[str], recipe: Recipe) -> None:
     for override in overrides:
         name = override.lstrip("-").partition("=")[0]
         if name not in known:
-            raise UsageError(f"--{name} is not a field of the recipe; did you mean --{meant(name, known)}?")
+            raise UsageError(
+                f"--{name} is not a field of the recipe; did you mean --{meant(name, known)}?"
+            )
 
 
 def _unexpected(error: Exception) -> str:

@@ -21,7 +21,9 @@ from recipe.errors import RunError, UsageError
 
 T = TypeVar("T")
 
-GROUP = 2**24  # bytes of gradients that are reduced together when the order of their sum must not vary
+GROUP = (
+    2**24
+)  # bytes of gradients that are reduced together when the order of their sum must not vary
 
 # The number of ranks by horovodrun, Open MPI's mpirun, MPICH's, and srun.
 SIZE_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
@@ -36,7 +38,9 @@ def bind(framework: str) -> ModuleType:
     global _binding
     binding = importlib.import_module(f"horovod.{framework}")
     if _binding not in (None, binding):
-        raise UsageError(f"this process runs Horovod through {_binding.__name__}; it cannot also serve {framework}")
+        raise UsageError(
+            f"this process runs Horovod through {_binding.__name__}; it cannot also serve {framework}"
+        )
     _binding = binding
     return binding
 

@@ -20,7 +20,9 @@ class Data:
     data_dir: str = ""  # folder of the prepared data, or of train/; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
     manual_dir: str = ""  # folder of the original ImageNet tars; "": DATA_DIR/downloads/manual
     train_split: str = "train"  # TFDS split, or folder, to train on
-    eval_split: str = "validation"  # TFDS split, or folder (also named val), to measure the error on
+    eval_split: str = (
+        "validation"  # TFDS split, or folder (also named val), to measure the error on
+    )
     image_size: int = 224  # pixels a side, for training and evaluation (paper, sec. 5.1)
     min_area: float = 0.08  # smallest share of an image's area that a training crop keeps
     remainder: str = "drop"  # last N mod kn examples of an epoch: "drop" (the paper's floor(N/kn)) or "short" minibatch
@@ -34,14 +36,27 @@ class Data:
 class Model:
     """The residual network (paper, sec. 5.1)."""
 
-    blocks: tuple[int, ...] = (3, 4, 6, 3)  # bottleneck blocks of each stage; (3, 4, 6, 3) is ResNet-50
-    width: int = 64  # channels of the stem; stage i works with width·2^i and ends with four times that
+    blocks: tuple[int, ...] = (
+        3,
+        4,
+        6,
+        3,
+    )  # bottleneck blocks of each stage; (3, 4, 6, 3) is ResNet-50
+    width: int = (
+        64  # channels of the stem; stage i works with width·2^i and ends with four times that
+    )
     stem: str = "imagenet"  # "imagenet": 7×7 stride 2 and max pooling; "small": 3×3 stride 1, for small images
-    zero_gamma: bool = True  # γ = 0 in the last BN of each block, so that it starts as the identity (sec. 5.1)
+    zero_gamma: bool = (
+        True  # γ = 0 in the last BN of each block, so that it starts as the identity (sec. 5.1)
+    )
     bn_momentum: float = 0.9  # share of the old moving statistics kept at each step
     bn_epsilon: float = 1e-5  # added to the variance
-    precise_bn: int = 0  # minibatches over which the statistics for evaluation are taken anew; 0: the moving ones
-    dropout: float = 0.0  # share of the pooled features that a training example drops; the paper has none
+    precise_bn: int = (
+        0  # minibatches over which the statistics for evaluation are taken anew; 0: the moving ones
+    )
+    dropout: float = (
+        0.0  # share of the pooled features that a training example drops; the paper has none
+    )
     data_format: str = "channels_last"  # memory layout: "channels_last" or "channels_first" (GPU only in TensorFlow)
     precision: str = "float32"  # Keras dtype policy: "float32", "mixed_bfloat16" or "mixed_float16" (loss scaling)
 
@@ -80,24 +95,32 @@ class Run:
     checkpoint_every: int = 1  # epochs between checkpoints; the last epoch always has one
     checkpoint_steps: int = 0  # steps between checkpoints within an epoch; 0: none
     keep_checkpoints: int = 3  # the newest so many are kept
-    keep_every: int = 0  # epochs; the checkpoints of every so many epochs are kept for good; 0: none
+    keep_every: int = (
+        0  # epochs; the checkpoints of every so many epochs are kept for good; 0: none
+    )
     commit_steps: int = 10  # elastic runs: steps between copies in memory; a lost rank costs the steps since the last
     replica_check_every: int = 500  # steps between comparisons of all ranks' weights; 0: never
     deterministic: bool = False  # the same bits again on the same ranks; may cost speed on GPUs
     compile: bool = False  # native PyTorch only: torch.compile; gradients are then reduced after the backward pass
     step_timeout: float = 600.0  # seconds without a step after which a rank leaves: a host or a link is gone; 0: never
-    workers_at_once: int = 1  # of a rank's workers, so many share a forward pass: fills GPUs for which n is small
+    workers_at_once: int = (
+        1  # of a rank's workers, so many share a forward pass: fills GPUs for which n is small
+    )
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One training run, whatever it runs on. Raises UsageError when a value or a combination is impossible."""
 
-    k: int = 256  # workers: each computes the gradient and the BN statistics of n examples (sec. 2.3, 3)
+    k: int = (
+        256  # workers: each computes the gradient and the BN statistics of n examples (sec. 2.3, 3)
+    )
     n: int = 32  # examples per worker and step; the minibatch is kn
     epochs: int = 90  # passes over the training set (sec. 5.1)
     seed: int = 0  # with the recipe, the whole source of randomness
-    framework: str = "keras"  # "keras" (on the backend in $KERAS_BACKEND) or "torch" (native PyTorch)
+    framework: str = (
+        "keras"  # "keras" (on the backend in $KERAS_BACKEND) or "torch" (native PyTorch)
+    )
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -203,7 +226,9 @@ RANGES = {
 def identity(recipe: Recipe) -> dict[str, Any]:
     """The fields that say what is computed, by their dotted names: all but those of `run` and the data's folders."""
     fields = flatten(recipe).items()
-    return {name: value for name, value in fields if not name.startswith("run.") and name not in FOLDERS}
+    return {
+        name: value for name, value in fields if not name.startswith("run.") and name not in FOLDERS
+    }
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -252,13 +277,22 @@ def _plain(value: Any) -> Any:
 def _build(cls: type, values: dict[str, Any], path: str) -> Any:
     types = typing.get_type_hints(cls)
     if not isinstance(values, dict):
-        raise UsageError(f"{path} must be a section with the fields {', '.join(types)}, not {values!r}")
+        raise UsageError(
+            f"{path} must be a section with the fields {', '.join(types)}, not {values!r}"
+        )
     for name in values:
         if name not in types:
-            known = [*(f"{path}.{kind}" for kind in types), *(f"config.{field}" for field in flatten(Recipe()))]
+            known = [
+                *(f"{path}.{kind}" for kind in types),
+                *(f"config.{field}" for field in flatten(Recipe())),
+            ]
             wrong = f"{path}.{name}"
-            raise UsageError(f"{wrong} is not a field of the recipe; did you mean {meant(wrong, known)}?")
-    return cls(**{name: _coerce(types[name], value, f"{path}.{name}") for name, value in values.items()})
+            raise UsageError(
+                f"{wrong} is not a field of the recipe; did you mean {meant(wrong, known)}?"
+            )
+    return cls(
+        **{name: _coerce(types[name], value, f"{path}.{name}") for name, value in values.items()}
+    )
 
 
 def _coerce(kind: Any, value: Any, path: str) -> Any:
@@ -280,7 +314,9 @@ def _check_types(section: Any, path: str = "config") -> None:
         elif typing.get_origin(kind) is tuple:
             element = typing.get_args(kind)[0]
             if not isinstance(value, tuple) or any(type(v) not in (element, int) for v in value):
-                raise UsageError(f"{path}.{name} must be a tuple of {element.__name__}s, not {value!r}")
+                raise UsageError(
+                    f"{path}.{name} must be a tuple of {element.__name__}s, not {value!r}"
+                )
         elif type(value) is not kind and not (kind is float and type(value) is int):
             raise UsageError(f"{path}.{name} must be of type {kind.__name__}, not {value!r}")
 
@@ -319,11 +355,17 @@ def _check_ranges(recipe: Recipe) -> None:
             "config.optimizer.nesterov needs a momentum; set config.optimizer.nesterov=false or momentum=0.9"
         )
     if recipe.model.precise_bn and recipe.model.bn_momentum == 1:
-        raise UsageError("config.model.precise_bn needs config.model.bn_momentum below 1, such as the paper's 0.9")
+        raise UsageError(
+            "config.model.precise_bn needs config.model.bn_momentum below 1, such as the paper's 0.9"
+        )
     if recipe.run.compile and recipe.framework != "torch":
-        raise UsageError("config.run.compile=true is torch.compile; set config.framework='torch', or leave it false")
+        raise UsageError(
+            "config.run.compile=true is torch.compile; set config.framework='torch', or leave it false"
+        )
     if recipe.k % recipe.run.workers_at_once:
-        raise UsageError(f"config.run.workers_at_once={recipe.run.workers_at_once} must divide config.k={recipe.k}")
+        raise UsageError(
+            f"config.run.workers_at_once={recipe.run.workers_at_once} must divide config.k={recipe.k}"
+        )
     if recipe.run.workers_at_once > 1 and recipe.data.remainder == "short":
         raise UsageError(
             "config.run.workers_at_once needs batches of one size; set config.data.remainder='drop', or leave it 1"
@@ -343,7 +385,9 @@ def _check_schedule(recipe: Recipe) -> None:
             f"did you mean {tuple(sorted(set(schedule.decay_epochs)))}?"
         )
     if schedule.decay_epochs and schedule.decay_epochs[0] <= 0:
-        raise UsageError(f"config.schedule.decay_epochs={schedule.decay_epochs} must be later than epoch 0")
+        raise UsageError(
+            f"config.schedule.decay_epochs={schedule.decay_epochs} must be later than epoch 0"
+        )
     warmup_end = schedule.warmup_epochs if schedule.warmup != "none" else 0.0
     if schedule.decay_epochs and warmup_end > schedule.decay_epochs[0]:
         raise UsageError(
@@ -351,4 +395,6 @@ def _check_schedule(recipe: Recipe) -> None:
             f"{schedule.decay_epochs[0]}; the warmup must be over by then"
         )
     if warmup_end > recipe.epochs:
-        raise UsageError(f"config.schedule.warmup_epochs={warmup_end} is longer than the run of {recipe.epochs} epochs")
+        raise UsageError(
+            f"config.schedule.warmup_epochs={warmup_end} is longer than the run of {recipe.epochs} epochs"
+        )

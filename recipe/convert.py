@@ -39,7 +39,9 @@ _RATE = "optimizer/rate"
 def main(argv: list[str]) -> None:
     cli.parse_flags(VALUES, argv)
     if not VALUES.run_dir or not VALUES.to:
-        raise UsageError("--run_dir and --to are needed: a run directory of recipe.train, and a new one")
+        raise UsageError(
+            "--run_dir and --to are needed: a run directory of recipe.train, and a new one"
+        )
     old, new = Path(VALUES.run_dir), Path(VALUES.to)
     if os.path.lexists(new):
         raise UsageError(f"--to={new} exists; name a new directory")
@@ -52,7 +54,10 @@ def main(argv: list[str]) -> None:
         runlog.copy_run(old, folder)
         runlog.write_recipe(folder, recipe)
         path = checkpoint.save(folder / runlog.CHECKPOINTS, meta["step"], arrays, meta, keep=1)
-    config_, run_dir = shlex.quote(f"--config={new / runlog.CONFIG}"), shlex.quote(f"--run_dir={new}")
+    config_, run_dir = (
+        shlex.quote(f"--config={new / runlog.CONFIG}"),
+        shlex.quote(f"--run_dir={new}"),
+    )
     print(
         f"{new / runlog.CHECKPOINTS / path.name}: the state after step {meta['step']} for {recipe.framework}; "
         f"to go on: python -m recipe.train {config_} {run_dir} --resume"
@@ -69,7 +74,9 @@ def made(new: Path) -> Iterator[Path]:
         yield folder
         folder.rename(new)
     except (OSError, shutil.Error) as error:
-        raise UsageError(f"--to={new} can't be written: {error}; free space or rights, or name another directory")
+        raise UsageError(
+            f"--to={new} can't be written: {error}; free space or rights, or name another directory"
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -80,7 +87,9 @@ def other(recipe: Recipe) -> Recipe:
     return replace(recipe, framework=framework, run=replace(recipe.run, compile=False))
 
 
-def converted(arrays: Arrays, meta: dict[str, Any], recipe: Recipe) -> tuple[Arrays, dict[str, Any]]:
+def converted(
+    arrays: Arrays, meta: dict[str, Any], recipe: Recipe
+) -> tuple[Arrays, dict[str, Any]]:
     """(arrays, description) of a checkpoint, for a recipe that differs in its framework."""
     if recipe.framework == "torch":
         arrays = to_torch(arrays)
@@ -88,7 +97,10 @@ def converted(arrays: Arrays, meta: dict[str, Any], recipe: Recipe) -> tuple[Arr
         with noise.filtered():
             from recipe.keras import fit
         arrays = to_keras(arrays, fit.compiled(recipe, len(arrays["model/fc/bias"])), meta["step"])
-    return arrays, meta | {"recipe": config.identity(recipe), "fingerprint": config.fingerprint(recipe)}
+    return arrays, meta | {
+        "recipe": config.identity(recipe),
+        "fingerprint": config.fingerprint(recipe),
+    }
 
 
 def to_torch(arrays: Arrays) -> Arrays:

@@ -34,7 +34,9 @@ def _mixed(x: Any, ops: ModuleType) -> Any:
 
 def _shifted(x: Any, bits: int, ops: ModuleType) -> Any:
     """x >> bits of the unsigned number."""
-    return ops.bitwise_and(ops.bitwise_right_shift(x, np.int64(bits)), np.int64(2 ** (64 - bits) - 1))
+    return ops.bitwise_and(
+        ops.bitwise_right_shift(x, np.int64(bits)), np.int64(2 ** (64 - bits) - 1)
+    )
 
 
 def _signed(word: int) -> np.int64:

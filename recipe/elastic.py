@@ -29,7 +29,9 @@ class Commits(ObjectState):
     """Where the run stood at the last commit, and its replica's arrays then, None before the first; its directory."""
 
     def __init__(self, run_dir: str) -> None:
-        super().__init__(self._broadcast, collectives.rank, stands=None, arrays=None, run_dir=run_dir)
+        super().__init__(
+            self._broadcast, collectives.rank, stands=None, arrays=None, run_dir=run_dir
+        )
 
     def taken_up(self, replica: Replica) -> Standing:
         """Brings the replica, on this rank, to the last commit; where that stands."""

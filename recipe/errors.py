@@ -4,7 +4,9 @@
 class _Sentence(Exception):
     def __init__(self, sentence: str, everywhere: bool = False) -> None:
         super().__init__(sentence)
-        self.everywhere = everywhere  # all ranks raise it together, so that one of them is enough to say it
+        self.everywhere = (
+            everywhere  # all ranks raise it together, so that one of them is enough to say it
+        )
 
     def __reduce__(self) -> tuple:
         return type(self), (str(self), self.everywhere)

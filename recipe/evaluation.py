@@ -29,7 +29,9 @@ def evaluate(recipe: Recipe, replica: Replica, sources: Sources, epoch: int) -> 
     return sums.over_ranks("evaluate")
 
 
-def _statistics(recipe: Recipe, replica: Replica, training: Source, epoch: int) -> contextlib.AbstractContextManager:
+def _statistics(
+    recipe: Recipe, replica: Replica, training: Source, epoch: int
+) -> contextlib.AbstractContextManager:
     if not recipe.model.precise_bn:
         return contextlib.nullcontext()
     steps = sharding.steps_per_epoch(len(training), recipe.k, recipe.n, recipe.data.remainder)

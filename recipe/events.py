@@ -57,4 +57,6 @@ class Events:
             reason = error.strerror
         if not self._warned:
             self._warned = True
-            warn(f"{self._path} can't be written ({reason}): TensorBoard will lack figures, and training goes on")
+            warn(
+                f"{self._path} can't be written ({reason}): TensorBoard will lack figures, and training goes on"
+            )

@@ -20,11 +20,15 @@ PART = "other weights"  # how the sentence begins where runs part
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-"):
-        raise UsageError("name one run directory or more, such as runs/mine; each is compared with the first")
+        raise UsageError(
+            "name one run directory or more, such as runs/mine; each is compared with the first"
+        )
     runs = {folder: digests(Path(folder)) for folder in argv}
     for folder, (given, weights, norm) in runs.items():
         print(f"{folder}: " + "  ".join(f"{name} {digest}" for name, digest in given.items()))
-        print(f"  weights after epoch {', '.join(f'{e} {d}' for e, d in weights.items())}  norm {norm:.7g}")
+        print(
+            f"  weights after epoch {', '.join(f'{e} {d}' for e, d in weights.items())}  norm {norm:.7g}"
+        )
     first, *others = runs
     for other in others:
         found = compared(runs[first], runs[other])
@@ -44,9 +48,15 @@ def digests(run_dir: Path) -> tuple[dict[str, str], dict[int, str], float]:
             "first images": start["first_images"],
             "initial weights": start["initial_weights"][:DIGITS],
         }
-        return given, {line["epoch"]: line["weights"][:DIGITS] for line in epochs}, epochs[-1]["norm"]
+        return (
+            given,
+            {line["epoch"]: line["weights"][:DIGITS] for line in epochs},
+            epochs[-1]["norm"],
+        )
     except KeyError as error:
-        raise UsageError(f"{run_dir / runlog.METRICS} has no {error}: it was not written by recipe.train")
+        raise UsageError(
+            f"{run_dir / runlog.METRICS} has no {error}: it was not written by recipe.train"
+        )
 
 
 def compared(one: tuple, other: tuple) -> str:

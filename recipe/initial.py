@@ -14,4 +14,6 @@ def normal(shape: tuple[int, ...], std: float | None, seed: int, name: str) -> n
     With std None: He's initialisation as the paper's reference has it, std = √(2 / (kernel area · outputs))."""
     std = math.sqrt(2 / (math.prod(shape[:-2]) * shape[-1])) if std is None else std
     key = np.array([seed, zlib.crc32(name.encode())], dtype=np.uint64)
-    return (std * np.random.Generator(np.random.Philox(key=key)).standard_normal(shape)).astype(np.float32)
+    return (std * np.random.Generator(np.random.Philox(key=key)).standard_normal(shape)).astype(
+        np.float32
+    )

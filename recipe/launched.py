@@ -17,9 +17,17 @@ LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": "srun",
     "WORLD_SIZE": "torchrun",
 }
-CERTAIN = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # who starts processes that are meant to be ranks
+CERTAIN = (
+    "HOROVOD_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+)  # who starts processes that are meant to be ranks
 # Open MPI's mpirun refuses root, as in containers, and machines whose name has an underscore, unless told.
-ANYWHERE = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_regx": "naive"}
+ANYWHERE = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_regx": "naive",
+}
 SLURM_STEPS = 2**32 - 16  # steps from here on are none of srun's: batch scripts, interactive shells
 
 
@@ -51,12 +59,16 @@ def word() -> Word:
         del counts["PMI_SIZE"]  # of srun --mpi=pmi2
     if not (os.environ.get("RANK") and os.environ.get("LOCAL_RANK")):
         del counts["WORLD_SIZE"]  # of a pod
-    return next((Word(name, int(count)) for name, count in counts.items() if count.isdecimal()), Word())
+    return next(
+        (Word(name, int(count)) for name, count in counts.items() if count.isdecimal()), Word()
+    )
 
 
 def check_srun() -> None:
     """Raises UsageError for tasks of an srun without MPI, in which Open MPI ends the process by pages of its own."""
-    told = any(os.environ.get(name) for name in ("PMI_RANK", "PMIX_RANK", "HOROVOD_GLOO_RENDEZVOUS_ADDR"))
+    told = any(
+        os.environ.get(name) for name in ("PMI_RANK", "PMIX_RANK", "HOROVOD_GLOO_RENDEZVOUS_ADDR")
+    )
     if word().variable == "SLURM_STEP_NUM_TASKS" and word().processes > 1 and not told:
         raise UsageError(
             f"srun started {word().processes} processes without MPI, which can't find each other: give --mpi=pmix, "
@@ -95,9 +107,7 @@ def homeless() -> bool:
 
 def no_home() -> str:
     """The sentence about it."""
-    return (
-        f"HOME is not set, and user {os.getuid()} has no entry in /etc/passwd: export HOME=FOLDER, one you may write to"
-    )
+    return f"HOME is not set, and user {os.getuid()} has no entry in /etc/passwd: export HOME=FOLDER, one you may write to"
 
 
 def is_own(name: str) -> bool:

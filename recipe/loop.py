@@ -14,7 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from recipe import again, checkpoint, collectives, config, elastic, output, owner, runlog, sharding, standing, watchdog
+from recipe import (
+    again,
+    checkpoint,
+    collectives,
+    config,
+    elastic,
+    output,
+    owner,
+    runlog,
+    sharding,
+    standing,
+    watchdog,
+)
 from recipe.config import Recipe
 from recipe.data import decode
 from recipe.data.pipeline import replaced, train_batches
@@ -29,7 +41,9 @@ from recipe.progress import Progress
 from recipe.replica import Replica
 from recipe.standing import Standing
 
-WAITS = 0.05  # share of the time spent waiting for images above which the run's end advises what to do
+WAITS = (
+    0.05  # share of the time spent waiting for images above which the run's end advises what to do
+)
 
 MakeReplica = Callable[[Recipe, int], Replica]  # of a recipe and the number of classes
 
@@ -50,7 +64,10 @@ def train(
     check_recipe(recipe)
     check_size(recipe)
     prepare_data(recipe)
-    with watchdog.patience(recipe.run.step_timeout), telling("opening the data and building the network"):
+    with (
+        watchdog.patience(recipe.run.step_timeout),
+        telling("opening the data and building the network"),
+    ):
         sources = open_data(recipe)
         replica = make_replica(recipe, sources[0].num_classes)
     with owned(recipe, run_dir, resume, commits), watchdog.patience(recipe.run.step_timeout):
@@ -62,7 +79,9 @@ def train(
 
 
 @contextlib.contextmanager
-def owned(recipe: Recipe, run_dir: Path, resume: str, commits: elastic.Commits | None) -> Iterator[None]:
+def owned(
+    recipe: Recipe, run_dir: Path, resume: str, commits: elastic.Commits | None
+) -> Iterator[None]:
     """Makes the run directory this run's alone, held by rank 0. Collective."""
     with contextlib.ExitStack() as held:
 
@@ -79,7 +98,12 @@ def owned(recipe: Recipe, run_dir: Path, resume: str, commits: elastic.Commits |
 
 
 def begin(
-    recipe: Recipe, run_dir: Path, resume: str, replica: Replica, examples: int, commits: elastic.Commits | None
+    recipe: Recipe,
+    run_dir: Path,
+    resume: str,
+    replica: Replica,
+    examples: int,
+    commits: elastic.Commits | None,
 ) -> Standing:
     """Where the run stands, and its state on rank 0's replica. Collective."""
     steps = sharding.steps_per_epoch(examples, recipe.k, recipe.n, recipe.data.remainder)
@@ -89,12 +113,17 @@ def begin(
         if commits and commits.stands:
             output.warn(f"on {len(ranks)} ranks now, going on after step {commits.stands.step}")
             return commits.taken_up(replica)
-        runlog.check_run(run_dir, recipe, resume)  # once more, for another process may have written there before this
+        runlog.check_run(
+            run_dir, recipe, resume
+        )  # once more, for another process may have written there before this
         stands = Standing()
         if resume != "no":
             stands = standing.restore(replica, run_dir, recipe, examples, steps, resume == "force")
         runlog.begin_run(run_dir, recipe, ranks)
-        output.say(f"run directory: {run_dir}" + (f", going on after step {stands.step}" if stands.step else ""))
+        output.say(
+            f"run directory: {run_dir}"
+            + (f", going on after step {stands.step}" if stands.step else "")
+        )
         return stands
 
     return collectives.on_root(begun, "begun")
@@ -103,7 +132,9 @@ def begin(
 def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Sums:
     """Evaluates the newest whole checkpoint of a run, on any number of ranks. Collective."""
     check_recipe(recipe)
-    recipe = replace(recipe, run=replace(recipe.run, workers_at_once=1))  # with precise BN ranks may share k unevenly
+    recipe = replace(
+        recipe, run=replace(recipe.run, workers_at_once=1)
+    )  # with precise BN ranks may share k unevenly
     prepare_data(recipe)
     with watchdog.patience(recipe.run.step_timeout):
         sources = open_data(recipe)
@@ -147,7 +178,10 @@ def prepare_data(recipe: Recipe) -> None:
 def open_data(recipe: Recipe) -> Sources:
     """The training and the evaluation examples. Collective."""
     sources = collectives.agreed(
-        lambda: (open_source(recipe.data, "train", recipe.seed), open_source(recipe.data, "eval", recipe.seed)),
+        lambda: (
+            open_source(recipe.data, "train", recipe.seed),
+            open_source(recipe.data, "eval", recipe.seed),
+        ),
         "open_data",
     )
     check_data(sources)
@@ -174,11 +208,17 @@ def check_data(sources: Sources) -> None:
 def check_recipe(recipe: Recipe) -> None:
     """Raises UsageError when a rank has another recipe, from another copy of its file, say: the ranks would wait for
     each other, or train on other examples without a word. The data's folders may differ. Collective."""
-    mine = {name: value for name, value in config.flatten(recipe).items() if name not in config.FOLDERS}
+    mine = {
+        name: value for name, value in config.flatten(recipe).items() if name not in config.FOLDERS
+    }
     first, *others = collectives.gather(mine, "recipe")
     for rank, theirs in enumerate(others, 1):
         if theirs != first:
-            different = [f"config.{n}={v} instead of {first.get(n)}" for n, v in theirs.items() if v != first.get(n)]
+            different = [
+                f"config.{n}={v} instead of {first.get(n)}"
+                for n, v in theirs.items()
+                if v != first.get(n)
+            ]
             raise UsageError(
                 f"rank {rank} has another recipe than rank 0: {', '.join(different)}; give all ranks the same command "
                 "and the same files",
@@ -205,25 +245,43 @@ class Loop:
         stands: Standing,
         commits: elastic.Commits | None,
     ) -> None:
-        self.recipe, self.run_dir, self.replica, self.sources, self.stands = recipe, run_dir, replica, sources, stands
+        self.recipe, self.run_dir, self.replica, self.sources, self.stands = (
+            recipe,
+            run_dir,
+            replica,
+            sources,
+            stands,
+        )
         self.commits = commits
         self.examples = len(sources[0])
-        self.steps = sharding.steps_per_epoch(self.examples, recipe.k, recipe.n, recipe.data.remainder)
+        self.steps = sharding.steps_per_epoch(
+            self.examples, recipe.k, recipe.n, recipe.data.remainder
+        )
         self.workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
         self._order = functools.lru_cache(maxsize=2)(
-            lambda epoch: sharding.permutation(self.examples, recipe.seed, epoch, recipe.data.shuffle_block)
+            lambda epoch: sharding.permutation(
+                self.examples, recipe.seed, epoch, recipe.data.shuffle_block
+            )
         )
         self._pending: Callable[[], tuple] | None = None  # gives the last step's figures
-        self._first_images: list[int] = []  # checksums of what this rank's workers see in the run's first step
+        self._first_images: list[
+            int
+        ] = []  # checksums of what this rank's workers see in the run's first step
         self._since_epoch, self._since_line, self._timed = Speed(), Speed(), False
-        self._waits: list[float] = []  # for each epoch the share of its time that a rank waited for images, the longest
+        self._waits: list[
+            float
+        ] = []  # for each epoch the share of its time that a rank waited for images, the longest
         root = collectives.rank() == 0
         self.log = runlog.RunLog(run_dir, stands.step, stands.epochs) if root else None
-        self.progress = Progress(recipe.epochs * self.steps, self.steps, stands.step) if root else None
+        self.progress = (
+            Progress(recipe.epochs * self.steps, self.steps, stands.step) if root else None
+        )
 
     def run(self, notice: Notice) -> list[float]:
         """To the recipe's end: the top-1 error of each evaluated epoch."""
-        elements = self._seen(iter(train_batches(self.sources[0], self.recipe, self.workers, self.stands.step)))
+        elements = self._seen(
+            iter(train_batches(self.sources[0], self.recipe, self.workers, self.stands.step))
+        )
         self.replica.begin(self.steps)
         watchdog.beat("the first step's beginning")
         if self.stands.step == 0:
@@ -256,7 +314,12 @@ class Loop:
         run = self.recipe.run
         line_due, save_due, epoch_ends, commit_due = (
             every > 0 and self.stands.step % every == 0
-            for every in (run.log_every, run.checkpoint_steps, self.steps, run.commit_steps if self.commits else 0)
+            for every in (
+                run.log_every,
+                run.checkpoint_steps,
+                self.steps,
+                run.commit_steps if self.commits else 0,
+            )
         )
         if stop or line_due or save_due or epoch_ends or commit_due:
             stop = self._settle() or stop
@@ -319,17 +382,27 @@ class Loop:
                 return
             if self.stands.step == 0:
                 workers = np.split(element[0], self.recipe.run.workers_at_once)
-                self._first_images += [zlib.crc32(np.ascontiguousarray(images)) for images in workers]
+                self._first_images += [
+                    zlib.crc32(np.ascontiguousarray(images)) for images in workers
+                ]
             yield element
 
     def _write_start(self) -> None:
-        images = np.concatenate(collectives.gather(self._first_images, "first_images")).astype(np.int64)
+        images = np.concatenate(collectives.gather(self._first_images, "first_images")).astype(
+            np.int64
+        )
         if self.log:
-            digests = {"first_images": f"{zlib.crc32(images):08x}", "initial_weights": self._initial_weights}
+            digests = {
+                "first_images": f"{zlib.crc32(images):08x}",
+                "initial_weights": self._initial_weights,
+            }
             self.log.write("start", 0, digests)
 
     def _write_line(self) -> None:
-        figures = {"epoch": self.stands.step / self.steps, **self._figures(self.stands.line, self._since_line)}
+        figures = {
+            "epoch": self.stands.step / self.steps,
+            **self._figures(self.stands.line, self._since_line),
+        }
         self.stands.line, self._since_line = Sums(), Speed()
         self._on_root(lambda: self.log.write("step", self.stands.step, figures))
         if self.progress:
@@ -346,7 +419,10 @@ class Loop:
     def _end_epoch(self) -> None:
         """Evaluates, writes the figures and the checkpoint, and begins the next epoch."""
         self.stands.epochs += 1
-        figures = {"epoch": self.stands.epochs, **self._figures(self.stands.epoch, self._since_epoch)}
+        figures = {
+            "epoch": self.stands.epochs,
+            **self._figures(self.stands.epoch, self._since_epoch),
+        }
         self._waits.append(max(collectives.gather(self._since_epoch.share_waited(), "waits")))
         figures["data_wait"] = self._waits[-1]
         if self._evaluation_due():
@@ -354,7 +430,11 @@ class Loop:
             sums = evaluate(self.recipe, self.replica, self.sources, self.stands.epochs)
             check_evaluation(sums, self.stands.epochs)
             self.stands.errors.append(sums.error)
-            figures |= {"eval_loss": sums.mean_loss, "eval_error": sums.error, "eval_examples": int(sums.count)}
+            figures |= {
+                "eval_loss": sums.mean_loss,
+                "eval_error": sums.error,
+                "eval_examples": int(sums.count),
+            }
         self.stands.epoch = Sums()
         self._doing(f"the record of epoch {self.stands.epochs}")
         if self._on_root(lambda: self._record(figures)):
@@ -372,14 +452,18 @@ class Loop:
         if self.progress:
             share = statistics.median(self._waits)
             advice = ": docs/data.md says what makes them faster" if share > WAITS else ""
-            self.progress.say(f"images: {share:.1%} of the time of a step was spent waiting for them{advice}")
+            self.progress.say(
+                f"images: {share:.1%} of the time of a step was spent waiting for them{advice}"
+            )
 
     def _tell_replaced(self) -> None:
         """How many different training images were bad, on all ranks."""
         if self.recipe.data.bad_images == "replace":
             names = set().union(*collectives.gather(replaced, "replaced"))
             if self.progress and names:
-                self.progress.say(f"images: {len(names)} could not be decoded, and others took their place")
+                self.progress.say(
+                    f"images: {len(names)} could not be decoded, and others took their place"
+                )
 
     def _evaluation_due(self) -> bool:
         """The result is the median of the last five epochs, so that these always count."""
@@ -395,9 +479,14 @@ class Loop:
         """Rank 0's part of an epoch's end; whether there is a checkpoint of it."""
         finished, weights = self.stands.epochs, self.replica.weights()
         standing.check_finite(weights, self.stands.step)
-        digests = {"order": f"{zlib.crc32(self._order(finished - 1)):08x}", "weights": checkpoint.digest(weights)}
+        digests = {
+            "order": f"{zlib.crc32(self._order(finished - 1)):08x}",
+            "weights": checkpoint.digest(weights),
+        }
         self.log.write("epoch", self.stands.step, figures | digests | {"norm": norm(weights)})
-        evaluated = f"  evaluation error {figures['eval_error']:.2%}" if "eval_error" in figures else ""
+        evaluated = (
+            f"  evaluation error {figures['eval_error']:.2%}" if "eval_error" in figures else ""
+        )
         self.progress.say(
             f"epoch {finished} of {self.recipe.epochs}: training error {figures['error']:.2%}{evaluated}  "
             + (f"{speed:,.0f} images/s" if (speed := figures["images_per_second"]) else "")
@@ -408,7 +497,11 @@ class Loop:
         return due
 
     def _save(self) -> str:
-        return str(standing.save(self.stands, self.replica, self.run_dir, self.recipe, self.examples, self.steps))
+        return str(
+            standing.save(
+                self.stands, self.replica, self.run_dir, self.recipe, self.examples, self.steps
+            )
+        )
 
     def _leave(self) -> None:
         """Saves, and ends the run on all ranks."""

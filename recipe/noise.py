@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import absl.logging
 
 # TensorFlow's C++ libraries write these before their own log level is in force.
-_CHATTER = re.compile(rb"(I0000 |WARNING: All log messages before absl::InitializeLog|To enable the following instr)")
+_CHATTER = re.compile(
+    rb"(I0000 |WARNING: All log messages before absl::InitializeLog|To enable the following instr)"
+)
 
 
 @contextlib.contextmanager

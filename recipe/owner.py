@@ -22,7 +22,9 @@ WAIT = 10.0  # seconds for a lock that is held: its owner may be about to leave
 BEAT = 5.0  # seconds between an owner's signs of life
 WATCH = 15.0  # seconds without one after which an owner of another host is gone
 LEASE = 120.0  # seconds for one that a dead host holds: a server of NFS takes it back after 90
-LONGEST = 180.0  # seconds that it takes to get a lock, or to learn that it can't be had, and some more
+LONGEST = (
+    180.0  # seconds that it takes to get a lock, or to learn that it can't be had, and some more
+)
 LOOK = 0.2  # seconds between looks
 LENGTH = 512  # bytes of the file
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -135,7 +137,9 @@ def _watch(path: Path, owner: Owner | None, what: str) -> None:
 
 
 def _refuse(owner: Owner | None, what: str) -> None:
-    raise UsageError(f"{what} is in use by {owner or 'another process'}: wait until it has ended, or end it")
+    raise UsageError(
+        f"{what} is in use by {owner or 'another process'}: wait until it has ended, or end it"
+    )
 
 
 def _live(file: int, owner: Owner, ended: threading.Event) -> None:

@@ -16,10 +16,16 @@ def processor() -> str:
     """Such as "Intel(R) Xeon(R) CPU, family 6, model 85 (x86_64: avx512f)"."""
     facts = _facts()
     kind = facts.get("model name") or f"processor {facts.get('CPU part', 'of an unknown kind')}"
-    kind += "".join(f", {name.removeprefix('cpu ')} {facts[name]}" for name in ("cpu family", "model") if name in facts)
+    kind += "".join(
+        f", {name.removeprefix('cpu ')} {facts[name]}"
+        for name in ("cpu family", "model")
+        if name in facts
+    )
     flags = set((facts.get("flags") or facts.get("Features") or "").split())
     found = [next((name for name in names if name in flags), "") for names in CHOSEN_BY.values()]
-    return f"{kind} ({platform.machine()}: {' '.join(filter(None, found)) or 'unknown instructions'})"
+    return (
+        f"{kind} ({platform.machine()}: {' '.join(filter(None, found)) or 'unknown instructions'})"
+    )
 
 
 def _facts() -> dict[str, str]:
@@ -28,4 +34,6 @@ def _facts() -> dict[str, str]:
         lines = CPUINFO.read_text(errors="replace").partition("\n\n")[0].splitlines()
     except OSError:
         return {}
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return {
+        name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+    }

@@ -19,11 +19,20 @@ class Progress:
     def __init__(self, steps: int, steps_per_epoch: int, first_step: int = 0) -> None:
         self.steps, self.steps_per_epoch = steps, steps_per_epoch
         self._began = self._said = time.monotonic()
-        self._doing, self._timed = "the first step", None  # (step, time) from which on the steps are timed
+        self._doing, self._timed = (
+            "the first step",
+            None,
+        )  # (step, time) from which on the steps are timed
         self._width = terminal_width()
         self._bar, self._beside = None, ""  # what stands beside the bar while steps are done
         if self._width:
-            options = {"unit": "step", "leave": False, "ncols": self._width, "nrows": 24, "bar_format": HEAD}
+            options = {
+                "unit": "step",
+                "leave": False,
+                "ncols": self._width,
+                "nrows": 24,
+                "bar_format": HEAD,
+            }
             self._bar = tqdm(total=steps, initial=first_step, **options)
         self._ticks = contextlib.ExitStack()
         self._ticks.enter_context(ticking.every(ticking.TERMINAL, self._tick))
@@ -50,7 +59,12 @@ class Progress:
             self._show(self._beside)
         else:
             epoch, of = step / self.steps_per_epoch, self.steps / self.steps_per_epoch
-            words = [f"epoch {epoch:6.2f} of {of:g}", f"step {step} of {self.steps}", *parts.values(), self._left(step)]
+            words = [
+                f"epoch {epoch:6.2f} of {of:g}",
+                f"step {step} of {self.steps}",
+                *parts.values(),
+                self._left(step),
+            ]
             self.say("  ".join(filter(None, words)))
 
     def doing(self, what: str) -> None:
@@ -89,9 +103,13 @@ class Progress:
         """Something moves where nothing was said for a while."""
         now = time.monotonic()
         if self._bar is not None:
-            self._show(self._beside if self._doing.startswith("step") else self._doing[: self._width // 2])
+            self._show(
+                self._beside if self._doing.startswith("step") else self._doing[: self._width // 2]
+            )
         elif now - self._said >= ticking.LOG:
-            self.say(f"{self._doing}: under way, {ticking.elapsed(now - self._began)} since the start")
+            self.say(
+                f"{self._doing}: under way, {ticking.elapsed(now - self._began)} since the start"
+            )
 
     def _left(self, step: int) -> str:
         """The time that the steps to come take if they take as long as those that were timed."""
@@ -110,7 +128,9 @@ def terminal_width() -> int:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     launchers = f"/proc/{os.getppid()}/fd/2"
     with contextlib.suppress(OSError):
-        if os.path.realpath(launchers).startswith("/dev/"):  # only look: anything else is the user's file
+        if os.path.realpath(launchers).startswith(
+            "/dev/"
+        ):  # only look: anything else is the user's file
             descriptor = os.open(launchers, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
             try:
                 return os.get_terminal_size(descriptor).columns or 80

@@ -21,7 +21,9 @@ class Replica(Protocol):
     def begin(self, steps: int) -> None:
         """Before the first step: rank 0's state on all ranks. `steps`: of an epoch. Collective."""
 
-    def step(self, epoch: int, step: int, elements: Iterator[tuple], stop: bool) -> Callable[[], Figures]:
+    def step(
+        self, epoch: int, step: int, elements: Iterator[tuple], stop: bool
+    ) -> Callable[[], Figures]:
         """Step `step` of an epoch: draws this rank's elements and updates. Collective.
 
         Returns a function that waits for it and gives (the k workers' sums of cross-entropies, float32[k]; their hits,

@@ -12,11 +12,15 @@ PICTURE = "report.png"  # written into the first run's directory
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-"):
-        raise UsageError("name one run directory or more, such as runs/quick-*; several are reported as mean ± std")
+        raise UsageError(
+            "name one run directory or more, such as runs/quick-*; several are reported as mean ± std"
+        )
     runs = {folder: runlog.read_epochs(Path(folder)) for folder in argv}
     results = [_print_run(folder, epochs) for folder, epochs in runs.items()]
     if len(results) > 1:
-        print(f"{len(results)} runs: {statistics.mean(results):.2%} ± {statistics.stdev(results):.2%}")
+        print(
+            f"{len(results)} runs: {statistics.mean(results):.2%} ± {statistics.stdev(results):.2%}"
+        )
     picture = Path(argv[0]) / PICTURE
     try:
         print(f"curves: {draw(runs, picture)}")
@@ -33,11 +37,17 @@ def draw(runs: dict[str, list[dict]], path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (error, rate) = plt.subplots(2, 1, sharex=True, figsize=(7, 6), height_ratios=(3, 1), layout="constrained")
+    figure, (error, rate) = plt.subplots(
+        2, 1, sharex=True, figsize=(7, 6), height_ratios=(3, 1), layout="constrained"
+    )
     for folder, epochs in runs.items():
         name = Path(folder).name
-        (line,) = error.plot(*_series(epochs, "error"), linestyle="--", linewidth=1, label=f"{name}, training")
-        error.plot(*_series(epochs, "eval_error"), color=line.get_color(), label=f"{name}, evaluation")
+        (line,) = error.plot(
+            *_series(epochs, "error"), linestyle="--", linewidth=1, label=f"{name}, training"
+        )
+        error.plot(
+            *_series(epochs, "eval_error"), color=line.get_color(), label=f"{name}, evaluation"
+        )
         rate.plot(*_series(epochs, "rate"), color=line.get_color())
     error.set(ylabel="top-1 error, %", ylim=(0, None))
     error.legend(fontsize="small")

@@ -50,10 +50,14 @@ def check_run(folder: Path, recipe: Recipe, resume: str) -> None:
         remains += [CHECKPOINTS] * bool(checkpoint.checkpoints(folder / CHECKPOINTS))
         begun = _there(folder / CONFIG)
     except OSError as error:
-        raise UsageError(f"--run_dir={folder} can't be used: {error.strerror}; name another directory")
+        raise UsageError(
+            f"--run_dir={folder} can't be used: {error.strerror}; name another directory"
+        )
     if begun:
         if resume == "no":
-            raise UsageError(f"--run_dir={folder} holds a run already; add --resume or choose another directory")
+            raise UsageError(
+                f"--run_dir={folder} holds a run already; add --resume or choose another directory"
+            )
         if resume != "force":
             refuse_another(identity(read_recipe(folder)), recipe, folder)
     elif remains:
@@ -62,7 +66,9 @@ def check_run(folder: Path, recipe: Recipe, resume: str) -> None:
             "or choose another directory"
         )
     elif resume != "no":
-        raise UsageError(f"--run_dir={folder} holds no run to resume; leave --resume out to start one")
+        raise UsageError(
+            f"--run_dir={folder} holds no run to resume; leave --resume out to start one"
+        )
 
 
 @contextlib.contextmanager
@@ -95,7 +101,11 @@ def check_progress(folder: Path) -> None:
     """Raises UsageError when the figures of a run without checkpoints say that it had some. One rank only."""
     if not _there(folder / METRICS) or checkpoint.unfinished(folder / CHECKPOINTS):
         return  # ended before the first one, or while it was written
-    recipe, epochs, steps = read_recipe(folder), read_lines(folder, "epoch"), read_lines(folder, "step")
+    recipe, epochs, steps = (
+        read_recipe(folder),
+        read_lines(folder, "epoch"),
+        read_lines(folder, "step"),
+    )
     if _saved_at_epoch(recipe, epochs) or _saved_at_step(recipe.run.checkpoint_steps, steps):
         done = f"{len(epochs)} finished epochs" if epochs else f"{steps[-1]['step']} steps"
         raise UsageError(
@@ -107,7 +117,9 @@ def check_progress(folder: Path) -> None:
 def _saved_at_epoch(recipe: Recipe, lines: list[dict[str, Any]]) -> bool:
     """Whether a run with these lines of epochs has had a checkpoint at the end of one."""
     finished = [line.get("epoch", 0) for line in lines]
-    return any(epoch == recipe.epochs or epoch % recipe.run.checkpoint_every == 0 for epoch in finished)
+    return any(
+        epoch == recipe.epochs or epoch % recipe.run.checkpoint_every == 0 for epoch in finished
+    )
 
 
 def _saved_at_step(every: int, lines: list[dict[str, Any]]) -> bool:
@@ -161,7 +173,9 @@ def read_lines(folder: Path, kind: str) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in _whole_lines(folder / METRICS)]
         return [line for line in lines if line["kind"] == kind]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder / METRICS} can't be read ({error}); mend it, or name another run directory")
+        raise UsageError(
+            f"{folder / METRICS} can't be read ({error}); mend it, or name another run directory"
+        )
 
 
 def environment(ranks: list[tuple[str, str]]) -> dict[str, Any]:
@@ -210,13 +224,26 @@ class RunLog:
         """One line: kind ("start", "step" or "epoch"), the number of finished steps, and the figures.
 
         JSON has no NaN and no infinity: they become null."""
-        known = {name: value for name, value in values.items() if not isinstance(value, float) or math.isfinite(value)}
-        line = {"kind": kind, "step": step, **values, **{name: None for name in values.keys() - known.keys()}}
+        known = {
+            name: value
+            for name, value in values.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        line = {
+            "kind": kind,
+            "step": step,
+            **values,
+            **{name: None for name in values.keys() - known.keys()},
+        }
         try:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             raise self._unwritable(error)
-        numbers = {f"{kind}/{name}": value for name, value in known.items() if isinstance(value, (int, float))}
+        numbers = {
+            f"{kind}/{name}": value
+            for name, value in known.items()
+            if isinstance(value, (int, float))
+        }
         self._events.scalars(numbers, step)
 
     def close(self) -> None:
@@ -240,12 +267,16 @@ class RunLog:
             else:
                 _replace(self._path, "".join(kept))
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self._path} has a damaged line ({error}); delete that line, then --resume")
+            raise RunError(
+                f"{self._path} has a damaged line ({error}); delete that line, then --resume"
+            )
         except OSError as error:
             raise self._unwritable(error)
 
     def _unwritable(self, error: OSError) -> RunError:
-        return RunError(f"cannot write {self._path}: {error.strerror}; free space or rights, then --resume")
+        return RunError(
+            f"cannot write {self._path}: {error.strerror}; free space or rights, then --resume"
+        )
 
 
 def _is_before(line: dict[str, Any], step: int, epochs: int) -> bool:
@@ -271,13 +302,19 @@ def _check_folder(path: Path) -> None:
     """Raises UsageError when something is there that is no folder."""
     if _there(path) and not path.is_dir():
         kind = "a link that leads to no folder" if path.is_symlink() else "a file and no folder"
-        raise UsageError(f"{path} is {kind}: mend it or take it away, or name another directory with --run_dir")
+        raise UsageError(
+            f"{path} is {kind}: mend it or take it away, or name another directory with --run_dir"
+        )
 
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:
     advice = {errno.ENOSPC: "free space", errno.EDQUOT: "free space"}
     advice |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "get the rights to")
-    what = f"; {told}, or name another directory" if (told := advice.get(error.errno)) else "; name another directory"
+    what = (
+        f"; {told}, or name another directory"
+        if (told := advice.get(error.errno))
+        else "; name another directory"
+    )
     return UsageError(f"--run_dir={folder} can't be written: {error.strerror}{what}")
 
 

@@ -13,12 +13,16 @@ def permutation(examples: int, seed: int, epoch: int, block: int = 1) -> np.ndar
 
     Deviation with `block` > 1, for slow disks: so many examples that follow one another stay together, and only the
     blocks are shuffled. Where they begin is drawn anew for each epoch."""
-    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(examples // block + 3)
+    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(
+        examples // block + 3
+    )
     shift = int(words[-1] % np.uint64(block))
     starts = np.arange(-shift, examples, block).clip(0)
     lengths = np.diff(starts, append=examples)
     turns = np.argsort(words[: len(starts)], kind="stable")
-    before = np.cumsum(lengths[turns]) - lengths[turns]  # examples that come earlier in the order than a block's
+    before = (
+        np.cumsum(lengths[turns]) - lengths[turns]
+    )  # examples that come earlier in the order than a block's
     return np.repeat(starts[turns] - before, lengths[turns]) + np.arange(examples)
 
 
@@ -32,7 +36,11 @@ def steps_per_epoch(examples: int, k: int, n: int, remainder: str) -> int:
     if remainder == "short" and rest >= k:
         steps += 1
     if steps == 0:
-        fix = "lower config.k" if examples < k else "lower config.n or config.k, or set config.data.remainder='short'"
+        fix = (
+            "lower config.k"
+            if examples < k
+            else "lower config.n or config.k, or set config.data.remainder='short'"
+        )
         raise UsageError(
             f"{examples} training examples are fewer than one minibatch of config.k={k} times config.n={n}: {fix}"
         )
@@ -108,7 +116,10 @@ def shares(left: int, rank: int, size: int) -> list[tuple[int, int, int]]:
     """(j, a, b): this rank's share of `left` < size batches is that from a/size to b/size of batch j; two at most.
 
     The shares of all ranks, one after another, are all of the batches. A batch of n is cut at ⌊a·n/size⌋."""
-    cut = [(j, max(rank * left - j * size, 0), min((rank + 1) * left - j * size, size)) for j in range(left)]
+    cut = [
+        (j, max(rank * left - j * size, 0), min((rank + 1) * left - j * size, size))
+        for j in range(left)
+    ]
     return [(j, a, b) for j, a, b in cut if a < b]
 
 
@@ -122,6 +133,8 @@ def _slice(examples: int, step: int, worker: int, k: int, n: int) -> tuple[int, 
     """(where worker j's examples begin in the order, how many they are)."""
     size = minibatch(examples, step, k, n)
     if not (0 <= worker < k and step >= 0 and size >= k):
-        raise IndexError(f"worker {worker} of {k} has no examples in step {step} of an epoch of {examples}")
+        raise IndexError(
+            f"worker {worker} of {k} has no examples in step {step} of an epoch of {examples}"
+        )
     share, larger = divmod(size, k)
     return step * k * n + worker * share + min(worker, larger), share + (worker < larger)

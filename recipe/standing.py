@@ -25,7 +25,9 @@ class Standing:
     errors: list[float] = field(default_factory=list)  # top-1 error of each evaluated epoch
 
 
-def save(standing: Standing, replica: Replica, run_dir: Path, recipe: Recipe, examples: int, steps: int) -> Path:
+def save(
+    standing: Standing, replica: Replica, run_dir: Path, recipe: Recipe, examples: int, steps: int
+) -> Path:
     """Writes the checkpoint of a run with so many training examples and steps per epoch. One rank.
 
     Raises RunError when the disk is full, say; the older checkpoints are then untouched."""
@@ -40,7 +42,9 @@ def save(standing: Standing, replica: Replica, run_dir: Path, recipe: Recipe, ex
         "versions": runlog.versions(),
     }
     folder = run_dir / runlog.CHECKPOINTS
-    return checkpoint.save(folder, standing.step, arrays, meta, run.keep_checkpoints, run.keep_every * steps)
+    return checkpoint.save(
+        folder, standing.step, arrays, meta, run.keep_checkpoints, run.keep_every * steps
+    )
 
 
 def check_finite(arrays: dict[str, np.ndarray], step: int) -> None:
@@ -53,7 +57,9 @@ def check_finite(arrays: dict[str, np.ndarray], step: int) -> None:
             )
 
 
-def restore(replica: Replica, run_dir: Path, recipe: Recipe, examples: int, steps: int, force: bool) -> Standing:
+def restore(
+    replica: Replica, run_dir: Path, recipe: Recipe, examples: int, steps: int, force: bool
+) -> Standing:
     """Takes up the newest whole checkpoint, on this rank; a run that never had one begins anew.
 
     Newer ones, damaged, are set aside; with `force` all that are another recipe's, once the state is saved as this
@@ -83,7 +89,9 @@ def restore(replica: Replica, run_dir: Path, recipe: Recipe, examples: int, step
         errors=meta["errors"],
     )
     replica.restore(arrays)
-    checkpoint.set_aside([path for path in checkpoint.checkpoints(folder) if checkpoint.step_of(path) > meta["step"]])
+    checkpoint.set_aside(
+        [path for path in checkpoint.checkpoints(folder) if checkpoint.step_of(path) > meta["step"]]
+    )
     if (meta["fingerprint"], meta["examples"]) != (config.fingerprint(recipe), examples):
         mine = save(stands, replica, run_dir, recipe, examples, steps)
         checkpoint.set_aside([path for path in checkpoint.checkpoints(folder) if path != mine])
@@ -92,7 +100,11 @@ def restore(replica: Replica, run_dir: Path, recipe: Recipe, examples: int, step
 
 def _compare_versions(old: dict[str, str]) -> None:
     new = runlog.versions()
-    changed = [f"{name} {new.get(name)} (was {old.get(name)})" for name in new | old if new.get(name) != old.get(name)]
+    changed = [
+        f"{name} {new.get(name)} (was {old.get(name)})"
+        for name in new | old
+        if new.get(name) != old.get(name)
+    ]
     if changed:
         warn(f"resuming with other versions, which may round differently: {', '.join(changed)}")
 

@@ -15,7 +15,9 @@ from recipe.config import Recipe
 from recipe.data.work import telling
 
 VALUES = flags.FlagValues()
-flags.DEFINE_string("run_dir", "", "where the run is recorded; runs/PRESET-DATE when empty", flag_values=VALUES)
+flags.DEFINE_string(
+    "run_dir", "", "where the run is recorded; runs/PRESET-DATE when empty", flag_values=VALUES
+)
 flags.DEFINE_enum(
     "resume",
     "no",
@@ -28,9 +30,13 @@ flags.DEFINE_enum(
 def main(argv: list[str]) -> None:
     recipe, name, others = cli.parse_recipe(argv)
     fields = [f"config.{field}" for field in config.flatten(recipe)]
-    cli.parse_flags(VALUES, ["--resume=yes" if other == "--resume" else other for other in others], fields)
+    cli.parse_flags(
+        VALUES, ["--resume=yes" if other == "--resume" else other for other in others], fields
+    )
     with preemption.noticed() as notice:
-        train(recipe, VALUES.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}", argv, notice)
+        train(
+            recipe, VALUES.run_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}", argv, notice
+        )
 
 
 def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption.Notice) -> None:
@@ -39,7 +45,10 @@ def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption
 
         fit = replica.of(recipe.framework)
     # Ranks that join an elastic run wait for the next commit.
-    with watchdog.patience(0.0 if elastic.wanted() else recipe.run.step_timeout), telling("waiting for all ranks"):
+    with (
+        watchdog.patience(0.0 if elastic.wanted() else recipe.run.step_timeout),
+        telling("waiting for all ranks"),
+    ):
         fit.start(recipe.run.deterministic)
 
     def trained(run_dir: str, commits: elastic.Commits | None) -> tuple[str, list[float]]:
@@ -50,7 +59,9 @@ def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption
     run_dir, errors = elastic.run(trained, run_dir)
     if collectives.rank() == 0:
         last = len(errors[-5:])
-        print(f"top-1 error {metrics.final_error(errors):.2%} (median of the last {last} epochs) in {run_dir}")
+        print(
+            f"top-1 error {metrics.final_error(errors):.2%} (median of the last {last} epochs) in {run_dir}"
+        )
         print(f"curves: python -m recipe.report {shlex.quote(run_dir)}")
 
 

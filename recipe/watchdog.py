@@ -17,8 +17,20 @@ import psutil
 from recipe import again, output
 
 RANK_VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
-LAUNCHERS = ("horovodrun", "mpirun", "mpiexec", "mpiexec.hydra", "orterun", "orted", "srun", "slurmstepd")
-RENDEZVOUS = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")  # a server inside the launcher
+LAUNCHERS = (
+    "horovodrun",
+    "mpirun",
+    "mpiexec",
+    "mpiexec.hydra",
+    "orterun",
+    "orted",
+    "srun",
+    "slurmstepd",
+)
+RENDEZVOUS = (
+    "HOROVOD_GLOO_RENDEZVOUS_ADDR",
+    "HOROVOD_GLOO_RENDEZVOUS_PORT",
+)  # a server inside the launcher
 TRIES = 3  # to reach that server, LOOK seconds apart
 LOOK = 5.0
 
@@ -44,7 +56,9 @@ class Watchdog(threading.Thread):
         while True:
             time.sleep(1)
             if gone := next((p for p in self._launchers if not alive(p)), None):
-                leave(f"the launcher, process {gone.pid}, has gone; the last sign of life was {self._last}")
+                leave(
+                    f"the launcher, process {gone.pid}, has gone; the last sign of life was {self._last}"
+                )
             if time.monotonic() - looked > LOOK:
                 self._look()
                 looked = time.monotonic()
@@ -66,7 +80,9 @@ class Watchdog(threading.Thread):
         except OSError as error:
             self._failures += 1
             if self._failures == TRIES:
-                leave(f"the launcher at {host}:{port} has gone ({error}); the last sign of life was {self._last}")
+                leave(
+                    f"the launcher at {host}:{port} has gone ({error}); the last sign of life was {self._last}"
+                )
 
 
 _watchdog: Watchdog | None = None
@@ -141,6 +157,8 @@ def leave(why: str) -> None:
 
 def _starts_ranks(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
-        words = " ".join(process.cmdline()[:3]).split()[:3]  # horovodrun --mpi becomes `sh -c "mpirun …"`
+        words = " ".join(process.cmdline()[:3]).split()[
+            :3
+        ]  # horovodrun --mpi becomes `sh -c "mpirun …"`
         return any(Path(word).name in LAUNCHERS for word in [process.name(), *words])
     return False

@@ -14,7 +14,9 @@ import pytest
 
 from tests.ranks import BIN, ROOT, environment
 
-NETNS = Path("/etc/netns")  # `ip netns exec` shows what lies here under a host's name as that host's /etc
+NETNS = Path(
+    "/etc/netns"
+)  # `ip netns exec` shows what lies here under a host's name as that host's /etc
 
 
 def missing() -> str:
@@ -25,18 +27,27 @@ def missing() -> str:
     if lacking := [command for command in commands if not shutil.which(command)]:
         return f"{', '.join(lacking)} not installed"
     probe = f"probe{os.getpid()}"
-    tried = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    tried = subprocess.run(
+        ["ip", "netns", "add", probe], capture_output=True, text=True, check=False
+    )
     subprocess.run(["ip", "netns", "delete", probe], capture_output=True, check=False)
     return f"no network namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 def may_be_named() -> bool:
     """Whether this machine may have another name for some of its processes."""
-    return subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(
+            ["unshare", "--uts", "--mount", "true"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 needs_hosts = pytest.mark.skipif(bool(missing()), reason=missing())
-needs_names = pytest.mark.skipif(not may_be_named(), reason="a machine of another name (unshare --uts) needs root")
+needs_names = pytest.mark.skipif(
+    not may_be_named(), reason="a machine of another name (unshare --uts) needs root"
+)
 
 
 class Hosts:
@@ -57,9 +68,14 @@ class Hosts:
         for number, host in enumerate(self.names, 1):
             self._etc(host)
             self._link(number, host)
-            self.popen(host, ["/usr/sbin/sshd", "-D"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self.popen(
+                host, ["/usr/sbin/sshd", "-D"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
         for host in self.names:
-            _until(lambda host=host: self._run(self.names[0], ["ssh", host, "true"]).returncode == 0, f"sshd of {host}")
+            _until(
+                lambda host=host: self._run(self.names[0], ["ssh", host, "true"]).returncode == 0,
+                f"sshd of {host}",
+            )
 
     def stop(self) -> None:
         for host in self.names:
@@ -76,13 +92,23 @@ class Hosts:
 
     def popen(self, host: str, command: list[str], **options) -> subprocess.Popen:
         """Starts a command on a host, in a process group of its own."""
-        inside = (
-            f"printf {host} >/proc/sys/kernel/hostname; exec {shlex.join(command)}"  # `hostname` takes no underscore
-        )
-        enter = ["ip", "netns", "exec", self.namespace(host), "unshare", "--uts", "sh", "-c", inside]
+        inside = f"printf {host} >/proc/sys/kernel/hostname; exec {shlex.join(command)}"  # `hostname` takes no underscore
+        enter = [
+            "ip",
+            "netns",
+            "exec",
+            self.namespace(host),
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            inside,
+        ]
         return subprocess.Popen(enter, start_new_session=True, text=True, **options)
 
-    def run(self, host: str, command: list[str], timeout: float = 120, **extra: str) -> subprocess.CompletedProcess:
+    def run(
+        self, host: str, command: list[str], timeout: float = 120, **extra: str
+    ) -> subprocess.CompletedProcess:
         """Runs a command on a host to its end, in the environment of a rank; stdout and stderr together."""
         return self._run(host, command, timeout, env=environment(**extra))
 
@@ -101,7 +127,11 @@ class Hosts:
     def commands(self, host: str) -> dict[int, str]:
         """The command lines of all processes on a host but its sshd, by their numbers."""
         found = {pid: _cmdline(pid) for pid in self.pids(host)}
-        return {pid: command for pid, command in found.items() if command and "sshd" not in command.split()[0]}
+        return {
+            pid: command
+            for pid, command in found.items()
+            if command and "sshd" not in command.split()[0]
+        }
 
     def settle(self) -> None:
         """Waits until nothing but sshd runs: daemons and shells of other hosts end a moment after their launcher."""
@@ -115,12 +145,31 @@ class Hosts:
     def mpirun(self, size: int, hosts: list[str], *options: str) -> list[str]:
         """The beginning of a command line: `size` ranks, evenly on `hosts`."""
         slots = ",".join(f"{host}:{size // len(hosts)}" for host in hosts)
-        network = [word for name in ("btl_tcp", "oob_tcp") for word in ("--mca", f"{name}_if_include", "eth0")]
-        place = ["-np", str(size), "-H", slots, "--bind-to", "none", "--mca", "pml", "ob1", *network]
+        network = [
+            word
+            for name in ("btl_tcp", "oob_tcp")
+            for word in ("--mca", f"{name}_if_include", "eth0")
+        ]
+        place = [
+            "-np",
+            str(size),
+            "-H",
+            slots,
+            "--bind-to",
+            "none",
+            "--mca",
+            "pml",
+            "ob1",
+            *network,
+        ]
         return [str(BIN / "mpirun"), "--prefix", str(BIN.parent), *place, *options]
 
-    def _run(self, host: str, command: list[str], timeout: float = 120, **options) -> subprocess.CompletedProcess:
-        process = self.popen(host, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    def _run(
+        self, host: str, command: list[str], timeout: float = 120, **options
+    ) -> subprocess.CompletedProcess:
+        process = self.popen(
+            host, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+        )
         try:
             printed, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -150,12 +199,17 @@ class Hosts:
         """The host's own /etc/hosts and /etc/ssh: its ssh trusts the key that all hosts have, and shows the user's."""
         etc = NETNS / self.namespace(host)
         (etc / "ssh").mkdir(parents=True)
-        lines = ["127.0.0.1 localhost", *(f"10.213.0.{i} {name}" for i, name in enumerate(self.names, 1))]
+        lines = [
+            "127.0.0.1 localhost",
+            *(f"10.213.0.{i} {name}" for i, name in enumerate(self.names, 1)),
+        ]
         (etc / "hosts").write_text("\n".join(lines) + "\n")
         for file in ("user", "host", "user.pub"):
             shutil.copy(self.folder / file, etc / "ssh")
         public = (self.folder / "host.pub").read_text()
-        (etc / "ssh" / "ssh_known_hosts").write_text("".join(f"{name} {public}" for name in self.names))
+        (etc / "ssh" / "ssh_known_hosts").write_text(
+            "".join(f"{name} {public}" for name in self.names)
+        )
         (etc / "ssh" / "ssh_config").write_text("IdentityFile /etc/ssh/user\nUpdateHostKeys no\n")
         (etc / "ssh" / "sshd_config").write_text(
             "HostKey /etc/ssh/host\nAuthorizedKeysFile /etc/ssh/user.pub\nUsePAM no\nStrictModes no\n"
@@ -174,13 +228,32 @@ def hosts(folder: Path, count: int, names: list[str] | None = None) -> Iterator[
         made.stop()
 
 
-def named(folder: Path, host: str, line: str, *command: str, **variables: str) -> subprocess.CompletedProcess:
+def named(
+    folder: Path, host: str, line: str, *command: str, **variables: str
+) -> subprocess.CompletedProcess:
     """Runs a command on a machine of this name, whose /etc/hosts has one line more."""
     (folder / "hosts").write_text(f"127.0.0.1 localhost\n{line}\n")
     inside = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
-    words = ["unshare", "--uts", "--mount", "sh", "-c", inside, "sh", str(folder / "hosts"), host, *command]
+    words = [
+        "unshare",
+        "--uts",
+        "--mount",
+        "sh",
+        "-c",
+        inside,
+        "sh",
+        str(folder / "hosts"),
+        host,
+        *command,
+    ]
     return subprocess.run(
-        words, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=120, check=False
+        words,
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 

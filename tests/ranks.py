@@ -32,14 +32,36 @@ def command(size: int, program: list[str], launcher: str = "mpirun") -> list[str
     """The command line that starts `program` on `size` ranks of this machine: "mpirun", "gloo" or "horovodrun-mpi"."""
     python = [sys.executable, *program]
     if launcher == "mpirun":
-        return [str(BIN / "mpirun"), "-np", str(size), "--oversubscribe", "--bind-to", "none", *python]
+        return [
+            str(BIN / "mpirun"),
+            "-np",
+            str(size),
+            "--oversubscribe",
+            "--bind-to",
+            "none",
+            *python,
+        ]
     transport = "--gloo" if launcher == "gloo" else "--mpi"
     options = [] if launcher == "gloo" else ["--mpi-args=--oversubscribe"]
-    return [str(BIN / "horovodrun"), transport, "-np", str(size), "-H", f"localhost:{size}", *options, *python]
+    return [
+        str(BIN / "horovodrun"),
+        transport,
+        "-np",
+        str(size),
+        "-H",
+        f"localhost:{size}",
+        *options,
+        *python,
+    ]
 
 
 def launch(
-    size: int, program: list[str], launcher: str = "mpirun", timeout: float = 500, cwd: Path = ROOT, **extra: str
+    size: int,
+    program: list[str],
+    launcher: str = "mpirun",
+    timeout: float = 500,
+    cwd: Path = ROOT,
+    **extra: str,
 ) -> subprocess.CompletedProcess:
     """Runs `program` on `size` ranks to its end; stdout and stderr come back together, in `stdout`."""
     return subprocess.run(
@@ -55,7 +77,13 @@ def launch(
 
 
 def results(
-    folder: Path, size: int, program: str, *arguments: str, launcher: str = "mpirun", timeout: float = 500, **extra: str
+    folder: Path,
+    size: int,
+    program: str,
+    *arguments: str,
+    launcher: str = "mpirun",
+    timeout: float = 500,
+    **extra: str,
 ) -> list[dict[str, Any]]:
     """What each rank of a test program gave to `report`, in the order of the ranks."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -22,7 +22,11 @@ ONE_KERNEL = {
     "OMPI_MCA_btl_tcp_if_include": "lo",
     "OMPI_MCA_oob_tcp_if_include": "lo",
 }
-MORTAL = ["setpriv", "--pdeathsig", "KILL"]  # a daemon dies with the tests, also when these are killed
+MORTAL = [
+    "setpriv",
+    "--pdeathsig",
+    "KILL",
+]  # a daemon dies with the tests, also when these are killed
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -61,7 +65,11 @@ def missing() -> str:
     """Why there can be no Slurm here; empty if there can."""
     if os.getuid() != 0:
         return "Slurm's daemons run as root"
-    lacking = [command for command in ("slurmctld", "slurmd", "sbatch", "srun", "setpriv") if not shutil.which(command)]
+    lacking = [
+        command
+        for command in ("slurmctld", "slurmd", "sbatch", "srun", "setpriv")
+        if not shutil.which(command)
+    ]
     return f"{', '.join(lacking)} not installed (slurm-wlm)" if lacking else ""
 
 
@@ -89,7 +97,9 @@ class Slurm:
     def _write(self, signal: str) -> None:
         parameters = "SlurmctldParameters=preempt_send_user_signal" if signal == "USR1" else ""
         host, ports = socket.gethostname(), self._ports
-        self.conf.write_text(CONF.format(host=host, folder=self.folder, ports=ports, parameters=parameters))
+        self.conf.write_text(
+            CONF.format(host=host, folder=self.folder, ports=ports, parameters=parameters)
+        )
 
     def start(self) -> None:
         for name in ("log", "state", "spool/n1", "spool/n2", "tmp/n1", "tmp/n2"):
@@ -97,11 +107,22 @@ class Slurm:
         self._write("USR1")
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         for number in range(8):
-            os.mknod(self.folder / f"gpu{number}", stat.S_IFCHR, os.makedev(1, 3))  # /dev/null by another name
-        (self.folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={self.folder}/gpu[0-7]\n")
-        for daemon in (["slurmctld", "-D", "-i"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
+            os.mknod(
+                self.folder / f"gpu{number}", stat.S_IFCHR, os.makedev(1, 3)
+            )  # /dev/null by another name
+        (self.folder / "gres.conf").write_text(
+            f"NodeName=n[1-2] Name=gpu File={self.folder}/gpu[0-7]\n"
+        )
+        for daemon in (
+            ["slurmctld", "-D", "-i"],
+            ["slurmd", "-D", "-N", "n1"],
+            ["slurmd", "-D", "-N", "n2"],
+        ):
             log = (self.folder / "log" / "-".join(daemon)).open("w")
-            words, options = [*MORTAL, *daemon], {"env": self.environment(), "stdout": log, "stderr": log}
+            words, options = (
+                [*MORTAL, *daemon],
+                {"env": self.environment(), "stdout": log, "stderr": log},
+            )
             self._daemons.append(subprocess.Popen(words, **options, start_new_session=True))
         self.until(lambda: self.run("sinfo", "-h", "-o", "%T %D").stdout == "idle 2\n", 20)
 
@@ -118,13 +139,21 @@ class Slurm:
             daemon.wait()
 
     def environment(self, **extra: str) -> dict[str, str]:
-        kept = {name: value for name, value in environment().items() if not name.startswith("SLURM_")}
+        kept = {
+            name: value for name, value in environment().items() if not name.startswith("SLURM_")
+        }
         return kept | ONE_KERNEL | {"SLURM_CONF": str(self.conf), **extra}
 
     def run(self, *command: str, **extra: str) -> subprocess.CompletedProcess:
         """Runs one of Slurm's commands; stdout and stderr apart."""
         return subprocess.run(
-            command, cwd=ROOT, env=self.environment(**extra), capture_output=True, text=True, timeout=120, check=False
+            command,
+            cwd=ROOT,
+            env=self.environment(**extra),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
 
     def submit(self, *words: str, **extra: str) -> str:
@@ -136,7 +165,9 @@ class Slurm:
     def state(self, job: str) -> str:
         """Such as PENDING, RUNNING, COMPLETED or FAILED; of an array, of its tasks, each once."""
         done = self.run("scontrol", "show", "job", job, "--oneliner")
-        states = [word.partition("=")[2] for word in done.stdout.split() if word.startswith("JobState=")]
+        states = [
+            word.partition("=")[2] for word in done.stdout.split() if word.startswith("JobState=")
+        ]
         return " ".join(sorted(set(states)))
 
     def ends(self, job: str, seconds: float = 150) -> str:

@@ -36,7 +36,9 @@ def parse() -> argparse.Namespace:
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--cpu", dest="gpu", action="store_false", default=None, help="without GPUs")
-    kind.add_argument("--gpu", dest="gpu", action="store_true", help="with NCCL; needs the CUDA toolkit (nvcc)")
+    kind.add_argument(
+        "--gpu", dest="gpu", action="store_true", help="with NCCL; needs the CUDA toolkit (nvcc)"
+    )
     return parser.parse_args()
 
 

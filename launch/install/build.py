@@ -11,7 +11,12 @@ from recipe.errors import RunError
 
 def make(console: Console, target: Target, site_packages: Path, scratch: Path) -> Path:
     """Build the wheel in the scratch folder, with the environment's TensorFlow, PyTorch, MPI and NCCL."""
-    env = {"MAKEFLAGS": f"-j{jobs()}", **target.environment(), **target.flags(), "TMPDIR": str(scratch)}
+    env = {
+        "MAKEFLAGS": f"-j{jobs()}",
+        **target.environment(),
+        **target.flags(),
+        "TMPDIR": str(scratch),
+    }
     if target.cuda:
         env |= stage_nccl(site_packages, scratch)
     source = patched(console, fetch(console, target, scratch))
@@ -34,7 +39,16 @@ def fetch(console: Console, target: Target, scratch: Path) -> Path:
     """Horovod's source release from the package index. pip checks its sha256 before running any of it."""
     wanted = scratch / "horovod.txt"
     wanted.write_text(f"horovod=={VERSION} --hash=sha256:{SHA256}\n")
-    download = [PYTHON, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary", "horovod"]
+    download = [
+        PYTHON,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-binary",
+        "horovod",
+    ]
     env = {**target.environment(), "TMPDIR": str(scratch)}
     console.run([*download, "-d", scratch, "-r", wanted], f"downloading Horovod {VERSION}", env)
     archive = scratch / f"horovod-{VERSION}.tar.gz"
@@ -61,7 +75,9 @@ def stage_nccl(site_packages: Path, scratch: Path) -> dict[str, str]:
     """Name the frameworks' own NCCL as a linker expects it: their package has libnccl.so.2 only."""
     nccl = site_packages / "nvidia" / "nccl"
     if not (nccl / "lib" / "libnccl.so.2").exists():
-        raise RunError(f"no NCCL in {nccl}: the packages installed for TensorFlow and PyTorch are not those for GPUs")
+        raise RunError(
+            f"no NCCL in {nccl}: the packages installed for TensorFlow and PyTorch are not those for GPUs"
+        )
     folder = scratch / "nccl"
     folder.mkdir()
     (folder / "libnccl.so").symlink_to(nccl / "lib" / "libnccl.so.2")

@@ -17,13 +17,17 @@ def python(version: tuple[int, ...]) -> None:
     """The pins hold for these versions only: keras 3.15.1 needs 3.11, tensorflow 2.21 ends at 3.13."""
     if not PYTHONS[0] <= version[:2] <= PYTHONS[1]:
         name = ".".join(map(str, version[:2]))
-        raise RunError(f"Python {name} does not fit the pinned packages: install Python 3.11, 3.12 or 3.13")
+        raise RunError(
+            f"Python {name} does not fit the pinned packages: install Python 3.11, 3.12 or 3.13"
+        )
 
 
 def venv_module() -> None:
     """Debian ships Python without it."""
     if importlib.util.find_spec("ensurepip") is None or importlib.util.find_spec("venv") is None:
-        raise RunError("Python's venv module is missing: install it (on Debian and Ubuntu: apt install python3-venv)")
+        raise RunError(
+            "Python's venv module is missing: install it (on Debian and Ubuntu: apt install python3-venv)"
+        )
 
 
 def headers(include: str = "") -> None:
@@ -57,14 +61,18 @@ def tools(path: str) -> None:
     """Horovod's sources are patched with patch and built with make; Open MPI looks for ssh even on one machine."""
     for name, package in (("make", "make"), ("patch", "patch"), ("ssh", "openssh-client")):
         if shutil.which(name, path=path) is None:
-            raise RunError(f"`{name}` is not on PATH: install it (on Debian and Ubuntu: apt install {package})")
+            raise RunError(
+                f"`{name}` is not on PATH: install it (on Debian and Ubuntu: apt install {package})"
+            )
 
 
 def disk(folder: Path, need_gb: float, what: str) -> None:
     """Room for the environment, or for the build."""
     free = shutil.disk_usage(folder).free / 1e9
     if free < need_gb:
-        raise RunError(f"{folder} has {free:.1f} GB free and {what} needs {need_gb:g} GB: free some space there")
+        raise RunError(
+            f"{folder} has {free:.1f} GB free and {what} needs {need_gb:g} GB: free some space there"
+        )
 
 
 def gpu_here(path: str) -> bool:
@@ -91,4 +99,6 @@ def cuda_home(path: str) -> str | None:
     places = [os.environ.get("HOROVOD_CUDA_HOME"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     if nvcc := shutil.which("nvcc", path=path):
         places.append(str(Path(nvcc).resolve().parent.parent))
-    return next((place for place in places if place and os.access(f"{place}/bin/nvcc", os.X_OK)), None)
+    return next(
+        (place for place in places if place and os.access(f"{place}/bin/nvcc", os.X_OK)), None
+    )

@@ -16,7 +16,10 @@ from recipe.errors import RunError
 
 # What a command's output says, and what to tell the user; the first match counts.
 KNOWN = (
-    (r"No space left on device", "the disk is full: free about 4 GB (15 GB with GPUs), then run this again"),
+    (
+        r"No space left on device",
+        "the disk is full: free about 4 GB (15 GB with GPUs), then run this again",
+    ),
     (
         r"name resolution|Name or service not known|Connection refused|Network is unreachable|Max retries exceeded"
         r"|NewConnectionError|ReadTimeout|ConnectTimeout|ProxyError|SSLError",
@@ -97,7 +100,9 @@ class Console:
             raise RunError(f"{explain(what, code, output)}\nfull output: {self.log}")
         return output
 
-    def call(self, words: list[str], log: BinaryIO, env: Mapping[str, str] | None, timeout: float | None) -> int:
+    def call(
+        self, words: list[str], log: BinaryIO, env: Mapping[str, str] | None, timeout: float | None
+    ) -> int:
         """The exit status. Children hold the lock too: one that outlives us keeps the next installation waiting."""
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
         try:
@@ -124,6 +129,13 @@ def last_lines(output: str) -> list[str]:
     """What is worth showing: the first error of a compiler, which pip buries, and the last lines."""
     lines = [line.rstrip() for line in output.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("$ ", "WARNING: Location"))]
-    first = next((i for i, line in enumerate(lines) if re.search(r"CMake Error|: (fatal )?error: |\*\*\* ", line)), -1)
+    first = next(
+        (
+            i
+            for i, line in enumerate(lines)
+            if re.search(r"CMake Error|: (fatal )?error: |\*\*\* ", line)
+        ),
+        -1,
+    )
     buried = lines[first : first + 3] if 0 <= first < len(lines) - 6 else []
     return [*buried, *(["..."] if buried else []), *lines[-4:]]

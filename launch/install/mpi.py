@@ -49,7 +49,11 @@ def identify(folder: Path, path: str) -> tuple[str, str]:
     questions = (
         ("Open MPI", ["mpicc", "--showme:version"], r"Open MPI v?(\d[\w.]*)"),
         ("MPICH", ["mpichversion"], r"(?:MPICH|MVAPICH\d?)[ \w]*Version:\s*(\d[\w.]*)"),
-        ("MPICH", ["mpirun", "--version"], r"(?:Intel\(R\) MPI Library.*|^\s*)Version:?\s+(\d[\w.]*)"),
+        (
+            "MPICH",
+            ["mpirun", "--version"],
+            r"(?:Intel\(R\) MPI Library.*|^\s*)Version:?\s+(\d[\w.]*)",
+        ),
         ("Open MPI", ["mpirun", "--version"], r"\(Open MPI\) v?(\d[\w.]*)"),
     )
     for family, (name, *arguments), pattern in questions:
@@ -104,7 +108,10 @@ def link(mpi: Mpi, folder: Path) -> None:
 
 def launch_environment() -> dict[str, str]:
     """What `mpirun -n 2` needs on any machine: few cores, a name with an underscore, or root in a container."""
-    settings = {"OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_hwloc_base_binding_policy": "none"}
+    settings = {
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "OMPI_MCA_hwloc_base_binding_policy": "none",
+    }
     settings["OMPI_MCA_regx"] = "naive"
     if os.getuid() == 0:
         settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -20,7 +20,11 @@ def total(framework: str, factor: int) -> list[float]:
     library = importlib.import_module(framework)
     if framework == "tensorflow":
         with library.device("CPU"):
-            return hvd.allreduce(library.constant(MINE) * factor, op=hvd.Sum, name="proof").numpy().tolist()
+            return (
+                hvd.allreduce(library.constant(MINE) * factor, op=hvd.Sum, name="proof")
+                .numpy()
+                .tolist()
+            )
     return hvd.allreduce(library.tensor(MINE) * factor, op=hvd.Sum, name="proof").tolist()
 
 

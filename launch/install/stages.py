@@ -9,7 +9,16 @@ from pathlib import Path
 
 from launch.install import build, checks, mpi, prove, wheel
 from launch.install.console import Console
-from launch.install.target import PYTHON, ROOT, STAMP, VENV, Target, constraints, requirements, write_stamp
+from launch.install.target import (
+    PYTHON,
+    ROOT,
+    STAMP,
+    VENV,
+    Target,
+    constraints,
+    requirements,
+    write_stamp,
+)
 from recipe.errors import RunError
 
 # Asked of the new environment; the dependencies of Horovod's wheel among the answers.
@@ -34,7 +43,9 @@ def check(target: Target) -> str:
     if not VENV.exists():
         checks.disk(ROOT, checks.GPU_GB if target.cuda else checks.CPU_GB, "the environment")
     elif not STAMP.exists():
-        raise RunError(f"{VENV} exists and was not made by this program: move it away, then run this again")
+        raise RunError(
+            f"{VENV} exists and was not made by this program: move it away, then run this again"
+        )
     wheel.cache().mkdir(parents=True, exist_ok=True)
     checks.disk(wheel.cache(), wheel.BUILD_GB, "building Horovod")
     return compiler
@@ -63,7 +74,9 @@ def packages(console: Console, target: Target) -> None:
     """The frameworks and everything else but Horovod."""
     wanted = requirements(target)
     with console.stage(f"installing TensorFlow, PyTorch and {len(wanted) - 2} other packages"):
-        if target.mpi.system:  # built against it, and not from pip's cache, which doesn't know whose MPI it has
+        if (
+            target.mpi.system
+        ):  # built against it, and not from pip's cache, which doesn't know whose MPI it has
             pip(console, target, "--no-binary", "mpi4py", "--no-cache-dir", "mpi4py")
         pip(console, target, *wanted)
 
@@ -78,7 +91,9 @@ def wheel_inputs(target: Target, compiler: str, found: dict) -> dict[str, object
     """Everything that Horovod's wheel depends on."""
     return {
         **wheel.sources(),
-        "against": {name: found["packages"][name] for name in BUILT_AGAINST if name in found["packages"]},
+        "against": {
+            name: found["packages"][name] for name in BUILT_AGAINST if name in found["packages"]
+        },
         "python": f"{platform.python_version()} {found['abi']}",
         "mpi": str(target.mpi),
         "flags": target.flags(),

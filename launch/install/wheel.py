@@ -63,7 +63,11 @@ def sha256(path: Path) -> str:
 def cache() -> Path:
     """The user's cache of built wheels, shared by all copies of this project."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "imagenet-1hr-recipe" / "wheels"
+    return (
+        (Path(base) if base.startswith("/") else Path.home() / ".cache")
+        / "imagenet-1hr-recipe"
+        / "wheels"
+    )
 
 
 def finished(folder: Path) -> Path | None:

@@ -26,7 +26,9 @@ ROOT = Path(__file__).parents[2]
 SAMPLED = 32  # files of a folder whose contents are looked at
 PIECE = 4096  # bytes of each, at its beginning, middle and end
 FILES = 20_000  # of a folder at most: a million of small ones would take minutes on a network disk
-NOT_READ = re.compile(r"downloads|records\.npz|SHA256SUMS|.*\.index\.npz")  # archives, and what is made anew anywhere
+NOT_READ = re.compile(
+    r"downloads|records\.npz|SHA256SUMS|.*\.index\.npz"
+)  # archives, and what is made anew anywhere
 
 
 def collect(data_dir: str) -> dict[str, Any]:
@@ -43,7 +45,10 @@ def collect(data_dir: str) -> dict[str, Any]:
         **gpus(),
         "cores": len(os.sched_getaffinity(0)),
         "memory": psutil.virtual_memory().available,
-        "disk": {folder: shutil.disk_usage(folder).free for folder in (str(Path.cwd()), tempfile.gettempdir())},
+        "disk": {
+            folder: shutil.disk_usage(folder).free
+            for folder in (str(Path.cwd()), tempfile.gettempdir())
+        },
         "open_files": _hard_limit(resource.RLIMIT_NOFILE),
         "locked_memory": _hard_limit(resource.RLIMIT_MEMLOCK),
         "infiniband": Path("/sys/class/infiniband").is_dir(),
@@ -84,13 +89,19 @@ def sample(folder: Path, found: list[Path]) -> dict[str, Any]:
 
 def packages() -> dict[str, str]:
     """All packages of the environment with their versions."""
-    found = ((d.metadata["Name"], d.version) for d in importlib.metadata.distributions(path=sys.path))
+    found = (
+        (d.metadata["Name"], d.version) for d in importlib.metadata.distributions(path=sys.path)
+    )
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found if name}
 
 
 def gpus() -> dict[str, Any]:
     """{"gpus": what nvidia-smi lists, none where there is no such program, "gpu_error": why it fails}."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    command = [
+        "nvidia-smi",
+        "--query-gpu=name,memory.total,driver_version",
+        "--format=csv,noheader",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except FileNotFoundError:
@@ -98,14 +109,19 @@ def gpus() -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return {"gpus": [], "gpu_error": str(error)}
     if done.returncode:
-        return {"gpus": [], "gpu_error": (done.stdout + done.stderr).strip() or f"exit status {done.returncode}"}
+        return {
+            "gpus": [],
+            "gpu_error": (done.stdout + done.stderr).strip() or f"exit status {done.returncode}",
+        }
     return {"gpus": parse_gpus(done.stdout), "gpu_error": ""}
 
 
 def parse_gpus(printed: str) -> list[dict[str, str]]:
     """The lines of nvidia-smi's CSV, of three columns."""
     rows = (line.split(", ") for line in printed.splitlines())
-    return [dict(zip(("name", "memory", "driver"), row, strict=True)) for row in rows if len(row) == 3]
+    return [
+        dict(zip(("name", "memory", "driver"), row, strict=True)) for row in rows if len(row) == 3
+    ]
 
 
 def interfaces() -> dict[str, list[str]]:
@@ -126,7 +142,9 @@ def resolve(name: str) -> str:
 
 def mount_of(folder: Path) -> str:
     """The network disk that a folder lies on, as "server:/home", or a local one's kind, as "ext4"; "" if unknown."""
-    inside = [p for p in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(p.mountpoint)]
+    inside = [
+        p for p in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(p.mountpoint)
+    ]
     found = max(inside, key=lambda p: len(p.mountpoint), default=None)
     if found is None:
         return ""
@@ -164,7 +182,13 @@ def _horovod_mpi() -> list[str]:
         libraries = sorted(folder.rglob("mpi_lib*.so"))
     except importlib.metadata.PackageNotFoundError:
         return []
-    return sorted({name.decode() for path in libraries for name in re.findall(rb"libmpi\w*\.so\.\d+", _bytes(path))})
+    return sorted(
+        {
+            name.decode()
+            for path in libraries
+            for name in re.findall(rb"libmpi\w*\.so\.\d+", _bytes(path))
+        }
+    )
 
 
 def _bytes(path: Path) -> mmap.mmap:

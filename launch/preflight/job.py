@@ -34,12 +34,22 @@ class Measured:
 def measure(names: list[str], interface: str, data_dir: str, limit: float) -> Measured:
     """One rank a host. Takes `limit` seconds at most, and some to end what hangs."""
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)  # files, not pipes: an orphan would hold a pipe, and its reader, for ever
+        folder = Path(
+            made
+        )  # files, not pipes: an orphan would hold a pipe, and its reader, for ever
         hostfile, asked, out, err = (folder / name for name in ("hosts", "asked", "out", "err"))
         hostfile.write_text(render([Host(name, 1) for name in names], "openmpi"))
         asked.write_text(json.dumps(names))  # thousands are too long for an argument
         words = json.dumps({"data_dir": data_dir, "limit": limit})
-        command = [sys.executable, "-m", "launch.run", "--hostfile", str(hostfile), "--interface", interface]
+        command = [
+            sys.executable,
+            "-m",
+            "launch.run",
+            "--hostfile",
+            str(hostfile),
+            "--interface",
+            interface,
+        ]
         command += ["--", sys.executable, "-m", "launch.preflight.rank", words]
         began = time.monotonic()
         with asked.open("rb") as stdin, out.open("wb") as stdout, err.open("wb") as stderr:
@@ -54,7 +64,9 @@ def measure(names: list[str], interface: str, data_dir: str, limit: float) -> Me
     if status == 0 and "facts" in parts:
         return Measured(parts, [], seconds)
     return Measured(
-        parts, [hung(names, said, heard, limit) if status is None else failed(names, said, status)], seconds
+        parts,
+        [hung(names, said, heard, limit) if status is None else failed(names, said, status)],
+        seconds,
     )
 
 
@@ -70,7 +82,9 @@ def parse(printed: str) -> dict[str, Any]:
 
 def hung(names: list[str], said: str, heard: str, limit: float) -> Finding:
     """Who is silent in what is `heard` after the limit; else, who came least far."""
-    alive = {names[int(rank)] for rank in re.findall(rf"^{MARK} (\d+) alive\r?$", heard, re.MULTILINE)}
+    alive = {
+        names[int(rank)] for rank in re.findall(rf"^{MARK} (\d+) alive\r?$", heard, re.MULTILINE)
+    }
     fix = "look at these hosts (disk, memory, firewall) and at the links between them, or give --timeout more seconds"
     parts = reached(names, said)
     silent = [name for name in names if name not in alive and parts[name][0] != MPI_STARTS]
@@ -102,23 +116,43 @@ def failed(names: list[str], said: str, status: int) -> Finding:
     """Why the job ended early: by a rank's own word, by mpirun's, or the last that was said."""
     if match := re.search(rf"^{MARK} (\d+) error (.*?)\r?$", said, re.MULTILINE):
         host, what = names[int(match[1])], match[2]
-        return Finding(host, f"the check failed there: {what}", "mend the environment on it: launch/install/install")
+        return Finding(
+            host,
+            f"the check failed there: {what}",
+            "mend the environment on it: launch/install/install",
+        )
     if match := re.search(r"on node (\S+) exited on (signal \d+[^.]*)", said):
         host, what = match[1], " ".join(match[2].split())
-        return Finding(host, f"its process was ended by {what}", "who kills there? See dmesg for a lack of memory")
+        return Finding(
+            host,
+            f"its process was ended by {what}",
+            "who kills there? See dmesg for a lack of memory",
+        )
     if match := re.search(
-        r"lost communication with a remote daemon.*?Remote daemon:[^\n]*? on node (\S+)", said, re.DOTALL
+        r"lost communication with a remote daemon.*?Remote daemon:[^\n]*? on node (\S+)",
+        said,
+        re.DOTALL,
     ):
-        return Finding(match[1], "the host or its link died in the middle", "see its power, its network and its log")
+        return Finding(
+            match[1],
+            "the host or its link died in the middle",
+            "see its power, its network and its log",
+        )
     if match := re.search(r"unexpectedly disconnected.*?Peer host:\s+(\S+)", said, re.DOTALL):
         what = "its process ended or its link was cut: another host lost the connection to it"
         return Finding(match[1], what, "see dmesg there for a lack of memory, and its network")
     text = [
-        line.strip() for line in said.splitlines() if re.search(r"\w", line) and not line.startswith((MARK, "env -i "))
+        line.strip()
+        for line in said.splitlines()
+        if re.search(r"\w", line) and not line.startswith((MARK, "env -i "))
     ]
     last = " ".join(text[-6:])[-500:] or "it said nothing"
     where = _where(names, behind(names, said))
-    return Finding("", f"mpirun ended with status {status}, {where}: {last}", "mend what it says, then run this again")
+    return Finding(
+        "",
+        f"mpirun ended with status {status}, {where}: {last}",
+        "mend what it says, then run this again",
+    )
 
 
 def _where(names: list[str], slowest: dict[str, str]) -> str:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 BOX = 0.2  # seconds of sending, for each direction of a pair
 PINGS, PING_BOX = 200, 0.05  # of 8 bytes, at most, and the seconds they may take
 CLOCK_PINGS = 20
-SMALLEST, LARGEST = 2**17, 2**22  # bytes of a message; below, MPI only buffers it and says that it is sent
+SMALLEST, LARGEST = (
+    2**17,
+    2**22,
+)  # bytes of a message; below, MPI only buffers it and says that it is sent
 GRADIENTS = 25_557_032  # float32, ResNet-50's: an allreduce of a training step
 MORE, END = 1, 2  # tags
 FIRST, LAST = 10, 10**6  # the orders of parts that `say` is told, before the rounds and after them
@@ -93,7 +96,9 @@ def told(comm: "MPI.Comm", value: Any) -> Any:
     return json.loads(text)
 
 
-def pairs(comm: "MPI.Comm", names: list[str], say: Callable[[int, str], None], start: int = 1) -> dict[str, Any]:
+def pairs(
+    comm: "MPI.Comm", names: list[str], say: Callable[[int, str], None], start: int = 1
+) -> dict[str, Any]:
     """What this rank measured as a sender, and the seconds of all rounds.
 
     {"rows": [{"from", "to", "latency" in seconds, "bandwidth" in bytes/s}, … one a peer], "seconds"}; `names`: the
@@ -104,11 +109,16 @@ def pairs(comm: "MPI.Comm", names: list[str], say: Callable[[int, str], None], s
     for number, meetings in enumerate(rounds(comm.size), start):
         mine = next((pair for pair in meetings if comm.rank in pair), ())
         peer = sum(mine) - comm.rank
-        say(FIRST + 2 * number, f"round {number}, with {names[peer]}" if mine else f"round {number}, resting")
+        say(
+            FIRST + 2 * number,
+            f"round {number}, with {names[peer]}" if mine else f"round {number}, resting",
+        )
         for sender in mine:
             if comm.rank == sender:
                 latency, bandwidth = _ping(comm, peer), _send(comm, peer, buffer)
-                rows.append({"from": comm.rank, "to": peer, "latency": latency, "bandwidth": bandwidth})
+                rows.append(
+                    {"from": comm.rank, "to": peer, "latency": latency, "bandwidth": bandwidth}
+                )
             else:
                 _echo(comm, peer)
                 _receive(comm, peer, buffer)
@@ -120,7 +130,11 @@ def pairs(comm: "MPI.Comm", names: list[str], say: Callable[[int, str], None], s
 def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Of two results of `pairs` of one rank, each link's lower latency and higher bandwidth."""
     rows = [
-        one | {"latency": min(one["latency"], two["latency"]), "bandwidth": max(one["bandwidth"], two["bandwidth"])}
+        one
+        | {
+            "latency": min(one["latency"], two["latency"]),
+            "bandwidth": max(one["bandwidth"], two["bandwidth"]),
+        }
         for one, two in zip(first["rows"], second["rows"], strict=True)
     ]
     return first | {"rows": rows}

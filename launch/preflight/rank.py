@@ -26,7 +26,9 @@ def main(data_dir: str, limit: float) -> None:
     signal.alarm(int(limit + LISTENS) + 2)
     threading.Thread(target=_beat, daemon=True).start()
     say(0, "the facts of this host")
-    from launch.preflight import facts  # here, so that a package that is missing is said with the host's name
+    from launch.preflight import (
+        facts,
+    )  # here, so that a package that is missing is said with the host's name
 
     found = facts.collect(data_dir)
     say(MPI_STARTS, "MPI's start")
@@ -96,5 +98,9 @@ if __name__ == "__main__":
     try:
         main(**json.loads(sys.argv[1]))
     except Exception as error:  # whatever it is, the doctor names the host
-        _tell(f"error {error}" if isinstance(error, RunError) else f"error {type(error).__name__}: {error}")
+        _tell(
+            f"error {error}"
+            if isinstance(error, RunError)
+            else f"error {type(error).__name__}: {error}"
+        )
         os._exit(1)  # MPI's own end would wait for the others

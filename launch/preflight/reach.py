@@ -15,7 +15,12 @@ CONNECT = 10  # seconds until a host must answer
 ENDS = 30  # seconds until all is done; a hung home directory would take for ever
 REACHED = "launch.doctor was here"
 SSH_FAILED = 255  # ssh's own exit status
-NO_FOLDER, NO_PYTHON, NO_MPI, BROKEN_PYTHON = 71, 72, 73, 74  # the exit statuses of the script below
+NO_FOLDER, NO_PYTHON, NO_MPI, BROKEN_PYTHON = (
+    71,
+    72,
+    73,
+    74,
+)  # the exit statuses of the script below
 
 ENVIRONMENT = "share the environment's disk with it, or install there too (launch/install/install)"
 NOT_REACHED = (  # what ssh says, what that means, and the fix; the first match counts
@@ -39,8 +44,16 @@ NOT_REACHED = (  # what ssh says, what that means, and the fix; the first match 
         "permission denied: the host takes none of your keys",
         "ssh-copy-id {host}, or start ssh-agent",
     ),
-    (r"Too many authentication failures", "too many keys were tried", "name one in ~/.ssh/config: IdentityFile"),
-    (r"Connection refused", "connection refused: nobody listens at ssh's port", "start sshd on {host}"),
+    (
+        r"Too many authentication failures",
+        "too many keys were tried",
+        "name one in ~/.ssh/config: IdentityFile",
+    ),
+    (
+        r"Connection refused",
+        "connection refused: nobody listens at ssh's port",
+        "start sshd on {host}",
+    ),
     (
         r"No route to host|Network is unreachable",
         "no route to the host",
@@ -54,7 +67,10 @@ NOT_REACHED = (  # what ssh says, what that means, and the fix; the first match 
     ),
 )
 NOT_READY = {
-    NO_FOLDER: ("{root} is not there", "share the project's disk with {host}, or copy the project to the same path"),
+    NO_FOLDER: (
+        "{root} is not there",
+        "share the project's disk with {host}, or copy the project to the same path",
+    ),
     NO_PYTHON: ("{python} is not there", ENVIRONMENT),
     NO_MPI: ("{orted}, which mpirun starts there, is missing", ENVIRONMENT),
     BROKEN_PYTHON: ("{python} doesn't run: {said}", ENVIRONMENT),
@@ -80,13 +96,25 @@ def reach_all(names: list[str]) -> dict[str, Reach]:
 def reach(name: str) -> Reach:
     if is_here(name):
         return Reach("this machine")
-    command = ["ssh", "-n", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT}", name, _script()]
+    command = [
+        "ssh",
+        "-n",
+        "-T",
+        "-o",
+        "BatchMode=yes",
+        "-o",
+        f"ConnectTimeout={CONNECT}",
+        name,
+        _script(),
+    ]
     began = time.monotonic()
     try:
         done = subprocess.run(command, capture_output=True, timeout=ENDS, check=False)
     except subprocess.TimeoutExpired:
         return Reach(
-            "", reason=f"ssh did not end in {ENDS} s", fix=f"look at `ssh {name}`: a shell or disk that hangs?"
+            "",
+            reason=f"ssh did not end in {ENDS} s",
+            fix=f"look at `ssh {name}`: a shell or disk that hangs?",
         )
     except FileNotFoundError:
         return Reach("", reason="there is no ssh on this machine", fix="install OpenSSH's client")
@@ -102,13 +130,18 @@ def explain(host: str, status: int, printed: str, said: str) -> tuple[str, str]:
     last = (said.strip() or printed.strip() or "it said nothing").splitlines()[-1].strip()
     if status in NOT_READY:
         reason, fix = NOT_READY[status]
-        return reason.format(root=ROOT, python=sys.executable, orted=_orted(), said=last), fix.format(host=host)
+        return reason.format(
+            root=ROOT, python=sys.executable, orted=_orted(), said=last
+        ), fix.format(host=host)
     if status == SSH_FAILED:
         for pattern, reason, fix in NOT_REACHED:
             if re.search(pattern, said):
                 return reason, fix.format(host=host)
         return f"ssh failed: {last}", f"see `ssh -v {host}`"
-    return f"no shell that runs commands (exit status {status}: {last})", f"see `ssh {host} true`, and your login shell"
+    return (
+        f"no shell that runs commands (exit status {status}: {last})",
+        f"see `ssh {host} true`, and your login shell",
+    )
 
 
 def is_here(name: str) -> bool:
@@ -129,7 +162,9 @@ def _script() -> str:
     script = f"cd {folder} || exit {NO_FOLDER}; test -x {python} || exit {NO_PYTHON}; "
     if _orted().exists():
         script += f"test -x {orted} || exit {NO_MPI}; "
-    return f"sh -c {shlex.quote(f'{script}{python} -c pass || exit {BROKEN_PYTHON}; echo {REACHED}')}"
+    return (
+        f"sh -c {shlex.quote(f'{script}{python} -c pass || exit {BROKEN_PYTHON}; echo {REACHED}')}"
+    )
 
 
 def _orted() -> Path:

@@ -10,7 +10,9 @@ from typing import Any
 
 Facts = Mapping[str, Mapping[str, Any]]  # of facts.collect, by the hosts' names in the hostfile
 
-KEY_PACKAGES = re.compile("horovod|tensorflow|tensorflow-cpu|keras|torch|numpy|mpi4py|nvidia-nccl.*")
+KEY_PACKAGES = re.compile(
+    "horovod|tensorflow|tensorflow-cpu|keras|torch|numpy|mpi4py|nvidia-nccl.*"
+)
 OPEN_MPI = "libmpi.so.40"
 SKEW = 1.0  # seconds: beyond, logs of several hosts can't be read together and files seem to come from the future
 DISK = 2e9  # bytes: checkpoints, logs, temporary files
@@ -31,7 +33,9 @@ class Finding:
     fault: bool = True
 
     def __str__(self) -> str:
-        return f"{self.host}{': ' * bool(self.host)}{self.what}{'; fix: ' * bool(self.fix)}{self.fix}"
+        return (
+            f"{self.host}{': ' * bool(self.host)}{self.what}{'; fix: ' * bool(self.fix)}{self.fix}"
+        )
 
 
 def odd(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -73,8 +77,12 @@ def versions(facts: Facts) -> list[Finding]:
     """Python, the project's source, Horovod's build, every package of the environment, and the disk it lies on."""
     fix = "share one environment, or install there again (launch/install/install)"
     found = difference("Python", _each(facts, lambda f: f["python"]), fix)
-    found += difference("this project's source", _each(facts, lambda f: f["recipe"]), "share it, or copy it again")
-    found += difference("Horovod's compiled library", _each(facts, lambda f: f["horovod_build"]), fix)
+    found += difference(
+        "this project's source", _each(facts, lambda f: f["recipe"]), "share it, or copy it again"
+    )
+    found += difference(
+        "Horovod's compiled library", _each(facts, lambda f: f["horovod_build"]), fix
+    )
     found += _mpi(facts)
     names = {name for f in facts.values() for name in f["packages"]}
     different = [name for name in sorted(names) if odd(_package(facts, name))[1]]
@@ -82,14 +90,20 @@ def versions(facts: Facts) -> list[Finding]:
     for name in keys:
         found += difference(name, _package(facts, name), fix)
     if rest := [name for name in different if name not in keys]:
-        found += difference(f"the versions of {listed(rest)}:", _each(facts, lambda f: _several(f, rest)), fix)
+        found += difference(
+            f"the versions of {listed(rest)}:", _each(facts, lambda f: _several(f, rest)), fix
+        )
     disks = difference("the environment's disk", _each(facts, lambda f: f["disk_of_prefix"]), "")
     return found + [replace(finding, fault=False) for finding in disks]
 
 
 def _mpi(facts: Facts) -> list[Finding]:
     """Whether Horovod was built with the MPI that starts its ranks here, Open MPI."""
-    others = {host: listed(f["horovod_mpi"]) or "none" for host, f in facts.items() if OPEN_MPI not in f["horovod_mpi"]}
+    others = {
+        host: listed(f["horovod_mpi"]) or "none"
+        for host, f in facts.items()
+        if OPEN_MPI not in f["horovod_mpi"]
+    }
     what = "Horovod was built with another MPI ({0}) than mpirun's, {1}: ranks of mpirun don't find each other"
     fix = "install it again (launch/install/install), or start ranks by horovodrun --gloo or srun-gloo"
     return [Finding(host, what.format(has, OPEN_MPI), fix) for host, has in others.items()]
@@ -97,15 +111,27 @@ def _mpi(facts: Facts) -> list[Finding]:
 
 def gpus(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
     """Their number against the slots, their kind and driver; without any, the cores."""
-    found = difference("GPUs:", _each(facts, lambda f: describe_gpus(f["gpus"])), "see nvidia-smi there")
+    found = difference(
+        "GPUs:", _each(facts, lambda f: describe_gpus(f["gpus"])), "see nvidia-smi there"
+    )
     drivers = {host: f["gpus"][0]["driver"] for host, f in facts.items() if f["gpus"]}
     found += difference("the GPU's driver", drivers, "install one driver everywhere")
     for host, f in facts.items():
         have = len(f["gpus"])
         if f["gpu_error"]:
-            found.append(Finding(host, f"nvidia-smi fails: {f['gpu_error'][:200]}", "mend the GPU's driver there"))
+            found.append(
+                Finding(
+                    host, f"nvidia-smi fails: {f['gpu_error'][:200]}", "mend the GPU's driver there"
+                )
+            )
         if 0 < have < slots[host]:
-            found.append(Finding(host, f"{slots[host]} slots and {have} GPUs", f"write slots={have} in the hostfile"))
+            found.append(
+                Finding(
+                    host,
+                    f"{slots[host]} slots and {have} GPUs",
+                    f"write slots={have} in the hostfile",
+                )
+            )
         if not have and slots[host] > f["cores"]:
             what = f"{slots[host]} slots, {f['cores']} cores and no GPU: the ranks share cores"
             found.append(Finding(host, what, "", fault=False))
@@ -127,10 +153,16 @@ def limits(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
             found.append(Finding(host, what, f"free {size(MEMORY)} a rank, or lower its slots"))
         if f["open_files"] is not None and f["open_files"] < files:
             fix = f"raise nofile in /etc/security/limits.conf there to {files} or more"
-            found.append(Finding(host, f"{f['open_files']} open files allowed, {files} needed", fix))
+            found.append(
+                Finding(host, f"{f['open_files']} open files allowed, {files} needed", fix)
+            )
         if f["infiniband"] and f["locked_memory"] is not None:
             fix = "set memlock to unlimited in /etc/security/limits.conf there"
-            found.append(Finding(host, f"InfiniBand, but only {size(f['locked_memory'])} of locked memory", fix))
+            found.append(
+                Finding(
+                    host, f"InfiniBand, but only {size(f['locked_memory'])} of locked memory", fix
+                )
+            )
     return found
 
 
@@ -151,19 +183,39 @@ def addresses(facts: Facts, interface: str) -> list[Finding]:
 def _address(host: str, f: Mapping[str, Any], interface: str) -> list[Finding]:
     name, address = f["hostname"], f["address"]
     fix = f"give {name} its address in {host}'s /etc/hosts"
-    own = {entry.split("/")[0]: device for device, entries in f["interfaces"].items() for entry in entries}
+    own = {
+        entry.split("/")[0]: device
+        for device, entries in f["interfaces"].items()
+        for entry in entries
+    }
     wanted = [entry.split("/")[0] for entry in f["interfaces"].get(interface, [])]
     if interface and not wanted:
         have = listed([device for device in own.values() if device != "lo"])
-        return [Finding(host, f"no address on interface {interface} (there is {have})", "name the right --interface")]
+        return [
+            Finding(
+                host,
+                f"no address on interface {interface} (there is {have})",
+                "name the right --interface",
+            )
+        ]
     if wanted:
         fix += f": {wanted[0]}"
     if not address:
-        return [Finding(host, f"its own name {name} doesn't resolve there, and Gloo listens at it", fix)]
+        return [
+            Finding(host, f"its own name {name} doesn't resolve there, and Gloo listens at it", fix)
+        ]
     if ipaddress.ip_address(address).is_loopback:
-        return [Finding(host, f"its own name {name} is {address} there: Gloo listens where nobody reaches it", fix)]
+        return [
+            Finding(
+                host,
+                f"its own name {name} is {address} there: Gloo listens where nobody reaches it",
+                fix,
+            )
+        ]
     if address not in own:
-        return [Finding(host, f"its own name {name} is {address} there, which it does not have", fix)]
+        return [
+            Finding(host, f"its own name {name} is {address} there, which it does not have", fix)
+        ]
     if wanted and address not in wanted:
         what = f"its own name {name} is {address} there, on {own[address]} and not on {interface}: Gloo listens there"
         return [Finding(host, what, fix)]
@@ -176,7 +228,11 @@ def doubles(facts: Facts) -> list[Finding]:
     for host, f in facts.items():
         known.setdefault((f["hostname"], *sorted(_own(f))), []).append(host)
     fix = "write it once, with all its slots"
-    return [Finding(listed(hosts), "names of one machine", fix) for hosts in known.values() if len(hosts) > 1]
+    return [
+        Finding(listed(hosts), "names of one machine", fix)
+        for hosts in known.values()
+        if len(hosts) > 1
+    ]
 
 
 def names(facts: Facts, in_slurm: bool) -> list[Finding]:
@@ -187,12 +243,21 @@ def names(facts: Facts, in_slurm: bool) -> list[Finding]:
             continue
         # A host's word on itself may be a loopback address, of which `addresses` speaks.
         seen = {host: f["names"][name] or "unknown" for host, f in facts.items() if host != name}
-        found += difference(f"the address of {name}", seen, f"give {name} one address in /etc/hosts or DNS")
+        found += difference(
+            f"the address of {name}", seen, f"give {name} one address in /etc/hosts or DNS"
+        )
         common, _ = odd(seen)
         if common == "unknown":
             what = f"the name {name} is unknown to the other hosts"
             if in_slurm:
-                found.append(Finding("", f"{what}: horovodrun and Gloo need it, mpirun and srun do not", "", False))
+                found.append(
+                    Finding(
+                        "",
+                        f"{what}: horovodrun and Gloo need it, mpirun and srun do not",
+                        "",
+                        False,
+                    )
+                )
             else:
                 found.append(Finding("", what, "add it to /etc/hosts or DNS"))
         elif common and common not in _own(facts[name]):
@@ -205,7 +270,9 @@ def clocks(skews: Mapping[str, Mapping[str, float]]) -> list[Finding]:
     """Of network.clocks, by the hosts' names."""
     first = next(iter(skews), "")
     return [
-        Finding(host, f"its clock is {skew['ahead']:+.1f} s off {first}'s", "start chrony or ntpd there")
+        Finding(
+            host, f"its clock is {skew['ahead']:+.1f} s off {first}'s", "start chrony or ntpd there"
+        )
         for host, skew in skews.items()
         if abs(skew["ahead"]) > SKEW + skew["bound"]
     ]
@@ -216,15 +283,27 @@ def data(facts: Facts, asked: bool) -> list[Finding]:
     seen = {host: f["data"] for host, f in facts.items()}
     folder = next(iter(seen.values()))["folder"] if seen else ""
     if seen and not asked and all("error" in d for d in seen.values()):
-        return [Finding("", f"data not looked at: {folder} is not there", "give --data_dir", fault=False)]
+        return [
+            Finding(
+                "", f"data not looked at: {folder} is not there", "give --data_dir", fault=False
+            )
+        ]
     fix = "mount the same disk, or copy the data there again"
     gone = [
-        Finding(host, f"data directory {folder}: {d['error']}", fix if asked else f"{fix}, or give --data_dir")
+        Finding(
+            host,
+            f"data directory {folder}: {d['error']}",
+            fix if asked else f"{fix}, or give --data_dir",
+        )
         for host, d in seen.items()
         if "error" in d
     ]
     there = {host: describe_data(d) for host, d in seen.items() if "error" not in d}
-    empty = [Finding(h, f"data directory {folder} has no files", fix) for h, d in seen.items() if d.get("files") == 0]
+    empty = [
+        Finding(h, f"data directory {folder} has no files", fix)
+        for h, d in seen.items()
+        if d.get("files") == 0
+    ]
     return gone + (empty or difference(f"data in {folder}:", there, fix))
 
 
@@ -233,7 +312,10 @@ def links(rows: list[Mapping[str, Any]]) -> list[Finding]:
 
     A host is as fast as its best link, and compared with the median host; a link with what its two ends do with others,
     so that one bad cable accuses neither the network nor a healthy peer."""
-    sends, receives = ({h: max(r["bandwidth"] for r in rows if r[end] == h) for h in hosts_of(rows)} for end in ENDS)
+    sends, receives = (
+        {h: max(r["bandwidth"] for r in rows if r[end] == h) for h in hosts_of(rows)}
+        for end in ENDS
+    )
     found, slow_hosts = [], set()
     for what, best in (("sends", sends), ("receives", receives)):
         usual = statistics.median(best.values()) if best else 0.0
@@ -242,7 +324,12 @@ def links(rows: list[Mapping[str, Any]]) -> list[Finding]:
                 slow_hosts.add(host)
                 said = f"{what} {rate(speed)} at best, the median host {rate(usual)}"
                 found.append(
-                    Finding(host, said, "look at its cable, port and driver (ethtool)", speed < SLOWER * usual)
+                    Finding(
+                        host,
+                        said,
+                        "look at its cable, port and driver (ethtool)",
+                        speed < SLOWER * usual,
+                    )
                 )
     for row in rows:
         usual = min(sends[row["from"]], receives[row["to"]])
@@ -250,7 +337,9 @@ def links(rows: list[Mapping[str, Any]]) -> list[Finding]:
             link = f"{row['from']}→{row['to']}"
             said = f"{rate(row['bandwidth'])}, both do {rate(usual)} with others"
             fault = row["bandwidth"] < SLOWER * usual
-            found.append(Finding(link, said, "look at the switch and the route between them", fault))
+            found.append(
+                Finding(link, said, "look at the switch and the route between them", fault)
+            )
     return found
 
 
@@ -258,7 +347,10 @@ def slowest(rows: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], str] | No
     """The slowest link, and the host whose links are the slowest by their median; None without links."""
     if not rows:
         return None
-    medians = {h: statistics.median(r["bandwidth"] for r in rows if h in (r["from"], r["to"])) for h in hosts_of(rows)}
+    medians = {
+        h: statistics.median(r["bandwidth"] for r in rows if h in (r["from"], r["to"]))
+        for h in hosts_of(rows)
+    }
     return min(rows, key=lambda row: row["bandwidth"]), min(medians, key=medians.__getitem__)
 
 

@@ -27,7 +27,10 @@ from recipe.benchmark.contender import BATCH, CONTENDERS, STEPS
 from recipe.errors import RunError, UsageError
 
 WARMUP = 5  # steps that don't count
-PEERS = {"torch-here": ("torch-ddp", "torch-ddp"), "keras-here": ("keras-fit", "tf-mirrored")}  # on 1 and 2 ranks
+PEERS = {
+    "torch-here": ("torch-ddp", "torch-ddp"),
+    "keras-here": ("keras-fit", "tf-mirrored"),
+}  # on 1 and 2 ranks
 PATIENCE = 300  # seconds for the steps of one contender
 PROGRAM = ["-m", "recipe.benchmark.contender"]
 
@@ -43,7 +46,9 @@ class Entry(NamedTuple):
         return f"{self.name:12} {'2 alone' if self.copies > 1 else f'{self.ranks} rank' + 's' * (self.ranks > 1):8}"
 
 
-Found = dict[Entry, list[tuple[float, float]]]  # images/s of a rank and seconds to the first step, of each repeat
+Found = dict[
+    Entry, list[tuple[float, float]]
+]  # images/s of a rank and seconds to the first step, of each repeat
 
 
 def main(argv: list[str]) -> None:
@@ -70,7 +75,9 @@ def main(argv: list[str]) -> None:
 def check(repeats: str, names: list[str]) -> None:
     """Raises UsageError."""
     if not repeats.isdecimal() or int(repeats) == 0:
-        raise UsageError(f"{repeats} is no number of repeats: give 1 or more, then the contenders' names, if not all")
+        raise UsageError(
+            f"{repeats} is no number of repeats: give 1 or more, then the contenders' names, if not all"
+        )
     if unknown := set(names) - set(CONTENDERS):
         raise UsageError(f"{min(unknown)} is no contender; there are {', '.join(CONTENDERS)}")
     if len(os.sched_getaffinity(0)) < 2:
@@ -87,11 +94,18 @@ def entries(names: list[str]) -> list[Entry]:
 def measured(entry: Entry) -> tuple[float, float]:
     """(images/s of a rank, seconds from the launch to the end of the first step); of copies, while all of them run."""
     with tempfile.TemporaryDirectory() as folder:
-        began, results = time.time(), [Path(folder) / f"{copy}.json" for copy in range(entry.copies)]
+        began, results = (
+            time.time(),
+            [Path(folder) / f"{copy}.json" for copy in range(entry.copies)],
+        )
         jobs = [
-            subprocess.Popen(command, env=os.environ | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            subprocess.Popen(
+                command, env=os.environ | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
             for core, result in enumerate(results)
-            for command, extra in commands(entry, core, [*PROGRAM, entry.name, str(entry.ranks), str(result)])
+            for command, extra in commands(
+                entry, core, [*PROGRAM, entry.name, str(entry.ranks), str(result)]
+            )
         ]
         printed = outputs(entry, jobs)
         if failed := [text for text, job in zip(printed, jobs, strict=True) if job.returncode]:
@@ -120,19 +134,32 @@ def speed(times: list[list[float]]) -> float:
     return statistics.mean(BATCH * (len(each) - 1) / (each[-1] - each[0]) for each in common)
 
 
-def commands(entry: Entry, core: int, arguments: list[str]) -> list[tuple[list[str], dict[str, str]]]:
+def commands(
+    entry: Entry, core: int, arguments: list[str]
+) -> list[tuple[list[str], dict[str, str]]]:
     """The processes of a copy, each with what its environment lacks, as the contender's users would start them."""
     name, size, first = entry.name, entry.ranks, {"BENCHMARK_CORE": str(core)}
     if name in PEERS:
-        launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        launcher = shutil.which(
+            "mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        )
         mpirun = [launcher, "-np", str(size), "--oversubscribe", "--bind-to", "none"]
         return [([*mpirun, sys.executable, *arguments], first | launched.ANYWHERE)]
     if name == "torch-ddp":
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={size}",
+        ]
         return [([*torchrun, *arguments], first)]
     if name == "tf-mirrored":
         workers = [f"localhost:{free_port()}" for _ in range(size)]
-        tasks = [{"cluster": {"worker": workers}, "task": {"type": "worker", "index": rank}} for rank in range(size)]
+        tasks = [
+            {"cluster": {"worker": workers}, "task": {"type": "worker", "index": rank}}
+            for rank in range(size)
+        ]
         return [([sys.executable, *arguments], first | {"TF_CONFIG": json.dumps(task), "BENCHMARK_RANK": str(rank)})
                 for rank, task in enumerate(tasks)]  # fmt: skip
     return [([sys.executable, *arguments], first)]
@@ -148,20 +175,38 @@ def report(found: Found) -> None:
     speeds = {entry: [speed for speed, _ in pairs] for entry, pairs in found.items()}
     for entry, pairs in found.items():
         starts = [start for _, start in pairs]
-        print(f"{entry} images/s per rank {spread(speeds[entry], 0):22} first step after {spread(starts, 1)} s")
+        print(
+            f"{entry} images/s per rank {spread(speeds[entry], 0):22} first step after {spread(starts, 1)} s"
+        )
     for name, peers in PEERS.items():
         for ranks, peer in enumerate(peers, 1):
             ratio(
-                f"{name} to {peer}, {ranks} rank{'s' * (ranks > 1)}", speeds, Entry(name, ranks), Entry(peer, ranks), 1
+                f"{name} to {peer}, {ranks} rank{'s' * (ranks > 1)}",
+                speeds,
+                Entry(name, ranks),
+                Entry(peer, ranks),
+                1,
             )
     for name in CONTENDERS:
-        ratio(f"{name}, weak scaling", speeds, Entry(name, 2), Entry(name, 1), 0.95 if name in PEERS else None)
+        ratio(
+            f"{name}, weak scaling",
+            speeds,
+            Entry(name, 2),
+            Entry(name, 1),
+            0.95 if name in PEERS else None,
+        )
         apart = Entry(name, 1, copies=2)
         ratio(f"{name}, kept by the machine", speeds, apart, Entry(name, 1))
         ratio(f"{name}, kept by working together", speeds, Entry(name, 2), apart)
 
 
-def ratio(title: str, speeds: dict[Entry, list[float]], one: Entry, other: Entry, target: float | None = None) -> None:
+def ratio(
+    title: str,
+    speeds: dict[Entry, list[float]],
+    one: Entry,
+    other: Entry,
+    target: float | None = None,
+) -> None:
     """Prints the ratios of two speeds within each repeat, if both were measured, and how they stand to the target."""
     if one in speeds and other in speeds:
         values = [a / b for a, b in zip(speeds[one], speeds[other], strict=True)]

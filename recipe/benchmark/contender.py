@@ -124,7 +124,9 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
 
     def dataset(context: object) -> tf.data.Dataset:
         made = batches(recipe, range(rank, rank + 1))
-        return tf.data.Dataset.from_generator(lambda: made, output_signature=(images, labels, weights)).prefetch(2)
+        return tf.data.Dataset.from_generator(
+            lambda: made, output_signature=(images, labels, weights)
+        ).prefetch(2)
 
     mine = strategy.distribute_datasets_from_function(dataset)
     with strategy.scope():
@@ -134,10 +136,14 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
 
     def worker(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
-            losses = keras.ops.sparse_categorical_crossentropy(labels, model([images], training=True), from_logits=True)
+            losses = keras.ops.sparse_categorical_crossentropy(
+                labels, model([images], training=True), from_logits=True
+            )
             loss = (tf.reduce_mean(losses) + sum(model.losses)) / recipe.k
         weights = [v.value for v in model.trainable_variables]
-        optimizer.apply_gradients(zip(tape.gradient(loss, weights), model.trainable_variables, strict=True))
+        optimizer.apply_gradients(
+            zip(tape.gradient(loss, weights), model.trainable_variables, strict=True)
+        )
         return loss
 
     @tf.function

@@ -24,7 +24,9 @@ class Batches:
     that is needed. An error of a job is raised in its batch's place. Each iterator has threads of its own, which end
     when it is exhausted, closed or dropped."""
 
-    def __init__(self, positions: range, make: Callable[[int], tuple[Batch, Jobs]], threads: int) -> None:
+    def __init__(
+        self, positions: range, make: Callable[[int], tuple[Batch, Jobs]], threads: int
+    ) -> None:
         self.positions, self.make, self.threads = positions, make, threads
 
     def __len__(self) -> int:
@@ -40,7 +42,10 @@ class Batches:
             for position in self.positions:
                 batch, jobs = self.make(position)
                 begun.append((batch, [pool.submit(job) for job in jobs]))
-                if len(begun) > AHEAD and sum(len(jobs) for _, jobs in begun) - len(begun[0][1]) >= 2 * self.threads:
+                if (
+                    len(begun) > AHEAD
+                    and sum(len(jobs) for _, jobs in begun) - len(begun[0][1]) >= 2 * self.threads
+                ):
                     yield _finished(*begun.popleft())
             while begun:
                 yield _finished(*begun.popleft())

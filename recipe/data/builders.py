@@ -20,19 +20,28 @@ from recipe.errors import RunError, UsageError
 SYNTHETIC = "synthetic"
 FOLDER = "folder"
 IMAGENET = "imagenet2012"
-IMAGENET_TARS = {"ILSVRC2012_img_train.tar": 147_897_477_120, "ILSVRC2012_img_val.tar": 6_744_924_160}  # bytes
+IMAGENET_TARS = {
+    "ILSVRC2012_img_train.tar": 147_897_477_120,
+    "ILSVRC2012_img_val.tar": 6_744_924_160,
+}  # bytes
 IMAGENET_EXAMPLES = {"train": 1_281_167, "validation": 50_000}
 SHARDS = 16  # files of each split of a small data set; TFDS chooses by size for the others
 
 
 def data_dir(data: Data) -> Path:
     """The folder of the prepared data sets."""
-    return Path(data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return Path(
+        data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    ).expanduser()
 
 
 def manual_dir(data: Data) -> Path:
     """The folder of the original ImageNet tars."""
-    return Path(data.manual_dir).expanduser() if data.manual_dir else data_dir(data) / "downloads" / "manual"
+    return (
+        Path(data.manual_dir).expanduser()
+        if data.manual_dir
+        else data_dir(data) / "downloads" / "manual"
+    )
 
 
 def find_builder(data: Data) -> tfds.core.DatasetBuilder:
@@ -46,9 +55,13 @@ def find_builder(data: Data) -> tfds.core.DatasetBuilder:
             f"did you mean {nearest(data.name, known)!r}?"
         ) from None
     except (ValueError, AssertionError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0].rpartition('}": ')[2]  # without TFDS's own arguments
+        reason = (
+            str(error).strip().partition("\n")[0].rpartition('}": ')[2]
+        )  # without TFDS's own arguments
         reason = reason.partition(" Here are ")[0].rstrip(".")
-        raise UsageError(f"config.data.name={data.name!r} is not a data set of TFDS: {reason}") from None
+        raise UsageError(
+            f"config.data.name={data.name!r} is not a data set of TFDS: {reason}"
+        ) from None
 
 
 def prepared_builder(data: Data) -> tfds.core.DatasetBuilder:
@@ -75,7 +88,9 @@ def run_builder(builder: tfds.core.DatasetBuilder, manual_dir: Path) -> None:
     """Downloads (where TFDS does) and writes a data set; TFDS renames the finished folder into place.
 
     Raises RunError with TFDS's reason."""
-    bars = ticking.is_terminal() and os.get_terminal_size(sys.stderr.fileno()).columns > 0  # else they'd be empty
+    bars = (
+        ticking.is_terminal() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    )  # else they'd be empty
     if not bars:
         tfds.disable_progress_bar()
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # ten retries, a line each
@@ -95,7 +110,9 @@ def run_builder(builder: tfds.core.DatasetBuilder, manual_dir: Path) -> None:
         if is_prepared(builder):
             return  # another process was faster
         reason = next(iter(str(error).strip().splitlines()), "")
-        raise RunError(f"{builder.name} can't be prepared in {builder.data_dir}: {type(error).__name__}: {reason}")
+        raise RunError(
+            f"{builder.name} can't be prepared in {builder.data_dir}: {type(error).__name__}: {reason}"
+        )
     finished = Path(builder.data_dir)
     for leftover in finished.parent.glob(f"incomplete.*_{finished.name}"):  # of killed preparations
         shutil.rmtree(leftover, ignore_errors=True)
@@ -103,7 +120,9 @@ def run_builder(builder: tfds.core.DatasetBuilder, manual_dir: Path) -> None:
 
 def check_tars(folder: Path) -> None:
     """Raises UsageError unless the two ImageNet tars are in `folder`, whole."""
-    problems = [p for name, size in IMAGENET_TARS.items() if (p := _tar_problem(folder / name, size))]
+    problems = [
+        p for name, size in IMAGENET_TARS.items() if (p := _tar_problem(folder / name, size))
+    ]
     if problems:
         raise UsageError(
             f"{' and '.join(problems)}: download from https://image-net.org/download-images (after registration) into "

@@ -25,7 +25,12 @@ MESSAGE = 200  # bytes, JMSG_LENGTH_MAX
 
 
 def decode(
-    images: Sequence[bytes], boxes: np.ndarray, mirrored: np.ndarray, size: int, kind: int, out: np.ndarray
+    images: Sequence[bytes],
+    boxes: np.ndarray,
+    mirrored: np.ndarray,
+    size: int,
+    kind: int,
+    out: np.ndarray,
 ) -> dict[int, str]:
     """Fills out, uint8[b, size, size, 3], which must be contiguous; gives what is wrong with an image, by its place.
 
@@ -39,7 +44,9 @@ def decode(
     for i, image in enumerate(images):
         one = slice(i, i + 1)
         if i in jpegs:
-            found = _decode_jpegs(images[one], boxes[one], mirrored[one], size, kind, out[one]).get(0)
+            found = _decode_jpegs(images[one], boxes[one], mirrored[one], size, kind, out[one]).get(
+                0
+            )
         else:
             found = _decode_by_pillow(image, boxes[i], bool(mirrored[i]), size, kind, out[i])
         if found:
@@ -57,9 +64,7 @@ def why_slow() -> str:
     try:
         _load()
     except RunError as error:
-        return (
-            f"images are decoded by Pillow, several times slower: {error}; python -m recipe.data.decode_build builds it"
-        )
+        return f"images are decoded by Pillow, several times slower: {error}; python -m recipe.data.decode_build builds it"
     return ""
 
 
@@ -83,21 +88,38 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _decode_jpegs(
-    images: Sequence[bytes], boxes: np.ndarray, mirrored: np.ndarray, size: int, kind: int, out: np.ndarray
+    images: Sequence[bytes],
+    boxes: np.ndarray,
+    mirrored: np.ndarray,
+    size: int,
+    kind: int,
+    out: np.ndarray,
 ) -> dict[int, str]:
     count = len(images)
     data = (ctypes.c_char_p * count)(*images)
     sizes = (ctypes.c_size_t * count)(*map(len, images))
     messages = np.zeros(count, f"S{MESSAGE}")
     failures = _library().recipe_decode(
-        count, data, sizes, *map(_pointer, (boxes, mirrored)), size, kind, *map(_pointer, (out, messages))
+        count,
+        data,
+        sizes,
+        *map(_pointer, (boxes, mirrored)),
+        size,
+        kind,
+        *map(_pointer, (out, messages)),
     )
     if failures < 0:
         raise MemoryError("no memory is left to decode images")
-    return {i: message.decode(errors="replace") for i, message in enumerate(messages) if message} if failures else {}
+    return (
+        {i: message.decode(errors="replace") for i, message in enumerate(messages) if message}
+        if failures
+        else {}
+    )
 
 
-def _decode_by_pillow(image: bytes, box: np.ndarray, mirrored: bool, size: int, kind: int, out: np.ndarray) -> str:
+def _decode_by_pillow(
+    image: bytes, box: np.ndarray, mirrored: bool, size: int, kind: int, out: np.ndarray
+) -> str:
     """Decodes the whole image; gives what is wrong with it."""
     try:
         with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as opened:
@@ -107,14 +129,29 @@ def _decode_by_pillow(image: bytes, box: np.ndarray, mirrored: bool, size: int, 
             scale = _scale(box, size) if kind == BILINEAR and opened.format != "PNG" else 1
             opened.draft(None, (opened.width // scale, opened.height // scale))
             pixels, box = opened.convert("RGB"), box / scale
-    except (OSError, SyntaxError, ValueError, AssertionError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        AssertionError,
+        Image.DecompressionBombError,
+    ) as error:
         return str(error) or "it is damaged"  # Pillow asserts that there is a palette
     pixels = np.asarray(pixels)
     if kind == PLAIN:
         return ""
     if fast():
         height, width, _ = pixels.shape
-        arguments = [_pointer(pixels), height, width, _pointer(box), mirrored, size, kind, _pointer(out)]
+        arguments = [
+            _pointer(pixels),
+            height,
+            width,
+            _pointer(box),
+            mirrored,
+            size,
+            kind,
+            _pointer(out),
+        ]
         if _library().recipe_resize(*arguments):
             raise MemoryError("no memory is left to resize images")
     else:
@@ -132,7 +169,9 @@ def _scale(box: np.ndarray, size: int) -> int:
     return next(scale for scale in (8, 4, 2, 1) if scale == 1 or min(box[2:]) >= size * scale)
 
 
-def resized(pixels: np.ndarray, box: np.ndarray, mirrored: bool, size: int, kind: int) -> np.ndarray:
+def resized(
+    pixels: np.ndarray, box: np.ndarray, mirrored: bool, size: int, kind: int
+) -> np.ndarray:
     """uint8[size, size, 3] from the box of an image uint8[height, width, 3]: decode.c's operations in their order."""
     height, width, _ = pixels.shape
     places, weights = _axis(box[0], box[2], height, size, kind)
@@ -147,7 +186,9 @@ def _weighted(terms: list[np.ndarray]) -> np.ndarray:
     return functools.reduce(np.add, terms)
 
 
-def _axis(begin: float, extent: float, length: int, size: int, kind: int) -> tuple[np.ndarray, np.ndarray]:
+def _axis(
+    begin: float, extent: float, length: int, size: int, kind: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(places int[taps, size], weights float32[taps, size]): the source pixels of each pixel of the image."""
     step = extent / size
     reach = max(step, 1.0) if kind == SMOOTH else 1.0

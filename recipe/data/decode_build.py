@@ -30,7 +30,9 @@ def site_packages() -> Path:
 def library(site: Path) -> Path:
     """Where the decoder of this source belongs in an environment, whether it is there or not."""
     found = bundled(site)
-    key = hashlib.sha256(SOURCE.read_bytes() + (found.name if found else "system").encode()).hexdigest()
+    key = hashlib.sha256(
+        SOURCE.read_bytes() + (found.name if found else "system").encode()
+    ).hexdigest()
     return site / f"imagenet_1hr_decode-{key[:12]}.so"
 
 
@@ -46,7 +48,16 @@ def command(site: Path, result: Path) -> list[str]:
     found = bundled(site)
     if found:
         place = "-Wl,-rpath,$ORIGIN/pillow.libs"
-        return [*compiler, f"-I{site / HEADERS}", str(SOURCE), str(found), place, "-lm", "-o", str(result)]
+        return [
+            *compiler,
+            f"-I{site / HEADERS}",
+            str(SOURCE),
+            str(found),
+            place,
+            "-lm",
+            "-o",
+            str(result),
+        ]
     return [*compiler, str(SOURCE), "-ljpeg", "-lm", "-o", str(result)]
 
 
@@ -59,7 +70,9 @@ def build(site: Path) -> Path:
             words = command(site, part)
             done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode:
-                raise RunError(f"the image decoder can't be built: {shlex.join(words)} says\n{done.stderr.strip()}")
+                raise RunError(
+                    f"the image decoder can't be built: {shlex.join(words)} says\n{done.stderr.strip()}"
+                )
             part.replace(wanted)
     except OSError as error:
         hint = "" if error.filename else ": a C compiler, cc or $CC, is needed"

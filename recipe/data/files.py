@@ -10,12 +10,32 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-DELAYS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 7.0, 7.0, 8.0)  # seconds between attempts, half a minute in all
-PASSING = frozenset(  # what a network file system says while a server is away, restarts or fails over
-    (
-        *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.ESHUTDOWN),
-        *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED),
-        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+DELAYS = (
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    4.0,
+    7.0,
+    7.0,
+    8.0,
+)  # seconds between attempts, half a minute in all
+PASSING = (
+    frozenset(  # what a network file system says while a server is away, restarts or fails over
+        (
+            *(
+                errno.EIO,
+                errno.ESTALE,
+                errno.ENOENT,
+                errno.ETIMEDOUT,
+                errno.EAGAIN,
+                errno.EREMOTEIO,
+                errno.ESHUTDOWN,
+            ),
+            *(errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED),
+            *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+        )
     )
 )
 CHANGED = "the file has changed during the run; put back what was there and resume the run"
@@ -76,4 +96,8 @@ def _warn(path: str, error: OSError) -> None:
             return
         _warned.add(path)
     seconds = f"{sum(DELAYS):.0f} s"
-    print(f"warning: {path} can't be read ({error.strerror}): trying for {seconds}", file=sys.stderr, flush=True)
+    print(
+        f"warning: {path} can't be read ({error.strerror}): trying for {seconds}",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -19,7 +19,15 @@ SUFFIXES = (".jpeg", ".jpg", ".png")
 # Folders that tools and file systems make beside and inside of those of the classes; hidden ones are left out, too.
 TOOLS = frozenset(
     (
-        *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "@__thumb", "$RECYCLE.BIN"),
+        *(
+            "@eaDir",
+            "#recycle",
+            "#snapshot",
+            "@Recycle",
+            "@Recently-Snapshot",
+            "@__thumb",
+            "$RECYCLE.BIN",
+        ),
         *("lost+found", "System Volume Information", "__MACOSX", "__pycache__"),
     )
 )
@@ -66,7 +74,9 @@ class FolderSource:
         """The classes, to be verified."""
         ends = np.cumsum(np.bincount(self._labels, minlength=self.num_classes))
         parts = []
-        for label, (name, end, start) in enumerate(zip(self.classes, ends, [0, *ends[:-1]], strict=True)):
+        for label, (name, end, start) in enumerate(
+            zip(self.classes, ends, [0, *ends[:-1]], strict=True)
+        ):
             paths = [self._path(i) for i in range(start, end)]
             look = functools.partial(verify.look_at_files, paths, self.folder.parent, label)
             parts.append(verify.Part(self.folder.name, name, len(paths), look))
@@ -132,7 +142,9 @@ def _listed(folder: Path) -> tuple[list[str], list[str]]:
             elif entry.is_dir():
                 classes.append(entry.name)
             elif entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
-                raise UsageError(f"{entry.path} is a link that leads nowhere: mend it or delete it, in all splits")
+                raise UsageError(
+                    f"{entry.path} is a link that leads nowhere: mend it or delete it, in all splits"
+                )
             else:
                 others.append(entry.path)
     return sorted(classes), sorted(others)
@@ -147,7 +159,10 @@ def _check_classes(folder: Path, classes: list[str], training: Path) -> None:
     if folder == training:
         return
     theirs = _classes(training)
-    for one, names, other, others in ((folder, classes, training, theirs), (training, theirs, folder, classes)):
+    for one, names, other, others in (
+        (folder, classes, training, theirs),
+        (training, theirs, folder, classes),
+    ):
         if alone := sorted(set(names) - set(others)):
             alike = next((name for name in others if _looks(name) == _looks(alone[0])), None)
             hint = f", which has {alike!a}: rename one of the two" if alike else ""
@@ -167,7 +182,9 @@ def _say_alike(folder: Path, classes: list[str]) -> None:
     seen: dict[str, str] = {}
     for name in classes:
         if (other := seen.setdefault(_looks(name), name)) != name:
-            output.warn(f"{folder} has the classes {other!a} and {name!a}, which look alike: they are two")
+            output.warn(
+                f"{folder} has the classes {other!a} and {name!a}, which look alike: they are two"
+            )
 
 
 def _cache(folder: Path) -> Path:
@@ -182,14 +199,19 @@ def _read_index(folder: Path, classes: list[str]) -> Index:
         contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
         np.load(_cache(folder)) as kept,
     ):
-        if kept["classes"].tolist() == _encoded(classes).tolist() and kept["changed"].tolist() == changed:
+        if (
+            kept["classes"].tolist() == _encoded(classes).tolist()
+            and kept["changed"].tolist() == changed
+        ):
             return {name: kept[name] for name in ("counts", "names", "sizes", "times")}
     with work.telling(f"listing {folder}"):
         lists = list(work.in_threads(_files, [folder / name for name in classes], THREADS))
     _say_alike(folder, classes)
     _say_left_out(folder, [*_listed(folder)[1], *(path for _, others in lists for path in others)])
     if empty := [name for name, (images, _) in zip(classes, lists, strict=True) if not images]:
-        raise UsageError(f"{folder / empty[0]} has no images: delete that folder in all splits, or fill it")
+        raise UsageError(
+            f"{folder / empty[0]} has no images: delete that folder in all splits, or fill it"
+        )
     images = [image for found, _ in lists for image in found]
     index = {
         "counts": np.array([len(found) for found, _ in lists]),
@@ -232,7 +254,11 @@ def _files(folder: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
 def _say_left_out(folder: Path, others: list[str]) -> None:
     """One sentence; an image among them is the example, for it may be missed."""
     if others:
-        images = [path for path in others if path.lower().endswith(SUFFIXES) and "/." not in path[len(str(folder)) :]]
+        images = [
+            path
+            for path in others
+            if path.lower().endswith(SUFFIXES) and "/." not in path[len(str(folder)) :]
+        ]
         output.warn(
             f"{len(others):,} files or folders in {folder} are no images ({', '.join(SUFFIXES)}) in a class's folder, "
             f"or hidden, or a tool's, and are left out, such as {(images or others)[0]}"

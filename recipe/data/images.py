@@ -4,7 +4,11 @@ import struct
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8"
-FRAMES = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}  # the JPEG segments that begin with the size
+FRAMES = frozenset(range(0xFFC0, 0xFFD0)) - {
+    0xFFC4,
+    0xFFC8,
+    0xFFCC,
+}  # the JPEG segments that begin with the size
 MODES = {1: "L", 3: "RGB", 4: "CMYK"}  # Pillow's names, by a JPEG's components,
 PNG_MODES = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}  # and by a PNG's kind of colour
 ALONE = frozenset(range(0xFFD0, 0xFFD8)) | {0xFF01}  # markers without a segment

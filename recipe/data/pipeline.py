@@ -22,18 +22,26 @@ STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 PART = 32  # examples that one thread makes at a time
 
-replaced: set[str] = set()  # the bad images that others have taken the place of in this process, by their names
+replaced: set[str] = (
+    set()
+)  # the bad images that others have taken the place of in this process, by their names
 
 
 class Cutter(NamedTuple):
     """How images are cut out of others."""
 
     kind: int  # of filter (recipe.data.decode)
-    boxes: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]  # (shapes, indices) → (boxes, mirrored)
-    instead: Callable[[int], Sequence[int]]  # index → the examples that may take its place when its image is bad
+    boxes: Callable[
+        [np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]
+    ]  # (shapes, indices) → (boxes, mirrored)
+    instead: Callable[
+        [int], Sequence[int]
+    ]  # index → the examples that may take its place when its image is bad
 
 
-def train_batches(source: Source, recipe: Recipe, workers: Sequence[int], first_step: int = 0) -> Batches:
+def train_batches(
+    source: Source, recipe: Recipe, workers: Sequence[int], first_step: int = 0
+) -> Batches:
     """(images uint8[n_j, s, s, 3], labels int32[n_j], weights float32[n_j]), one element for each worker in `workers`,
     or for each run.workers_at_once of them, in each global step first_step, first_step + 1, … up to the recipe's last
     epoch.
@@ -57,9 +65,17 @@ def train_batches(source: Source, recipe: Recipe, workers: Sequence[int], first_
         step, place = divmod(position, elements)
         epoch, step = divmod(step, steps)
         chosen = workers[place * together : (place + 1) * together]
-        indices = np.concatenate([sharding.worker_indices(order(epoch), step, w, k, n) for w in chosen])
-        weight = sharding.worker_weight(len(source), step, chosen[0], k, n)  # 1, where there are several
-        extra = [augment.keys(indices, recipe.seed, epoch).view(np.int64)] if recipe.model.dropout else []
+        indices = np.concatenate(
+            [sharding.worker_indices(order(epoch), step, w, k, n) for w in chosen]
+        )
+        weight = sharding.worker_weight(
+            len(source), step, chosen[0], k, n
+        )  # 1, where there are several
+        extra = (
+            [augment.keys(indices, recipe.seed, epoch).view(np.int64)]
+            if recipe.model.dropout
+            else []
+        )
 
         def boxes(shapes: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return augment.crop_boxes(shapes, indices, recipe.seed, epoch, data.min_area)
@@ -68,12 +84,18 @@ def train_batches(source: Source, recipe: Recipe, workers: Sequence[int], first_
             several = data.bad_images == "replace"
             return augment.replacements(index, len(source), recipe.seed, epoch) if several else ()
 
-        (images, labels), jobs = _made(source, indices, data.image_size, Cutter(decode.BILINEAR, boxes, instead))
+        (images, labels), jobs = _made(
+            source, indices, data.image_size, Cutter(decode.BILINEAR, boxes, instead)
+        )
         if (step, place) == (1, 0) and epoch + 1 < recipe.epochs:
-            jobs.append(functools.partial(order, epoch + 1))  # so that nobody waits for it between two epochs
+            jobs.append(
+                functools.partial(order, epoch + 1)
+            )  # so that nobody waits for it between two epochs
         return (images, labels, np.full(len(indices), weight, dtype=np.float32), *extra), jobs
 
-    return Batches(range(first_step * elements, recipe.epochs * steps * elements), make, collectives.cores())
+    return Batches(
+        range(first_step * elements, recipe.epochs * steps * elements), make, collectives.cores()
+    )
 
 
 def eval_batches(source: Source, recipe: Recipe, indices: np.ndarray, batch: int) -> Batches:
@@ -101,19 +123,27 @@ def _made(source: Source, indices: np.ndarray, size: int, cutter: Cutter) -> tup
 
     def fill(part: slice) -> None:
         if isinstance(source, SyntheticSource):
-            images[part], labels[part] = source.images(indices[part], size), source.labels(indices[part])
+            images[part], labels[part] = (
+                source.images(indices[part], size),
+                source.labels(indices[part]),
+            )
         else:
             labels[part], problems = _decoded(source, indices[part], cutter, images[part])
             for place, problem in sorted(problems.items()):
                 place += part.start
-                labels[place] = _replaced(source, int(indices[place]), problem, cutter, images[place])
+                labels[place] = _replaced(
+                    source, int(indices[place]), problem, cutter, images[place]
+                )
 
     return (images, labels), [
-        functools.partial(fill, slice(begin, begin + PART)) for begin in range(0, len(indices), PART)
+        functools.partial(fill, slice(begin, begin + PART))
+        for begin in range(0, len(indices), PART)
     ]
 
 
-def _decoded(source: Source, indices: np.ndarray, cutter: Cutter, out: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
+def _decoded(
+    source: Source, indices: np.ndarray, cutter: Cutter, out: np.ndarray
+) -> tuple[np.ndarray, dict[int, str]]:
     """Reads and decodes these examples into `out`; gives their labels and what is wrong with an image, by its place."""
     encoded, labels = source.read(indices)
     shapes, problems = np.ones((len(encoded), 2), dtype=np.int64), {}
@@ -124,7 +154,9 @@ def _decoded(source: Source, indices: np.ndarray, cutter: Cutter, out: np.ndarra
             problems[place] = f"is not an image: {error}"
     boxes, mirrored = cutter.boxes(shapes, indices)
     undecoded = decode.decode(encoded, boxes, mirrored, out.shape[1], cutter.kind, out)
-    return labels, {place: f"can't be decoded: {problem}" for place, problem in undecoded.items()} | problems
+    return labels, {
+        place: f"can't be decoded: {problem}" for place, problem in undecoded.items()
+    } | problems
 
 
 def _replaced(source: Source, index: int, problem: str, cutter: Cutter, out: np.ndarray) -> int:
@@ -136,6 +168,10 @@ def _replaced(source: Source, index: int, problem: str, cutter: Cutter, out: np.
         if not problems:
             if name not in replaced:
                 replaced.add(name)
-                print(f"warning: {name} {problem}; example {other} is taken instead", file=sys.stderr, flush=True)
+                print(
+                    f"warning: {name} {problem}; example {other} is taken instead",
+                    file=sys.stderr,
+                    flush=True,
+                )
             return labels[0]
     raise RunError(f"{name} {problem}")

@@ -16,13 +16,22 @@ from recipe.config import Data
 from recipe.errors import UsageError
 
 VALUES = flags.FlagValues()
-flags.DEFINE_string("data_dir", "", "folder of the prepared data; $TFDS_DATA_DIR when empty", flag_values=VALUES)
 flags.DEFINE_string(
-    "manual_dir", "", "folder of the ImageNet tars; DATA_DIR/downloads/manual when empty", flag_values=VALUES
+    "data_dir", "", "folder of the prepared data; $TFDS_DATA_DIR when empty", flag_values=VALUES
+)
+flags.DEFINE_string(
+    "manual_dir",
+    "",
+    "folder of the ImageNet tars; DATA_DIR/downloads/manual when empty",
+    flag_values=VALUES,
 )
 flags.DEFINE_bool("verify", False, "only verify what is there", flag_values=VALUES)
 flags.DEFINE_integer(
-    "shorter_side", None, "write a copy whose images' shorter sides have at most so many pixels", 16, flag_values=VALUES
+    "shorter_side",
+    None,
+    "write a copy whose images' shorter sides have at most so many pixels",
+    16,
+    flag_values=VALUES,
 )
 flags.DEFINE_integer("quality", 90, "JPEG quality of the copy's images", 1, 100, flag_values=VALUES)
 
@@ -35,7 +44,9 @@ def main(argv: list[str]) -> None:
     if len(names) != 1:
         raise UsageError("give one data set: python -m recipe.data.prepare fashion_photos")
     if VALUES.shorter_side and (names[0] == "folder" or VALUES.verify):
-        raise UsageError("--shorter_side writes a copy of a prepared data set: not of a folder, and without --verify")
+        raise UsageError(
+            "--shorter_side writes a copy of a prepared data set: not of a folder, and without --verify"
+        )
     if VALUES["quality"].present and not VALUES.shorter_side:
         raise UsageError("--quality is a copy's: give --shorter_side with it, or leave it out")
     data = Data(name=names[0], data_dir=VALUES.data_dir, manual_dir=VALUES.manual_dir)
@@ -76,7 +87,10 @@ def look(data: Data) -> None:
     builder = builders.find_builder(data)
     splits = builder.info.splits.values()
     counts = " and ".join(f"{split.num_examples:,} in {split.name}" for split in splits)
-    print(f"{counts}: {sum(split.num_bytes for split in splits) / 1e6:,.1f} MB in {builder.data_dir}", flush=True)
+    print(
+        f"{counts}: {sum(split.num_bytes for split in splits) / 1e6:,.1f} MB in {builder.data_dir}",
+        flush=True,
+    )
     if not verify.verified(Path(builder.data_dir)):
         verify_now(data)
 
@@ -110,7 +124,10 @@ def prepare_folder(data: Data) -> None:
     sources.prepare(data)
     opened = {split: sources.open_source(data, split) for split in ("train", "eval")}
     for source in opened.values():
-        print(f"{len(source):,} images in {source.num_classes:,} classes in {source.folder}", flush=True)
+        print(
+            f"{len(source):,} images in {source.num_classes:,} classes in {source.folder}",
+            flush=True,
+        )
     if VALUES.verify:
         parts = [part for source in opened.values() for part in source.parts()]
         verify.verify(data.name, folders.root(data), parts)

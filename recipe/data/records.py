@@ -18,7 +18,10 @@ from recipe.errors import RunError
 
 LENGTH = struct.Struct("<Q")  # the first 8 bytes of a record
 CHECK = struct.Struct("<I")  # a checksum
-HEAD, TAIL = 12, 4  # bytes of a record before and after its content: length and its checksum; the content's checksum
+HEAD, TAIL = (
+    12,
+    4,
+)  # bytes of a record before and after its content: length and its checksum; the content's checksum
 
 
 def read_index(paths: Sequence[str], cache: Path) -> dict[str, np.ndarray]:
@@ -30,7 +33,9 @@ def read_index(paths: Sequence[str], cache: Path) -> dict[str, np.ndarray]:
     file."""
     stored = _load(cache)
     try:
-        if stored.keys() == set(paths) and all(stored[path][-1] == Path(path).stat().st_size for path in paths):
+        if stored.keys() == set(paths) and all(
+            stored[path][-1] == Path(path).stat().st_size for path in paths
+        ):
             return stored
     except OSError as error:
         raise RunError(unreadable(error.filename, error)) from None
@@ -103,7 +108,10 @@ def _load(cache: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(cache) as stored:
             parts = np.split(stored["positions"], np.cumsum(stored["counts"])[:-1])
-            return {str(cache.parent / name): part for name, part in zip(stored["names"], parts, strict=True)}
+            return {
+                str(cache.parent / name): part
+                for name, part in zip(stored["names"], parts, strict=True)
+            }
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}
 

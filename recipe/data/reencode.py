@@ -38,7 +38,9 @@ def smaller(encoded: bytes, shorter_side: int, quality: int) -> bytes:
             scale = shorter_side / min(image.size)
             size = tuple(max(shorter_side, round(scale * side)) for side in image.size)
             out = io.BytesIO()
-            image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(out, "JPEG", quality=quality)
+            image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(
+                out, "JPEG", quality=quality
+            )
             return out.getvalue()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
@@ -65,10 +67,16 @@ def prepare(builder: tfds.core.DatasetBuilder, name: str, shorter_side: int, qua
         (finished / tars.LOCK).unlink()
 
 
-def _write_files(builder: tfds.core.DatasetBuilder, name: str, folder: Path, shorter_side: int, quality: int) -> None:
+def _write_files(
+    builder: tfds.core.DatasetBuilder, name: str, folder: Path, shorter_side: int, quality: int
+) -> None:
     """Those that aren't there yet, by all cores."""
     splits = builder.info.splits.values()
-    counts = {Path(path): n for split in splits for path, n in zip(split.filepaths, split.shard_lengths, strict=True)}
+    counts = {
+        Path(path): n
+        for split in splits
+        for path, n in zip(split.filepaths, split.shard_lengths, strict=True)
+    }
     targets = {path: folder / path.name.replace(builder.name, name, 1) for path in counts}
     missing = [path for path, target in targets.items() if not _made_of(path, target)]
     if not missing:
@@ -101,7 +109,9 @@ def _write(path: Path, target: Path, shorter_side: int, quality: int, tally: wor
         raise RunError(f"{target} can't be written: {error.strerror}") from None
 
 
-def _smaller_examples(path: Path, count: int | None, shorter_side: int, quality: int) -> Iterator[tuple[int, bytes]]:
+def _smaller_examples(
+    path: Path, count: int | None, shorter_side: int, quality: int
+) -> Iterator[tuple[int, bytes]]:
     """(bytes before, the smaller example) of the first `count` records of a file, or of all."""
     ends, start = records.scan(str(path)).tolist(), 0
     try:

@@ -39,7 +39,9 @@ class TFDSSource:
         self._end = np.concatenate([positions[1:] for positions in chosen])
         self._fds = _open_all(self._paths)
         weakref.finalize(self, _close_all, self._fds)
-        self._states = [_state(fd, path, index[path]) for fd, path in zip(self._fds, self._paths, strict=True)]
+        self._states = [
+            _state(fd, path, index[path]) for fd, path in zip(self._fds, self._paths, strict=True)
+        ]
         self._check_first_label(builder.name, split)
 
     def __len__(self) -> int:
@@ -48,7 +50,9 @@ class TFDSSource:
     def read(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
         """(encoded images, labels int32[b]) of these examples. Raises RunError naming an unreadable example."""
         examples = [self._example(int(i)) for i in indices]
-        return [image for image, _ in examples], np.array([label for _, label in examples], dtype=np.int32)
+        return [image for image, _ in examples], np.array(
+            [label for _, label in examples], dtype=np.int32
+        )
 
     def where(self, index: int) -> str:
         """An example's name for messages: its index, file and position."""
@@ -56,7 +60,11 @@ class TFDSSource:
 
     def take(self, count: int) -> "TFDSSource":
         """Keeps only the first `count` examples; returns itself."""
-        self._file, self._start, self._end = self._file[:count], self._start[:count], self._end[:count]
+        self._file, self._start, self._end = (
+            self._file[:count],
+            self._start[:count],
+            self._end[:count],
+        )
         return self
 
     def _check_first_label(self, name: str, split: str) -> None:
@@ -71,7 +79,10 @@ class TFDSSource:
     def _example(self, i: int) -> tuple[bytes, int]:
         try:
             features = tf_example_pb2.Example.FromString(self._record(i)).features.feature
-            image, label = features["image"].bytes_list.value[0], features["label"].int64_list.value[0]
+            image, label = (
+                features["image"].bytes_list.value[0],
+                features["label"].int64_list.value[0],
+            )
             if not 0 <= label < self.num_classes:
                 raise UnknownLabel(
                     f"{self.where(i)} has the label {label}, which is none of the {self.num_classes} classes'; name a "
@@ -121,10 +132,14 @@ class SyntheticSource:
 
     def _draw(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         u = augment.uniforms(indices, self._seed, self._split, 2)
-        return (u[:, 0] * self.num_classes).astype(np.int32), (u[:, 1] * self.MOVES).astype(np.int32)
+        return (u[:, 0] * self.num_classes).astype(np.int32), (u[:, 1] * self.MOVES).astype(
+            np.int32
+        )
 
 
-Source = TFDSSource | FolderSource | SyntheticSource  # the examples of a split, numbered in an order that stays
+Source = (
+    TFDSSource | FolderSource | SyntheticSource
+)  # the examples of a split, numbered in an order that stays
 
 
 def open_source(data: Data, split: str, seed: int = 0) -> Source:
@@ -141,7 +156,9 @@ def open_source(data: Data, split: str, seed: int = 0) -> Source:
     else:
         source = TFDSSource(builders.prepared_builder(data), part)
     if limit > len(source):
-        raise UsageError(f"config.data.{split}_examples={limit} is more than the {len(source)} that there are")
+        raise UsageError(
+            f"config.data.{split}_examples={limit} is more than the {len(source)} that there are"
+        )
     return source.take(limit or len(source))
 
 
@@ -162,13 +179,17 @@ def class_count(builder: tfds.core.DatasetBuilder) -> int:
     """The classes of a data set. Raises UsageError unless its features have an image and a label."""
     features = builder.info.features
     wanted = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
-    if not all(name in features and isinstance(features[name], kind) for name, kind in wanted.items()):
+    if not all(
+        name in features and isinstance(features[name], kind) for name, kind in wanted.items()
+    ):
         raise UsageError(
             f"config.data.name={builder.name!r} has the features {', '.join(features)}: the recipe needs an image and "
             "a label of that name"
         )
     if not features["label"].num_classes:
-        raise UsageError(f"config.data.name={builder.name!r} doesn't say how many classes its label has")
+        raise UsageError(
+            f"config.data.name={builder.name!r} doesn't say how many classes its label has"
+        )
     return features["label"].num_classes
 
 
@@ -182,31 +203,41 @@ def _file_instructions(builder: tfds.core.DatasetBuilder, split: str) -> list:
             f"{split!r} is not a split of {builder.name} ({', '.join(known)}); did you mean {nearest(split, known)!r}?"
         ) from None
     if not any(part.take for part in parts):
-        raise UsageError(f"the split {split!r} of {builder.name} has no examples: name a larger part")
+        raise UsageError(
+            f"the split {split!r} of {builder.name} has no examples: name a larger part"
+        )
     return parts
 
 
 def _index(builder: tfds.core.DatasetBuilder) -> dict[str, np.ndarray]:
     """The record positions in all files of a data set; as many records as TFDS counted, or RunError."""
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
-        raise UsageError(f"{builder.data_dir} has no TFRecord files: prepare the data set again as such")
+        raise UsageError(
+            f"{builder.data_dir} has no TFRecord files: prepare the data set again as such"
+        )
     splits = builder.info.splits.values()
     paths = [os.fspath(path) for split in splits for path in split.filepaths]
     if missing := next((path for path in paths if not Path(path).exists()), None):
-        raise RunError(f"{missing} is missing: copy it there again, or delete the folder and prepare it again")
+        raise RunError(
+            f"{missing} is missing: copy it there again, or delete the folder and prepare it again"
+        )
     with work.telling(f"finding the records in {builder.data_dir}"):
         index = records.read_index(paths, Path(builder.data_dir) / "records.npz")
     counts = [count for split in splits for count in split.shard_lengths]
     for path, count in zip(paths, counts, strict=True):
         if len(index[path]) - 1 != count:
-            raise RunError(f"{path} has {len(index[path]) - 1} records instead of {count}: copy it again")
+            raise RunError(
+                f"{path} has {len(index[path]) - 1} records instead of {count}: copy it again"
+            )
     return index
 
 
 def _open_all(paths: list[str]) -> list[int]:
     """Opens a split's files, once: on a network file system each opening is a request."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY:  # ImageNet has 1024 files, as many as the usual soft limit allows
+    if (
+        soft != resource.RLIM_INFINITY
+    ):  # ImageNet has 1024 files, as many as the usual soft limit allows
         more = soft + len(paths) if hard == resource.RLIM_INFINITY else min(hard, soft + len(paths))
         resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
     fds = []
@@ -225,7 +256,9 @@ def _state(fd: int, path: str, positions: np.ndarray) -> tuple[int, int]:
     except OSError as error:
         raise RunError(f"{path} can't be read: {error.strerror}") from None
     if state[0] != positions[-1]:
-        raise RunError(f"{path} has {state[0]:,} bytes and had {positions[-1]:,} a moment ago: it is being written")
+        raise RunError(
+            f"{path} has {state[0]:,} bytes and had {positions[-1]:,} a moment ago: it is being written"
+        )
     return state
 
 

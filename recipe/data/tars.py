@@ -62,7 +62,9 @@ def prepare(builder: tfds.core.GeneratorBasedBuilder, manual_dir: Path) -> None:
     check_disk(unfinished, manual_dir)
     unfinished.mkdir(parents=True, exist_ok=True)
     with alone(unfinished):
-        infos = [_write(builder, split, unfinished) for split in _splits(builder, manual_dir, unfinished)]
+        infos = [
+            _write(builder, split, unfinished) for split in _splits(builder, manual_dir, unfinished)
+        ]
         builder.info.set_splits(tfds.core.splits.SplitDict(infos))
         builder.info.download_size = 0
         builder.info.write_to_directory(unfinished)
@@ -76,7 +78,11 @@ def check_disk(unfinished: Path, manual_dir: Path) -> None:
     """Raises UsageError unless what is left to write fits: at most the tars' size, less what is written."""
     paths = [manual_dir / f"ILSVRC2012_img_{kind}.tar" for kind in ("train", "val", "test")]
     tars = sum(path.stat().st_size for path in paths if path.exists())
-    written = sum(path.stat().st_size for path in unfinished.glob("*.tfrecord-*") if re.fullmatch(FILE, path.name))
+    written = sum(
+        path.stat().st_size
+        for path in unfinished.glob("*.tfrecord-*")
+        if re.fullmatch(FILE, path.name)
+    )
     existing = next(folder for folder in (unfinished, *unfinished.parents) if folder.exists())
     room(existing, max(0, tars - written))
 
@@ -97,17 +103,25 @@ def alone(folder: Path) -> Iterator[None]:
     Raises UsageError when one is in it, saying which."""
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(owner.only(folder / LOCK, f"{folder}, where a data set is prepared,"))
+            held.enter_context(
+                owner.only(folder / LOCK, f"{folder}, where a data set is prepared,")
+            )
         except FileNotFoundError:
-            raise UsageError(f"{folder} was just finished by another process: give the command again") from None
+            raise UsageError(
+                f"{folder} was just finished by another process: give the command again"
+            ) from None
         for leftover in work.leftovers(folder, f"({FILE}|{HEADS})"):
             leftover.unlink(missing_ok=True)
         yield
 
 
-def _splits(builder: tfds.core.GeneratorBasedBuilder, manual_dir: Path, folder: Path) -> Iterator[Split]:
+def _splits(
+    builder: tfds.core.GeneratorBasedBuilder, manual_dir: Path, folder: Path
+) -> Iterator[Split]:
     """The splits of TFDS's builder, which finds out which tars there are and what the labels are."""
-    manager = builder._make_download_manager(None, tfds.download.DownloadConfig(manual_dir=manual_dir))
+    manager = builder._make_download_manager(
+        None, tfds.download.DownloadConfig(manual_dir=manual_dir)
+    )
     for generator in builder._split_generators(manager):
         kind = "val" if generator.name == "validation" else generator.name
         tar = manual_dir / f"ILSVRC2012_img_{kind}.tar"
@@ -125,7 +139,9 @@ def _images(split: str, tar: Path, folder: Path) -> np.ndarray:
     kept = folder / f"{split}.{stat.st_size}.{stat.st_mtime_ns}.heads.npy"
     with contextlib.suppress(OSError, ValueError):
         return np.load(kept)
-    for heads in _heads_of(re.escape(split), folder):  # of a tar that was here before: what was made of it goes
+    for heads in _heads_of(
+        re.escape(split), folder
+    ):  # of a tar that was here before: what was made of it goes
         for path in (*folder.glob(f"*-{split}.tfrecord-*"), heads):
             if path == heads or re.fullmatch(FILE, path.name):
                 path.unlink()
@@ -137,7 +153,9 @@ def _images(split: str, tar: Path, folder: Path) -> np.ndarray:
     hasher = hashing.Hasher(split)
     keys = [hasher.hash_key(name.decode()) for name in images["name"]]
     if len(set(keys)) < len(keys) or not keys:
-        raise RunError(f"{tar} has {len(keys)} images of {len(set(keys))} different names: download it again")
+        raise RunError(
+            f"{tar} has {len(keys)} images of {len(set(keys))} different names: download it again"
+        )
     images = images[sorted(range(len(keys)), key=keys.__getitem__)]
     with work.whole_file(kept) as file:
         np.save(file, images)
@@ -146,7 +164,11 @@ def _images(split: str, tar: Path, folder: Path) -> np.ndarray:
 
 def _heads_of(split: str, folder: Path) -> list[Path]:
     """The kept heads of a split, of any tar; `split`: a regular expression."""
-    return [path for path in folder.iterdir() if re.fullmatch(rf"{split}\.[0-9]+\.[0-9]+\.heads\.npy", path.name)]
+    return [
+        path
+        for path in folder.iterdir()
+        if re.fullmatch(rf"{split}\.[0-9]+\.[0-9]+\.heads\.npy", path.name)
+    ]
 
 
 def _all_heads(tar: Path, size: int) -> np.ndarray:
@@ -174,7 +196,12 @@ def _heads(path: Path) -> Iterator[tuple]:
             with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
                 for image in _members(inner, member.name):
                     head = image.offset_data - image.offset
-                    yield member.name, image.name, member.offset_data + image.offset, head + image.size
+                    yield (
+                        member.name,
+                        image.name,
+                        member.offset_data + image.offset,
+                        head + image.size,
+                    )
 
 
 def _members(tar: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
@@ -185,26 +212,40 @@ def _members(tar: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError(f"neither a head nor the end at byte {tar.offset} of {name}")
 
 
-def _write(builder: tfds.core.GeneratorBasedBuilder, split: Split, folder: Path) -> tfds.core.SplitInfo:
+def _write(
+    builder: tfds.core.GeneratorBasedBuilder, split: Split, folder: Path
+) -> tfds.core.SplitInfo:
     template = builder._get_filename_template(split.name).replace(data_dir=folder)
     ends = split.boundaries
     lengths = np.diff([0, *ends]).tolist()
-    paths = [Path(template.sharded_filepath(shard_index=i, num_shards=len(ends))) for i in range(len(ends))]
+    paths = [
+        Path(template.sharded_filepath(shard_index=i, num_shards=len(ends)))
+        for i in range(len(ends))
+    ]
     parts = zip(paths, np.split(split.images, ends[:-1]), strict=True)
     missing = [(path, images) for path, images in parts if not path.exists()]
     if len(missing) < len(paths):
-        print(f"{split.name}: {len(paths) - len(missing)} of {len(paths)} files are there already", flush=True)
+        print(
+            f"{split.name}: {len(paths) - len(missing)} of {len(paths)} files are there already",
+            flush=True,
+        )
     fd = os.open(split.tar, os.O_RDONLY)
     try:
-        with work.Tally(f"writing {split.name}", sum(len(images) for _, images in missing)) as tally:
-            for _ in work.in_threads(lambda part: _write_file(builder, split, fd, *part, tally), missing, THREADS):
+        with work.Tally(
+            f"writing {split.name}", sum(len(images) for _, images in missing)
+        ) as tally:
+            for _ in work.in_threads(
+                lambda part: _write_file(builder, split, fd, *part, tally), missing, THREADS
+            ):
                 pass
     finally:
         os.close(fd)
     # As TFDS counts: without the records' heads and checksums.
     size = sum(path.stat().st_size for path in paths) - (records.HEAD + records.TAIL) * ends[-1]
     final = template.replace(data_dir=builder.data_path)
-    return tfds.core.SplitInfo(name=split.name, shard_lengths=lengths, num_bytes=size, filename_template=final)
+    return tfds.core.SplitInfo(
+        name=split.name, shard_lengths=lengths, num_bytes=size, filename_template=final
+    )
 
 
 def _write_file(
@@ -221,7 +262,9 @@ def _write_file(
         examples = split.examples(_archive(fd, images, split.tar))
         for image, (key, example) in zip(images, examples, strict=True):
             if key != image["name"].decode():
-                raise RunError(f"TFDS's builder calls {image['name'].decode()} of {split.tar} {key}")
+                raise RunError(
+                    f"TFDS's builder calls {image['name'].decode()} of {split.tar} {key}"
+                )
             made = serializer.get_tf_example(features.encode_example(example))
             # TFDS leaves the order of the features to the process: each of its preparations has other bytes.
             file.write(records.record(made.SerializeToString(deterministic=True)))

@@ -24,7 +24,10 @@ SUMS = "SHA256SUMS"  # beside the data, as sha256sum writes and checks it
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")  # of that file
 UNKNOWN = -1  # TFDS's label of an image whose class isn't known
 NAMED = 100  # bad images with a line each; all are counted
-CLASSES = {"train": (1000, 732, 1300), "validation": (1000, 50, 50)}  # ImageNet's: their number, smallest, largest
+CLASSES = {
+    "train": (1000, 732, 1300),
+    "validation": (1000, 50, 50),
+}  # ImageNet's: their number, smallest, largest
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ class Found:
     labels: collections.Counter = field(default_factory=collections.Counter)  # label: images
     bad: list[str] = field(default_factory=list)  # a sentence for each bad image that has been seen
     content: int = 0  # sum of the SHA-256s of labels and images: independent of their order and of the files' form
-    lost: int = 0  # images whose place isn't known any more, because the record before them is damaged
+    lost: int = (
+        0  # images whose place isn't known any more, because the record before them is damaged
+    )
 
     def add(self, other: "Found") -> None:
         self.digests |= other.digests
@@ -60,7 +65,9 @@ class Found:
         """Counts an image, or raises ValueError saying what is wrong with it."""
         self.kinds[kind_of(encoded)] += 1
         self.labels[label] += 1
-        self.content += int.from_bytes(hashlib.sha256(label.to_bytes(8, "big", signed=True) + encoded).digest(), "big")
+        self.content += int.from_bytes(
+            hashlib.sha256(label.to_bytes(8, "big", signed=True) + encoded).digest(), "big"
+        )
 
 
 def verify(name: str, folder: Path, parts: list[Part]) -> None:
@@ -69,7 +76,9 @@ def verify(name: str, folder: Path, parts: list[Part]) -> None:
     Raises RunError when an image or a file is bad, a count isn't ImageNet's, or a file isn't what it once was."""
     began, kept, splits = time.monotonic(), _kept(folder), {}
     with work.Tally(f"verifying {name}", sum(part.count for part in parts)) as tally:
-        for part, found in work.in_threads(lambda part: (part, part.look(tally)), parts, work.cores()):
+        for part, found in work.in_threads(
+            lambda part: (part, part.look(tally)), parts, work.cores()
+        ):
             splits.setdefault(part.split, Found()).add(found)
     everything = Found()
     for split, found in splits.items():
@@ -89,14 +98,21 @@ def verify(name: str, folder: Path, parts: list[Part]) -> None:
             f"{name} in {folder} is not whole: {count:,} bad images or files, {len(problems):,} problems, the first "
             f"{min(NAMED, len(problems))} named above; copy those files again, or delete the folder and prepare it anew"
         )
-    print(f"every image decodes ({time.monotonic() - began:.0f} s)\n{_keep(folder, everything.digests)}")
+    print(
+        f"every image decodes ({time.monotonic() - began:.0f} s)\n{_keep(folder, everything.digests)}"
+    )
 
 
 def tfds_parts(builder: tfds.core.DatasetBuilder) -> list[Part]:
     """The files of a prepared data set."""
     classes = builder.info.features["label"].num_classes
     return [
-        Part(name, Path(path).name, count, functools.partial(_look_at_records, str(path), count, classes))
+        Part(
+            name,
+            Path(path).name,
+            count,
+            functools.partial(_look_at_records, str(path), count, classes),
+        )
         for name, split in builder.info.splits.items()
         for path, count in zip(split.filepaths, split.shard_lengths, strict=True)
     ]
@@ -136,7 +152,9 @@ def _look_at_records(path: str, count: int, classes: int, tally: work.Tally) -> 
         found.lost = count - 1
     except EOFError as error:
         seen = sum(found.kinds.values()) + len(found.bad)
-        found.bad.append(f"{path}: {error}; its {count - seen} examples from number {seen} on can't be found")
+        found.bad.append(
+            f"{path}: {error}; its {count - seen} examples from number {seen} on can't be found"
+        )
         found.lost = count - seen - 1
     found.digests[Path(path).name] = sha.hexdigest()
     return found
@@ -173,7 +191,9 @@ def look_at_files(paths: list[str], root: Path, label: int, tally: work.Tally) -
     for path in paths:
         try:
             encoded = files.patiently(path, Path(path).read_bytes)
-            found.digests[os.fspath(Path(path).relative_to(root))] = hashlib.sha256(encoded).hexdigest()
+            found.digests[os.fspath(Path(path).relative_to(root))] = hashlib.sha256(
+                encoded
+            ).hexdigest()
             found.good(encoded, label)
         except OSError as error:
             found.bad.append(f"{path} can't be read: {error.strerror}")
@@ -184,7 +204,10 @@ def look_at_files(paths: list[str], root: Path, label: int, tally: work.Tally) -
 
 
 def _summary(split: str, found: Found) -> str:
-    sizes, kinds = found.labels.values(), ", ".join(f"{n:,} {kind}" for kind, n in found.kinds.most_common())
+    sizes, kinds = (
+        found.labels.values(),
+        ", ".join(f"{n:,} {kind}" for kind, n in found.kinds.most_common()),
+    )
     if found.labels.keys() == {UNKNOWN}:
         return f"{split}: {sum(sizes):,} good images without labels: {kinds}; digest {found.content:064x}"
     classes = f"{len(sizes):,} classes of {min(sizes, default=0):,} to {max(sizes, default=0):,}"
@@ -224,7 +247,9 @@ def _kept(folder: Path) -> dict[str, str]:
     matches = [LINE.fullmatch(line) for line in lines]
     if None in matches:
         number = matches.index(None) + 1
-        raise RunError(f"line {number} of {path} is no digest and file name: delete it and verify again")
+        raise RunError(
+            f"line {number} of {path} is no digest and file name: delete it and verify again"
+        )
     return {match[2]: match[1] for match in matches}
 
 

@@ -31,7 +31,9 @@ class Tally:
         self._bar = None
         if ticking.is_terminal():
             size = {"ncols": ticking.columns(), "nrows": 24}  # a terminal may say that it has none
-            self._bar = tqdm(total=total, desc=what, unit=" images", leave=False, smoothing=0, **size)
+            self._bar = tqdm(
+                total=total, desc=what, unit=" images", leave=False, smoothing=0, **size
+            )
         self._ticks = contextlib.ExitStack()
 
     def __enter__(self) -> "Tally":
@@ -60,8 +62,14 @@ class Tally:
 
     def _say(self) -> None:
         rate = self._done / (self._said - self._began)
-        left = f"{tqdm.format_interval(max(0, self._total - self._done) / rate)} left" if rate else "not one yet"
-        output.say(f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} images/s, {left}")
+        left = (
+            f"{tqdm.format_interval(max(0, self._total - self._done) / rate)} left"
+            if rate
+            else "not one yet"
+        )
+        output.say(
+            f"{self._what}: {self._done:,} of {self._total:,} images, {rate:,.0f} images/s, {left}"
+        )
 
 
 @contextlib.contextmanager

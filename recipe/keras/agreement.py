@@ -58,7 +58,9 @@ class Agreement:
         self.nothing = False  # this rank takes part without examples
         self._told = False
         # The calls of a step; None before the first.
-        self.calls: weakref.WeakKeyDictionary[keras.Model, list[Call] | None] = weakref.WeakKeyDictionary()
+        self.calls: weakref.WeakKeyDictionary[keras.Model, list[Call] | None] = (
+            weakref.WeakKeyDictionary()
+        )
         # The word of a rank is a vector of the ranks' rows, with zeros in those of the others.
         places = np.arange(self.size * ROW)
         self._own_rate = places == self.rank * ROW + 2
@@ -114,7 +116,9 @@ class Agreement:
 
 def _rate(optimizer: keras.optimizers.Optimizer) -> Any:
     """η as the update will use it; 0 for an optimizer of several."""
-    if hasattr(optimizer, "_inner_optimizers"):  # a MultiOptimizer, whose learning_rate can't be read
+    if hasattr(
+        optimizer, "_inner_optimizers"
+    ):  # a MultiOptimizer, whose learning_rate can't be read
         return ops.zeros((), "float32")
     return ops.cast(optimizer.learning_rate, "float32")
 

@@ -2,7 +2,10 @@
 
 import os
 
-if os.environ.get("KERAS_BACKEND", "tensorflow") not in ("tensorflow", "torch"):  # Keras would look for it first
+if os.environ.get("KERAS_BACKEND", "tensorflow") not in (
+    "tensorflow",
+    "torch",
+):  # Keras would look for it first
     raise ImportError(
         f"Horovod has no binding for Keras's {os.environ['KERAS_BACKEND']!r} backend; "
         "set KERAS_BACKEND=tensorflow or KERAS_BACKEND=torch"

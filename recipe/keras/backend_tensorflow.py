@@ -20,7 +20,11 @@ WORD_ALONE = True  # an agreement's word is an operation of its own, so that it 
 
 
 def reduce(
-    gradients: list, variables: list, groups: list[list[int]], how: Any, word: tf.Tensor | None = None
+    gradients: list,
+    variables: list,
+    groups: list[list[int]],
+    how: Any,
+    word: tf.Tensor | None = None,
 ) -> tuple[list, tf.Tensor | None]:
     """Returns the gradients (tensors, IndexedSlices or None) at the places in `groups`, reduced over the ranks as
     `how`, a Reduction, says, the others as they are; and the sum of all ranks' `word`, a vector that goes with them.
@@ -34,7 +38,9 @@ def reduce(
         for i in sparse:
             reduced[i] = _gathered(reduced[i], f"{how.wire_name}.{i}", how)
         together = [i for i in group if reduced[i] is not None and i not in sparse]
-        for i, result in zip(together, _allreduced([reduced[i] for i in together], group[0], how), strict=True):
+        for i, result in zip(
+            together, _allreduced([reduced[i] for i in together], group[0], how), strict=True
+        ):
             reduced[i] = result
     return reduced, heard
 
@@ -47,7 +53,9 @@ def spoken(word: tf.Tensor, how: Any, gradients: Sequence = ()) -> tf.Tensor:
     how.give_name()
     made = [g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients if g is not None]
     with tf.control_dependencies(made[-1:]):
-        return hvd.allreduce(tf.identity(word), op=hvd.Sum, name=f"{how.wire_name}.word", ignore_name_scope=True)
+        return hvd.allreduce(
+            tf.identity(word), op=hvd.Sum, name=f"{how.wire_name}.word", ignore_name_scope=True
+        )
 
 
 def after(tensor: tf.Tensor | None) -> contextlib.AbstractContextManager:
@@ -62,11 +70,15 @@ def divided(gradients: list, by: tf.Tensor) -> list:
 
     Not multiplied: TensorFlow would put products with other numbers together, otherwise on a rank without examples
     than on the others, whose weights would differ in their last bit."""
-    tensors = [g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients if g is not None]
+    tensors = [
+        g.values if isinstance(g, tf.IndexedSlices) else g for g in gradients if g is not None
+    ]
     if not tensors:
         return gradients
     quotients = iter(
-        tf.nest.flatten(tf.cond(by < 1, lambda: [t / tf.cast(by, t.dtype) for t in tensors], lambda: tensors))
+        tf.nest.flatten(
+            tf.cond(by < 1, lambda: [t / tf.cast(by, t.dtype) for t in tensors], lambda: tensors)
+        )
     )
     return [None if g is None else _with_values(g, next(quotients)) for g in gradients]
 
@@ -91,7 +103,9 @@ def nothing(variable: Any, kind: str) -> Any:
     shape = tuple(variable.shape)
     if kind == "sparse":
         indices = tf.cast(zeros((1,), "float32"), tf.int32)[:0]
-        return tf.IndexedSlices(zeros((1, *shape[1:]), variable.dtype)[:0], indices, tf.constant(shape))
+        return tf.IndexedSlices(
+            zeros((1, *shape[1:]), variable.dtype)[:0], indices, tf.constant(shape)
+        )
     return zeros(shape, variable.dtype)
 
 
@@ -195,7 +209,9 @@ def _gather(name: str, length: int) -> Callable:
 def compiled(function: Callable, signature: list[tuple]) -> Callable:
     """The function, traced once, for arguments of these (types, shapes)."""
     specs = [tf.TensorSpec(shape, dtype) for dtype, shape in signature]
-    return tf.function(function, input_signature=specs, autograph=False)  # there is no Python control flow to convert
+    return tf.function(
+        function, input_signature=specs, autograph=False
+    )  # there is no Python control flow to convert
 
 
 def gradients(forward: Callable[[], tuple], variables: list) -> tuple[list, tuple]:
@@ -227,7 +243,12 @@ def on_device(element: tuple) -> tuple:
 
 def _tensor(part: Any) -> tf.Tensor:
     """Shares an array's memory where it lies as TensorFlow's own: images are copied neither here nor in a step."""
-    if isinstance(part, np.ndarray) and part.size and part.flags.writeable and part.ctypes.data % ALIGNMENT == 0:
+    if (
+        isinstance(part, np.ndarray)
+        and part.size
+        and part.flags.writeable
+        and part.ctypes.data % ALIGNMENT == 0
+    ):
         return tf.experimental.dlpack.from_dlpack(part.__dlpack__())
     return tf.convert_to_tensor(part)
 

@@ -21,7 +21,11 @@ use_local_device = device.use_local_device
 
 
 def reduce(
-    gradients: list, variables: list, groups: list[list[int]], how: Any, word: torch.Tensor | None = None
+    gradients: list,
+    variables: list,
+    groups: list[list[int]],
+    how: Any,
+    word: torch.Tensor | None = None,
 ) -> tuple[list, torch.Tensor | None]:
     """Returns the gradients (tensors or None) at the places in `groups`, reduced over the ranks as `how`, a Reduction,
     says, the others as they are; and the sum of all ranks' `word`, a vector that goes with them.
@@ -32,10 +36,15 @@ def reduce(
     places = list(itertools.chain(*groups))
     have = torch.tensor([gradients[i] is not None for i in places], dtype=torch.float32)
     told = have if word is None else torch.cat([have, word.to(have.device)])
-    told = hvd.allreduce_async_(told, op=hvd.Sum, name=f"{how.wire_name}.present", process_set=how.process_set)
+    told = hvd.allreduce_async_(
+        told, op=hvd.Sum, name=f"{how.wire_name}.present", process_set=how.process_set
+    )
     started = []
     for group in groups:
-        filled = [torch.zeros_like(variables[i].value) if gradients[i] is None else gradients[i] for i in group]
+        filled = [
+            torch.zeros_like(variables[i].value) if gradients[i] is None else gradients[i]
+            for i in group
+        ]
         started.append(_start([dense(g) for g in filled], f"{how.wire_name}.{group[0]}", how))
     told = hvd.synchronize(told)
     present = dict(zip(places, told[: len(places)].tolist(), strict=True))
@@ -106,7 +115,9 @@ def divided_by_size(gradient: torch.Tensor, process_set: Any) -> torch.Tensor:
     return gradient / process_set.size()
 
 
-def total(tensor: torch.Tensor, name: str, process_set: Any = hvd.global_process_set) -> torch.Tensor:
+def total(
+    tensor: torch.Tensor, name: str, process_set: Any = hvd.global_process_set
+) -> torch.Tensor:
     """The sum of a tensor over all ranks; differentiable: its gradient is the sum of all ranks' gradients."""
     if tensor.device.type == "meta":  # Keras infers shapes
         return tensor.clone()
@@ -132,7 +143,10 @@ def _summed(tensor: torch.Tensor, name: str, process_set: Any) -> torch.Tensor:
 
 def broadcast(variables: list, root_rank: int, name: str) -> None:
     """Rank root_rank's values in floating-point Keras variables, on all ranks."""
-    handles = [hvd.broadcast_async_(v.value.data, root_rank, name=f"{name}.{i}") for i, v in enumerate(variables)]
+    handles = [
+        hvd.broadcast_async_(v.value.data, root_rank, name=f"{name}.{i}")
+        for i, v in enumerate(variables)
+    ]
     for handle in handles:
         hvd.synchronize(handle)
 
@@ -173,7 +187,10 @@ def gradients(forward: Callable[[], tuple], variables: list) -> tuple[list, tupl
 
 def random_state() -> np.ndarray:
     """The states of PyTorch's generators, the CPU's and the GPU's: Keras's layers without a seed draw from them."""
-    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+    states = [
+        torch.get_rng_state(),
+        *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else []),
+    ]
     return torch.cat(states).numpy()
 
 

@@ -44,10 +44,14 @@ def main() -> None:
         compare_replicas()
         return
     hvd.init()
-    print(f"{keras.backend.backend()}, {LAYERS} dense layers of {WIDTH}, batch {BATCH}, one rank; ms per step")
+    print(
+        f"{keras.backend.backend()}, {LAYERS} dense layers of {WIDTH}, batch {BATCH}, one rank; ms per step"
+    )
     times = cost()
     for name, found in times.items():
-        print(f"{name:8} median {statistics.median(found):6.2f}   from {min(found):6.2f} to {max(found):6.2f}")
+        print(
+            f"{name:8} median {statistics.median(found):6.2f}   from {min(found):6.2f} to {max(found):6.2f}"
+        )
     for other in ("bare", "plain"):
         ratios = [w / o for w, o in zip(times["wrapped"], times[other], strict=True)]
         print(
@@ -118,7 +122,10 @@ def compare_agreement() -> None:
     global BATCH
     BATCH = 32
     agreement = Agreement()
-    optimizers = {name: hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9)) for name in ("alone", "agreed")}
+    optimizers = {
+        name: hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9))
+        for name in ("alone", "agreed")
+    }
     reduction_of(optimizers["agreed"]).agreement = agreement
     steppers = {name: stepper(optimizer) for name, optimizer in optimizers.items()}
     times: dict[str, list[float]] = {name: [] for name in steppers}
@@ -185,7 +192,9 @@ def overlap() -> str:
             check=False,
         )
         if done.returncode:
-            return f"no timeline: two ranks ended with status {done.returncode}: {done.stdout[-2000:]}"
+            return (
+                f"no timeline: two ranks ended with status {done.returncode}: {done.stdout[-2000:]}"
+            )
         return f"{described(steps_of(read_events(path)))}\n{done.stdout.strip()}"
 
 

@@ -23,9 +23,13 @@ class _Distributed:
     _hvd_options: dict[str, Any]
 
     @classmethod
-    def from_config(cls, config: dict, custom_objects: dict | None = None) -> keras.optimizers.Optimizer:
+    def from_config(
+        cls, config: dict, custom_objects: dict | None = None
+    ) -> keras.optimizers.Optimizer:
         """An optimizer of this configuration, distributed in the same way."""
-        return DistributedOptimizer(cls._hvd_wrapped.from_config(config, custom_objects), **cls._hvd_options)
+        return DistributedOptimizer(
+            cls._hvd_wrapped.from_config(config, custom_objects), **cls._hvd_options
+        )
 
     @property
     def variables(self) -> list:
@@ -55,12 +59,16 @@ class _Distributed:
 
     def apply(self, grads: Iterable, trainable_variables: Iterable | None = None) -> None:
         gradients = list(grads)
-        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        variables = (
+            self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        )
         if len(variables) != len(gradients):
             super().apply(gradients, trainable_variables)  # which says what is wrong
             return
         self._hvd.note(self, gradients, variables)
-        if self._hvd.agreement and not self.built:  # variables can't be made where operations wait for others
+        if (
+            self._hvd.agreement and not self.built
+        ):  # variables can't be made where operations wait for others
             self.build(variables)
             self.built = True
         if self._hvd.passes > 1 or self.gradient_accumulation_steps:
@@ -103,7 +111,10 @@ class _Distributed:
 
         def update() -> None:
             with agreement.told() if alone else contextlib.nullcontext():
-                self.apply([backend.nothing(v, kind) for v, kind in zip(variables, kinds, strict=True)], variables)
+                self.apply(
+                    [backend.nothing(v, kind) for v, kind in zip(variables, kinds, strict=True)],
+                    variables,
+                )
 
         if alone:
             yield tell
@@ -205,7 +216,9 @@ def DistributedOptimizer(
     """
     options = {k: v for k, v in locals().items() if k != "optimizer"}
     _check_optimizer(optimizer)
-    _check_reduction(op, gradient_predivide_factor, backward_passes_per_step, device_dense, device_sparse)
+    _check_reduction(
+        op, gradient_predivide_factor, backward_passes_per_step, device_dense, device_sparse
+    )
     if num_groups:
         warnings.warn("num_groups is an old name; use groups", DeprecationWarning, stacklevel=2)
     groups = (num_groups or None) if groups is None else groups
@@ -253,12 +266,16 @@ def PartialDistributedOptimizer(
 
     The other arguments are those of DistributedOptimizer. Raises ValueError also for what is not a built layer."""
     options = {k: v for k, v in locals().items() if k not in ("optimizer", "local_layers")}
-    layers = [local_layers] if isinstance(local_layers, keras.layers.Layer) else list(local_layers or [])
+    layers = (
+        [local_layers] if isinstance(local_layers, keras.layers.Layer) else list(local_layers or [])
+    )
     for layer in layers:
         if not isinstance(layer, keras.layers.Layer):
             raise ValueError(f"local_layers must be Keras layers, not {layer!r}")
         if not layer.built:
-            raise ValueError(f"local_layers: {layer.name!r} has no variables yet; build the model first")
+            raise ValueError(
+                f"local_layers: {layer.name!r} has no variables yet; build the model first"
+            )
     optimizer = DistributedOptimizer(optimizer, **options)
     for layer in layers:
         for variable in layer.trainable_weights:
@@ -269,7 +286,10 @@ def PartialDistributedOptimizer(
 def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     """Returns the optimizers that train a model: the compiled one first, then those in its attributes, as a GAN has,
     or in lists and dictionaries there."""
-    held = [model.optimizer, *(member for value in vars(model).values() for member in _members(value))]
+    held = [
+        model.optimizer,
+        *(member for value in vars(model).values() for member in _members(value)),
+    ]
     found = {id(o): o for o in held if isinstance(o, keras.optimizers.Optimizer)}
     return list(found.values())
 
@@ -297,27 +317,41 @@ def use_compression(optimizer: keras.optimizers.Optimizer, compression: type) ->
 
 def _check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise ValueError(f"DistributedOptimizer wraps a keras.optimizers.Optimizer, not {optimizer!r}")
+        raise ValueError(
+            f"DistributedOptimizer wraps a keras.optimizers.Optimizer, not {optimizer!r}"
+        )
     if is_distributed(optimizer) or is_distributed(getattr(optimizer, "inner_optimizer", None)):
-        raise ValueError(f"{optimizer.name} is a DistributedOptimizer already; wrap it once, outermost")
+        raise ValueError(
+            f"{optimizer.name} is a DistributedOptimizer already; wrap it once, outermost"
+        )
 
 
-def _check_reduction(op: int, predivide: float, passes: int, device_dense: str, device_sparse: str) -> None:
+def _check_reduction(
+    op: int, predivide: float, passes: int, device_dense: str, device_sparse: str
+) -> None:
     if op == Adasum:
-        raise ValueError("op=Adasum is not supported for Keras, by Horovod neither; use Average or Sum")
+        raise ValueError(
+            "op=Adasum is not supported for Keras, by Horovod neither; use Average or Sum"
+        )
     if op not in (Average, Sum):
         raise ValueError(f"op={op!r} is not a reduction of gradients; use Average or Sum")
     if predivide != 1.0 and op != Average:
-        raise ValueError(f"gradient_predivide_factor={predivide} splits an average; it needs op=Average")
+        raise ValueError(
+            f"gradient_predivide_factor={predivide} splits an average; it needs op=Average"
+        )
     if predivide != 1.0 and backend.horovod.rocm_built():
-        raise ValueError(f"gradient_predivide_factor={predivide} is not supported by Horovod built for ROCm; leave 1.0")
+        raise ValueError(
+            f"gradient_predivide_factor={predivide} is not supported by Horovod built for ROCm; leave 1.0"
+        )
     if predivide <= 0:
         raise ValueError(f"gradient_predivide_factor={predivide} must be positive")
     if not isinstance(passes, int) or passes < 1:
         raise ValueError(f"backward_passes_per_step={passes!r} must be an integer of at least 1")
     for argument, device in (("device_dense", device_dense), ("device_sparse", device_sparse)):
         if device and not backend.DEVICES:
-            raise ValueError(f"{argument}={device!r}: with PyTorch a gradient is reduced where it lies; leave it empty")
+            raise ValueError(
+                f"{argument}={device!r}: with PyTorch a gradient is reduced where it lies; leave it empty"
+            )
 
 
 def _check_groups(groups: Any) -> None:
@@ -326,7 +360,9 @@ def _check_groups(groups: Any) -> None:
     if groups is not None and not (
         isinstance(groups, (list, tuple)) and all(isinstance(g, list | tuple) for g in groups)
     ):
-        raise ValueError(f"groups={groups!r} must be a positive number of groups or a list of lists of variables")
+        raise ValueError(
+            f"groups={groups!r} must be a positive number of groups or a list of lists of variables"
+        )
 
 
 def _distributed_class(wrapped: type, options: dict[str, Any]) -> type:

@@ -18,7 +18,12 @@ _TOO_SMALL = "a batch of one example can't be shared out: make batches larger, o
 
 
 def divide(
-    data: Any, batch_size: int | None = None, *, shuffle: bool | int = True, seed: int = 0, first_epoch: int = 0
+    data: Any,
+    batch_size: int | None = None,
+    *,
+    shuffle: bool | int = True,
+    seed: int = 0,
+    first_epoch: int = 0,
 ) -> Any:
     """This rank's part of `data`, to be handed to fit(…, shuffle=False) or evaluate(). Collective.
 
@@ -93,7 +98,9 @@ class _Order:
                     f"rank {rank} divides {theirs}, rank {collectives.rank()} {mine}: pass the same on all"
                 )
         if count < collectives.size():
-            raise ValueError(f"{count} {what} are too few for {collectives.size()} ranks: start fewer")
+            raise ValueError(
+                f"{count} {what} are too few for {collectives.size()} ranks: start fewer"
+            )
 
 
 class _Divided(keras.utils.PyDataset):
@@ -139,16 +146,22 @@ class _Divided(keras.utils.PyDataset):
         last = self._drawn.get(thread, -1)
         self._drawn[thread] = step
         if not (step in (0, last + 1) or (step > last if self._parallel else not self._begun)):
-            raise ValueError("Keras shuffles the steps, differently on each rank; call fit(…, shuffle=False)")
+            raise ValueError(
+                "Keras shuffles the steps, differently on each rank; call fit(…, shuffle=False)"
+            )
 
 
 class DividedArrays(_Divided):
     """This rank's batches of arrays that all ranks have."""
 
-    def __init__(self, arrays: Any, count: int, batch_size: int, order: _Order, rank: int, size: int) -> None:
+    def __init__(
+        self, arrays: Any, count: int, batch_size: int, order: _Order, rank: int, size: int
+    ) -> None:
         super().__init__(order, count)
         self._arrays = arrays
-        self._begins, self._ends = sharding.parts(sharding.cuts(count, batch_size * size, size), rank, size)
+        self._begins, self._ends = sharding.parts(
+            sharding.cuts(count, batch_size * size, size), rank, size
+        )
 
     def __len__(self) -> int:
         return len(self._begins)
@@ -165,7 +178,9 @@ class DividedBatches(_Divided):
 
     def __init__(self, batches: keras.utils.PyDataset, order: _Order, rank: int, size: int) -> None:
         parallel = ("workers", "use_multiprocessing", "max_queue_size")
-        super().__init__(order, batches.num_batches, **{name: getattr(batches, name) for name in parallel})
+        super().__init__(
+            order, batches.num_batches, **{name: getattr(batches, name) for name in parallel}
+        )
         self._batches, self._rank, self._size = batches, rank, size
         self._rounds, self._left = divmod(self._count, size)
 
@@ -193,7 +208,10 @@ class DividedBatches(_Divided):
     def _is_left_behind(self, step: int) -> bool:
         """Whether Keras's workers draw a step ahead that nobody will take: with PyTorch one batch builds the model, and
         Keras would hand out those drawn after it in the first epoch, before its own. It skips None."""
-        drawn_ahead = multiprocessing.parent_process() or threading.current_thread() is not threading.main_thread()
+        drawn_ahead = (
+            multiprocessing.parent_process()
+            or threading.current_thread() is not threading.main_thread()
+        )
         building = self._parallel and not self._reset and backend.FRAMEWORK == "torch"
         return bool(building and drawn_ahead and step > 0)
 
@@ -216,26 +234,40 @@ def _divided_arrays(data: Any, batch_size: int, order: _Order) -> DividedArrays:
     leaves = [a for a in keras.tree.flatten(arrays) if a is not None]
     shapes = [tuple(a.shape) for a in leaves]
     if not leaves or any(len(shape) == 0 or shape[0] != shapes[0][0] for shape in shapes):
-        raise ValueError(f"arrays of shapes {shapes} have no common number of examples along the first axis")
+        raise ValueError(
+            f"arrays of shapes {shapes} have no common number of examples along the first axis"
+        )
     order.check("examples", shapes[0][0], batch_size)
     if not isinstance(arrays, (tuple, list, dict)):
         arrays = (arrays,)
-    return DividedArrays(arrays, shapes[0][0], batch_size, order, collectives.rank(), collectives.size())
+    return DividedArrays(
+        arrays, shapes[0][0], batch_size, order, collectives.rank(), collectives.size()
+    )
 
 
-def _divided_batches(data: keras.utils.PyDataset, batch_size: int | None, order: _Order) -> DividedBatches:
+def _divided_batches(
+    data: keras.utils.PyDataset, batch_size: int | None, order: _Order
+) -> DividedBatches:
     if batch_size is not None:
-        raise ValueError(f"batch_size={batch_size}: a PyDataset makes its batches itself; leave it out")
+        raise ValueError(
+            f"batch_size={batch_size}: a PyDataset makes its batches itself; leave it out"
+        )
     if data.num_batches is None:
-        raise ValueError("a PyDataset without end can't be divided; let its num_batches be those of an epoch")
+        raise ValueError(
+            "a PyDataset without end can't be divided; let its num_batches be those of an epoch"
+        )
     order.check("batches of the PyDataset", data.num_batches, None)
     return DividedBatches(data, order, collectives.rank(), collectives.size())
 
 
 def _divided_loader(loader: Any, batch_size: int | None, order: _Order) -> Any:
     torch_data = importlib.import_module("torch.utils.data")
-    if isinstance(loader.dataset, torch_data.IterableDataset) or not hasattr(loader.dataset, "__len__"):
-        raise ValueError("a DataLoader of an IterableDataset can't be divided: give it a dataset with __len__")
+    if isinstance(loader.dataset, torch_data.IterableDataset) or not hasattr(
+        loader.dataset, "__len__"
+    ):
+        raise ValueError(
+            "a DataLoader of an IterableDataset can't be divided: give it a dataset with __len__"
+        )
     _check_sampler(loader, torch_data)
     if loader.batch_size is None and batch_size is None:
         raise ValueError("the DataLoader has no batch_size: pass it one, or divide() a batch_size")
@@ -269,14 +301,27 @@ def _check_sampler(loader: Any, torch_data: Any) -> None:
     sampler, known = loader.sampler, (torch_data.SequentialSampler, torch_data.RandomSampler)
     plain = type(sampler) in known and not getattr(sampler, "replacement", False)
     batches = loader.batch_sampler
-    if not plain or len(sampler) != len(loader.dataset) or type(batches) not in (torch_data.BatchSampler, type(None)):
+    if (
+        not plain
+        or len(sampler) != len(loader.dataset)
+        or type(batches) not in (torch_data.BatchSampler, type(None))
+    ):
         name = type(sampler if type(sampler) not in known else batches or sampler).__name__
-        raise ValueError(f"the DataLoader's {name} decides which examples come: make it with shuffle=… instead")
+        raise ValueError(
+            f"the DataLoader's {name} decides which examples come: make it with shuffle=… instead"
+        )
 
 
 def _settings(loader: Any) -> dict[str, Any]:
     """What a DataLoader was made with, but for the order and the batches."""
-    names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
+    names = (
+        "num_workers",
+        "collate_fn",
+        "pin_memory",
+        "timeout",
+        "worker_init_fn",
+        "multiprocessing_context",
+    )
     names += ("generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order")
     return {name: getattr(loader, name) for name in names if hasattr(loader, name)}
 
@@ -284,7 +329,9 @@ def _settings(loader: Any) -> dict[str, Any]:
 def _divided_stream(data: Any, batch_size: int | None, order: _Order) -> Any:
     tf = importlib.import_module("tensorflow")
     if data.cardinality() == tf.data.INFINITE_CARDINALITY:
-        raise ValueError("the tf.data.Dataset has no end; divide it before repeat(), which fit() doesn't need")
+        raise ValueError(
+            "the tf.data.Dataset has no end; divide it before repeat(), which fit() doesn't need"
+        )
     _check_unshuffled(data)
     options = tf.data.Options()
     options.deterministic = True  # an order of each rank's own would use examples twice
@@ -299,7 +346,9 @@ def _divided_stream(data: Any, batch_size: int | None, order: _Order) -> Any:
         ordered = _last_stays_last(ordered, count) if order.shuffle else ordered
         steps, mine = _own_batches(tf, ordered.map(lambda _, batch: batch).enumerate(), count)
     else:
-        steps, mine = _own_examples(tf, _ordered(tf, data, count, order).enumerate(), count, batch_size)
+        steps, mine = _own_examples(
+            tf, _ordered(tf, data, count, order).enumerate(), count, batch_size
+        )
     return _told(tf, mine.prefetch(tf.data.AUTOTUNE), steps, order)
 
 
@@ -310,10 +359,14 @@ def _ordered(tf: Any, data: Any, count: int, order: _Order) -> Any:
     buffer = count if order.shuffle is True else order.shuffle
 
     def shuffled(epoch: Any) -> Any:
-        tf.compat.v1.set_random_seed(1 + order.seed)  # this function's; tf.random.set_seed() may be a rank's own
+        tf.compat.v1.set_random_seed(
+            1 + order.seed
+        )  # this function's; tf.random.set_seed() may be a rank's own
         return data.shuffle(buffer, seed=epoch + 1, reshuffle_each_iteration=False)
 
-    epochs = tf.data.Dataset.from_generator(lambda: [order.epoch], output_signature=tf.TensorSpec((), tf.int64))
+    epochs = tf.data.Dataset.from_generator(
+        lambda: [order.epoch], output_signature=tf.TensorSpec((), tf.int64)
+    )
     return epochs.flat_map(shuffled)
 
 
@@ -322,7 +375,9 @@ def _last_stays_last(numbered: Any, count: int) -> Any:
     return numbered.group_by_window(
         key_func=lambda number, _: number // (count - 1) if count > 1 else number,
         reduce_func=lambda _, window: window,
-        window_size_func=lambda last: last + 1,  # a window of two, which is given out when no more come
+        window_size_func=lambda last: (
+            last + 1
+        ),  # a window of two, which is given out when no more come
     )
 
 
@@ -336,7 +391,9 @@ def _own_examples(tf: Any, numbered: Any, count: int, batch_size: int) -> tuple[
     def step(place: Any, _: Any = None) -> Any:
         return tf.searchsorted(cuts, [place], side="right", out_type=tf.int64)[0] - 1
 
-    mine = numbered.filter(lambda place, _: (begins[step(place)] <= place) & (place < ends[step(place)]))
+    mine = numbered.filter(
+        lambda place, _: (begins[step(place)] <= place) & (place < ends[step(place)])
+    )
     batches = mine.group_by_window(
         key_func=step,
         reduce_func=lambda _, window: window.map(lambda _, example: example).batch(largest),
@@ -350,7 +407,9 @@ def _own_batches(tf: Any, numbered: Any, count: int) -> tuple[int, Any]:
     rank, size = collectives.rank(), collectives.size()
     rounds, left = divmod(count, size)
     if not left:
-        return rounds, numbered.filter(lambda place, _: place % size == rank).map(lambda _, batch: batch)
+        return rounds, numbered.filter(lambda place, _: place % size == rank).map(
+            lambda _, batch: batch
+        )
     # What each place of the last round, and of those left over, gives this rank: from a/size to b/size.
     last = (rounds - 1) * size
     bounds = np.zeros((size + left, 2), np.int32)
@@ -364,7 +423,9 @@ def _own_batches(tf: Any, numbered: Any, count: int) -> tuple[int, Any]:
         return tf.where(place < last, place % size == rank, a < b)
 
     def part(place: Any, batch: Any) -> Any:
-        a, b = tf.unstack(tf.where(place < last, tf.constant([0, size]), table[tf.maximum(place - last, 0)]))
+        a, b = tf.unstack(
+            tf.where(place < last, tf.constant([0, size]), table[tf.maximum(place - last, 0)])
+        )
         n = tf.shape(tf.nest.flatten(batch)[0])[0]
         return tf.nest.map_structure(lambda array: array[a * n // size : b * n // size], batch)
 
@@ -379,7 +440,9 @@ def _own_batches(tf: Any, numbered: Any, count: int) -> tuple[int, Any]:
         pieces = tf.where(step < rounds - 1, np.int64(1), np.int64(2))
         tf.debugging.Assert(n >= pieces, [_TOO_SMALL])
         return tf.data.Dataset.range(pieces).map(
-            lambda i: tf.nest.map_structure(lambda array: array[i * n // pieces : (i + 1) * n // pieces], joined)
+            lambda i: tf.nest.map_structure(
+                lambda array: array[i * n // pieces : (i + 1) * n // pieces], joined
+            )
         )
 
     batches = numbered.filter(is_mine).group_by_window(
@@ -406,7 +469,9 @@ def _told(tf: Any, batches: Any, steps: int, order: _Order) -> Any:
 def _check_unshuffled(data: Any) -> None:
     """Raises ValueError when the dataset, or one that it is made from, is shuffled."""
     if type(data).__name__ == "_ShuffleDataset":
-        raise ValueError("the tf.data.Dataset is shuffled, differently on each rank; leave shuffle() to divide()")
+        raise ValueError(
+            "the tf.data.Dataset is shuffled, differently on each rank; leave shuffle() to divide()"
+        )
     for source in data._inputs():
         _check_unshuffled(source)
 
@@ -416,9 +481,13 @@ def _check_batched(tf: Any, data: Any) -> None:
         raise ValueError("the tf.data.Dataset's elements are no batches; pass batch_size")
 
 
-def _check_arguments(batch_size: int | None, shuffle: bool | int, seed: int, first_epoch: int) -> None:
+def _check_arguments(
+    batch_size: int | None, shuffle: bool | int, seed: int, first_epoch: int
+) -> None:
     if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
-        raise ValueError(f"batch_size={batch_size!r} must be an integer of at least 1, a rank's examples in a step")
+        raise ValueError(
+            f"batch_size={batch_size!r} must be an integer of at least 1, a rank's examples in a step"
+        )
     for name, value in (("shuffle", shuffle), ("seed", seed), ("first_epoch", first_epoch)):
         if not isinstance(value, Integral) or value < 0:
             raise ValueError(f"{name}={value!r} must be an integer of at least 0")

@@ -22,7 +22,9 @@ class ExampleDropout(keras.layers.Layer):
     def call(self, features: Any, keys: Any, training: bool = False) -> Any:
         if not training:
             return features
-        kept = dropout.kept(keys, ops.convert_to_tensor(dropout.counters(features.shape[-1])), self.rate, ops)
+        kept = dropout.kept(
+            keys, ops.convert_to_tensor(dropout.counters(features.shape[-1])), self.rate, ops
+        )
         return ops.where(kept, features / (1 - self.rate), ops.zeros_like(features))
 
     def get_config(self) -> dict:

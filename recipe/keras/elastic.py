@@ -22,9 +22,15 @@ class KerasState(ObjectState):
     all ranks, but for the seeds of random layers: each rank has its own, by its number after a reset. Raises ValueError
     for a model without variables or without an optimizer."""
 
-    def __init__(self, model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None, **kwargs: Any) -> None:
-        if not model.built or not model.variables:  # a class's `build` may mark it built without making any
-            raise ValueError(f"model {model.name!r} has no variables yet; call it once on a batch first: model(x[:1])")
+    def __init__(
+        self, model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None, **kwargs: Any
+    ) -> None:
+        if (
+            not model.built or not model.variables
+        ):  # a class's `build` may mark it built without making any
+            raise ValueError(
+                f"model {model.name!r} has no variables yet; call it once on a batch first: model(x[:1])"
+            )
         self.model, self.optimizer = model, optimizer or model.optimizer
         if self.optimizer is None:
             raise ValueError(f"model {model.name!r} is not compiled; compile it or pass optimizer=")

@@ -30,7 +30,9 @@ class KerasReplica:
         if collectives.size() > 1:  # one rank has nothing to reduce, and needs no copies for it
             _distribute(recipe, self.model)
         workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
-        self._step = Step(self.model, recipe.k, workers, recipe.run.workers_at_once, signature(recipe))
+        self._step = Step(
+            self.model, recipe.k, workers, recipe.run.workers_at_once, signature(recipe)
+        )
         self._statistics = batch_statistics(self.model, recipe.model.bn_momentum, signature(recipe))
 
     def begin(self, steps: int) -> None:
@@ -40,7 +42,9 @@ class KerasReplica:
         self._callbacks = keras.callbacks.CallbackList(callbacks, model=self.model, steps=steps)
         self._callbacks.on_train_begin()
 
-    def step(self, epoch: int, step: int, elements: Iterator[tuple], stop: bool) -> Callable[[], tuple]:
+    def step(
+        self, epoch: int, step: int, elements: Iterator[tuple], stop: bool
+    ) -> Callable[[], tuple]:
         self._callbacks.on_epoch_begin(epoch)
         self._callbacks.on_train_batch_begin(step)
         figures = self._step(elements, stop)
@@ -61,7 +65,9 @@ class KerasReplica:
     def statistics_of(self, elements: Iterator[tuple]) -> Iterator[None]:
         moving = moving_statistics(self.model)
         kept = [keras.ops.convert_to_numpy(v) for v in moving]
-        found = (keras.ops.convert_to_numpy(self._statistics(*backend.on_device(e))) for e in elements)
+        found = (
+            keras.ops.convert_to_numpy(self._statistics(*backend.on_device(e))) for e in elements
+        )
         mean = collectives.mean(found, sum(math.prod(v.shape) for v in moving), "precise_bn")
         for v, value in zip(moving, split(mean, moving), strict=True):
             v.assign(value)
@@ -100,7 +106,9 @@ def signature(recipe: Recipe) -> list[tuple[str, tuple]]:
 def _optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
     settings = recipe.optimizer
     # Names of its own: Keras would number them in a process that has others, and they are in the checkpoints' names.
-    optimizer = keras.optimizers.SGD(settings.base_rate, settings.momentum, settings.nesterov, name="sgd")
+    optimizer = keras.optimizers.SGD(
+        settings.base_rate, settings.momentum, settings.nesterov, name="sgd"
+    )
     if recipe.model.precision == "mixed_float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
     return optimizer
@@ -110,7 +118,9 @@ def _distribute(recipe: Recipe, model: keras.Model) -> None:
     """Makes the model's optimizer reduce the gradients over the ranks."""
     parameters = sum(math.prod(v.shape) for v in model.trainable_variables)
     compression = getattr(backend.Compression, recipe.optimizer.compression)
-    DistributedOptimizer(model.optimizer, compression=compression, groups=collectives.groups(recipe, parameters))
+    DistributedOptimizer(
+        model.optimizer, compression=compression, groups=collectives.groups(recipe, parameters)
+    )
 
 
 make_replica = KerasReplica

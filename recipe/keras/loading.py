@@ -22,8 +22,17 @@ from recipe.keras.distributed import DistributedOptimizer, is_distributed, use_c
 _HDF5 = (".h5", ".hdf5")
 _WEIGHTS = "model.weights.h5"  # in an archive
 _LARGEST_CONFIG = 2**28  # bytes; a longer one is cut off, which is no JSON
-_BY_OUTPUT = ("accuracy", "acc", "crossentropy", "ce")  # metrics that `compile` chooses by the model's output
-_COMPILE = ("run_eagerly", "steps_per_execution", "jit_compile")  # which Keras writes into .h5 files and doesn't read
+_BY_OUTPUT = (
+    "accuracy",
+    "acc",
+    "crossentropy",
+    "ce",
+)  # metrics that `compile` chooses by the model's output
+_COMPILE = (
+    "run_eagerly",
+    "steps_per_execution",
+    "jit_compile",
+)  # which Keras writes into .h5 files and doesn't read
 
 
 def load_model(
@@ -43,11 +52,15 @@ def load_model(
     Raises ValueError, in one sentence, for a file that can't be loaded whole: also where only the optimizer's state
     would be lost. So it does for `legacy_opts`, which Keras 3 doesn't have."""
     if legacy_opts:
-        raise ValueError("legacy_opts=True: Keras 3 has no legacy optimizers; save the model with one of its own")
+        raise ValueError(
+            "legacy_opts=True: Keras 3 has no legacy optimizers; save the model with one of its own"
+        )
     objects = {_name_of(given): given for given in custom_optimizers or ()} | (custom_objects or {})
     path = _checked_path(filepath)
     with _told_in_a_sentence(path), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")  # here it is an error, or no loss
+        warnings.filterwarnings(
+            "ignore", "Skipping variable loading for optimizer"
+        )  # here it is an error, or no loss
         if path.endswith(_HDF5):
             return _from_hdf5(path, objects, compression)
         return _from_archive(path, objects, compression)
@@ -95,7 +108,9 @@ def _from_hdf5(path: str, objects: dict, compression: type) -> keras.Model:
             "loss": _compiled(training.get("loss"), keras.losses, "loss"),
             "loss_weights": training.get("loss_weights"),
             "metrics": _compiled(training.get("metrics"), keras.metrics, "metric"),
-            "weighted_metrics": _compiled(training.get("weighted_metrics"), keras.metrics, "metric"),
+            "weighted_metrics": _compiled(
+                training.get("weighted_metrics"), keras.metrics, "metric"
+            ),
         }
     if isinstance(optimizer, str):  # Keras hands back what it doesn't know
         raise ValueError(_unknown("optimizer", config["class_name"]))
@@ -121,14 +136,22 @@ class _Chosen:
         """The configuration with new names where the caller has given something for the old one."""
         if not isinstance(config, dict):
             return config
-        config = {key: value if key == "learning_rate" else self.renamed(value) for key, value in config.items()}
+        config = {
+            key: value if key == "learning_rate" else self.renamed(value)
+            for key, value in config.items()
+        }
         key = next((name for name in _names_in(config) if name in self.objects), None)
         if key is None:
             return config
         given = self.objects[key]
         name = f"load_model>{key}"
         self.names[name] = given if hasattr(given, "from_config") else _Factory(key, given)
-        return {"module": None, "class_name": name, "registered_name": name, "config": config["config"]}
+        return {
+            "module": None,
+            "class_name": name,
+            "registered_name": name,
+            "config": config["config"],
+        }
 
 
 class _Factory:
@@ -148,7 +171,9 @@ class _Factory:
                 f"{type(error).__name__}: {_reason(error)}"
             )
         if not isinstance(made, keras.optimizers.Optimizer):
-            raise ValueError(f"the function given for {self.name!r} returned {made!r}, not a Keras optimizer")
+            raise ValueError(
+                f"the function given for {self.name!r} returned {made!r}, not a Keras optimizer"
+            )
         return made
 
 
@@ -157,7 +182,9 @@ def _names_in(config: dict) -> list[str]:
     if not isinstance(config.get("class_name"), str) or not isinstance(config.get("config"), dict):
         return []
     plain = config["class_name"].split(">")[-1]
-    return [n for n in (config.get("registered_name"), config["class_name"], plain, plain.lower()) if n]
+    return [
+        n for n in (config.get("registered_name"), config["class_name"], plain, plain.lower()) if n
+    ]
 
 
 def _kerass_own(config: dict) -> dict[str, type]:
@@ -195,19 +222,28 @@ def _unknown(what: str, name: str) -> str:
 
 def _object_of(value: Any) -> Any:
     """A serialized learning rate schedule or inner optimizer as an object; anything else as it is."""
-    return keras.saving.deserialize_keras_object(value) if isinstance(value, dict) and "class_name" in value else value
+    return (
+        keras.saving.deserialize_keras_object(value)
+        if isinstance(value, dict) and "class_name" in value
+        else value
+    )
 
 
 def _name_of(given: Any) -> str:
     name = getattr(given, "__name__", None)
     if not callable(given) or name in (None, "<lambda>"):
-        raise ValueError(f"custom_optimizers holds {given!r}, which has no name; use custom_objects={{name: …}}")
+        raise ValueError(
+            f"custom_optimizers holds {given!r}, which has no name; use custom_objects={{name: …}}"
+        )
     return name
 
 
 def _check_outermost(optimizer: keras.optimizers.Optimizer) -> None:
     """Raises ValueError where a function of the caller's has distributed a part of the optimizer."""
-    for inner in [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]:
+    for inner in [
+        getattr(optimizer, "inner_optimizer", None),
+        *getattr(optimizer, "optimizers", ()),
+    ]:
         if is_distributed(inner):
             raise ValueError(
                 f"{type(inner).__name__} is a DistributedOptimizer inside a {type(optimizer).__name__}, but must be "
@@ -215,7 +251,9 @@ def _check_outermost(optimizer: keras.optimizers.Optimizer) -> None:
             )
 
 
-def _distributed(optimizer: keras.optimizers.Optimizer, compression: type) -> keras.optimizers.Optimizer:
+def _distributed(
+    optimizer: keras.optimizers.Optimizer, compression: type
+) -> keras.optimizers.Optimizer:
     """The optimizer, distributed; a function of the caller's may have done that."""
     if not is_distributed(optimizer):
         return DistributedOptimizer(optimizer, compression=compression)
@@ -241,7 +279,9 @@ def _checked_path(filepath: Any) -> str:
         raise ValueError(f"{path} is an HDF5 file; rename it, so that its name ends with .h5")
     folder = Path(path, "config.json").exists()
     if not hdf5 and not folder and not (path.endswith(".keras") and zipfile.is_zipfile(path)):
-        raise ValueError(f"{path} is neither a .keras file nor an .h5 file, or is damaged; save the model as .keras")
+        raise ValueError(
+            f"{path} is neither a .keras file nor an .h5 file, or is damaged; save the model as .keras"
+        )
     return path
 
 
@@ -279,14 +319,18 @@ def _check_number(optimizer: keras.optimizers.Optimizer, saved: int | None) -> N
     """Raises ValueError where Keras has left the optimizer without its saved state. It warns only."""
     untrained = [v for v in optimizer.variables if _part(v.path) in ("iteration", "rate")]
     if saved not in (None, len(optimizer.variables), len(untrained)):
-        raise ValueError(_differs(optimizer, f"{saved} variables, while this one has {len(optimizer.variables)}"))
+        raise ValueError(
+            _differs(optimizer, f"{saved} variables, while this one has {len(optimizer.variables)}")
+        )
 
 
 def _training_in_hdf5(path: str) -> tuple[dict | None, list[tuple[str, np.ndarray]]]:
     """(what the model was compiled with, or None; the optimizer's variables by the names they had)."""
     with h5py.File(path) as file:
         if "model_config" not in file.attrs:
-            raise ValueError("it holds weights and no model; make the model and call model.load_weights with it")
+            raise ValueError(
+                "it holds weights and no model; make the model and call model.load_weights with it"
+            )
         training = file.attrs.get("training_config")
         if training is None:
             return None, []
@@ -300,23 +344,36 @@ def _training_in_hdf5(path: str) -> tuple[dict | None, list[tuple[str, np.ndarra
             )
         if "optimizer_weights" not in file:
             return training, []
-        names = legacy_h5_format.load_attributes_from_hdf5_group(file["optimizer_weights"], "weight_names")
-        values = [np.asarray(v) for v in legacy_h5_format.load_optimizer_weights_from_hdf5_group(file)]
+        names = legacy_h5_format.load_attributes_from_hdf5_group(
+            file["optimizer_weights"], "weight_names"
+        )
+        values = [
+            np.asarray(v) for v in legacy_h5_format.load_optimizer_weights_from_hdf5_group(file)
+        ]
         return training, list(zip(names, values, strict=True))
 
 
-def _restore(optimizer: keras.optimizers.Optimizer, trained: list, state: list[tuple[str, np.ndarray]]) -> None:
+def _restore(
+    optimizer: keras.optimizers.Optimizer, trained: list, state: list[tuple[str, np.ndarray]]
+) -> None:
     """Gives the optimizer the saved state, which before the first step has no slots yet.
 
     Raises ValueError where a variable has another shape, or plays another part by the end of its name."""
     if len(state) != len(optimizer.variables):
         optimizer.build(trained)
     if len(state) != len(optimizer.variables):
-        raise ValueError(_differs(optimizer, f"{len(state)} variables, while this one has {len(optimizer.variables)}"))
+        raise ValueError(
+            _differs(
+                optimizer, f"{len(state)} variables, while this one has {len(optimizer.variables)}"
+            )
+        )
     for v, (name, value) in zip(optimizer.variables, state, strict=True):
         if tuple(v.shape) != value.shape or _part(v.path) != _part(name):
             raise ValueError(
-                _differs(optimizer, f"{name} of shape {value.shape}, while this one has {v.path} of {v.shape}")
+                _differs(
+                    optimizer,
+                    f"{name} of shape {value.shape}, while this one has {v.path} of {v.shape}",
+                )
             )
     for v, (_, value) in zip(optimizer.variables, state, strict=True):
         v.assign(value)

@@ -52,9 +52,13 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
     def __init__(self, *args: Any, fused: bool = False, **kwargs: Any) -> None:
         if fused in (True, None):
-            raise ValueError(f"fused={fused}: a fused kernel can't ask the other ranks; leave it False")
+            raise ValueError(
+                f"fused={fused}: a fused kernel can't ask the other ranks; leave it False"
+            )
         super().__init__(*args, **kwargs)
-        self.wire_name: str | None = None  # prefix of the names of its collectives; given at its first use
+        self.wire_name: str | None = (
+            None  # prefix of the names of its collectives; given at its first use
+        )
 
     def _moments(self, inputs: Any, mask: Any) -> tuple:
         self.wire_name = self.wire_name or names.give("sync_batch_norm")
@@ -62,12 +66,20 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if mask is None:
             counted = ops.ones_like(inputs)
         else:
-            counted = ops.broadcast_to(ops.expand_dims(ops.cast(mask, inputs.dtype), -1), ops.shape(inputs))
+            counted = ops.broadcast_to(
+                ops.expand_dims(ops.cast(mask, inputs.dtype), -1), ops.shape(inputs)
+            )
             inputs = ops.where(counted > 0, inputs, 0)
         sums = ops.concatenate([ops.sum(inputs, axes), ops.sum(counted, axes)])
         sums = backend.total(sums, f"{self.wire_name}.mean")
-        mean, count = sums[:channels] / ops.maximum(sums[channels:], 1), ops.maximum(sums[channels:], 1)
-        shape = [channels if axis == self.axis % len(inputs.shape) else 1 for axis in range(len(inputs.shape))]
+        mean, count = (
+            sums[:channels] / ops.maximum(sums[channels:], 1),
+            ops.maximum(sums[channels:], 1),
+        )
+        shape = [
+            channels if axis == self.axis % len(inputs.shape) else 1
+            for axis in range(len(inputs.shape))
+        ]
         deviations = ops.square(inputs - ops.reshape(mean, shape)) * counted
         variance = backend.total(ops.sum(deviations, axes), f"{self.wire_name}.variance") / count
         return mean, variance

@@ -63,13 +63,19 @@ def grouped_allreduce(
     return list(_hvd.grouped_allreduce([_tensor(v) for v in values], **options))
 
 
-def allgather(value: Any, name: str | None = None, process_set: Any = _hvd.global_process_set) -> Any:
+def allgather(
+    value: Any, name: str | None = None, process_set: Any = _hvd.global_process_set
+) -> Any:
     """All ranks' values one after another along the first axis, in which they may differ."""
     recording.note(recording.Foreign("hvd.allgather"))
-    return _hvd.allgather(_tensor(value), name=name or _name("allgather", process_set), process_set=process_set)
+    return _hvd.allgather(
+        _tensor(value), name=name or _name("allgather", process_set), process_set=process_set
+    )
 
 
-def broadcast(value: Any, root_rank: int, name: str | None = None, process_set: Any = _hvd.global_process_set) -> Any:
+def broadcast(
+    value: Any, root_rank: int, name: str | None = None, process_set: Any = _hvd.global_process_set
+) -> Any:
     """Rank root_rank's value, on all ranks."""
     recording.note(recording.Foreign("hvd.broadcast"))
     name = name or _name("broadcast", process_set)
@@ -77,7 +83,10 @@ def broadcast(value: Any, root_rank: int, name: str | None = None, process_set: 
 
 
 def reducescatter(
-    value: Any, name: str | None = None, op: int = _hvd.Average, process_set: Any = _hvd.global_process_set
+    value: Any,
+    name: str | None = None,
+    op: int = _hvd.Average,
+    process_set: Any = _hvd.global_process_set,
 ) -> Any:
     """This rank's part, along the first axis, of the reduced value; op is Average or Sum."""
     recording.note(recording.Foreign("hvd.reducescatter"))
@@ -86,7 +95,10 @@ def reducescatter(
 
 
 def alltoall(
-    value: Any, splits: Any = None, name: str | None = None, process_set: Any = _hvd.global_process_set
+    value: Any,
+    splits: Any = None,
+    name: str | None = None,
+    process_set: Any = _hvd.global_process_set,
 ) -> Any:
     """Sends the i-th part of the value's first axis to rank i and joins what all ranks sent here.
 
@@ -99,12 +111,17 @@ def alltoall(
 
 
 def broadcast_object(
-    obj: Any, root_rank: int = 0, name: str | None = None, process_set: Any = _hvd.global_process_set
+    obj: Any,
+    root_rank: int = 0,
+    name: str | None = None,
+    process_set: Any = _hvd.global_process_set,
 ) -> Any:
     """Rank root_rank's object, which must be picklable, on all ranks."""
     recording.note(recording.Foreign("hvd.broadcast_object"))
     # Horovod's own default is the name of the object's type, which may differ from rank to rank.
-    return _hvd.broadcast_object(obj, root_rank=root_rank, name=name or "broadcast_object", process_set=process_set)
+    return _hvd.broadcast_object(
+        obj, root_rank=root_rank, name=name or "broadcast_object", process_set=process_set
+    )
 
 
 def allgather_object(obj: Any, name: str | None = None) -> list:
@@ -121,7 +138,9 @@ def broadcast_variables(variables: Iterable[keras.Variable], root_rank: int) -> 
     backend.broadcast(floats, root_rank, "variables")
     # Horovod has no unsigned types, which the seeds of random layers are; they are few and small.
     values = [keras.ops.convert_to_numpy(v) for v in others]
-    for v, value in zip(others, _hvd.broadcast_object(values, root_rank, name="variables.others"), strict=True):
+    for v, value in zip(
+        others, _hvd.broadcast_object(values, root_rank, name="variables.others"), strict=True
+    ):
         v.assign(value)
 
 
@@ -140,12 +159,16 @@ def _tensor(value: Any) -> Any:
 def _name(operation: str, process_set: Any) -> str | None:
     """PyTorch's binding counts unnamed operations whatever their process set, so that ranks that are in one and ranks
     that are not would wait for each other; TensorFlow's takes the graph's names."""
-    return names.give(operation, process_set.process_set_id) if backend.FRAMEWORK == "torch" else None
+    return (
+        names.give(operation, process_set.process_set_id) if backend.FRAMEWORK == "torch" else None
+    )
 
 
 def _op(op: int | None, average: bool | None) -> int:
     if op is not None and average is not None:
-        raise ValueError(f"op={op} and average={average} say the same thing twice; leave average out")
+        raise ValueError(
+            f"op={op} and average={average} say the same thing twice; leave average out"
+        )
     if op is None:
         return _hvd.Sum if average is False else _hvd.Average
     return op

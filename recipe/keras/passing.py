@@ -6,7 +6,9 @@ from typing import Any
 import keras
 
 
-def pass_by(model: keras.Model, batches: int, logs: Callable[[Any], dict] = lambda batch: {}) -> None:
+def pass_by(
+    model: keras.Model, batches: int, logs: Callable[[Any], dict] = lambda batch: {}
+) -> None:
     """Makes the model's next `batches` batches no steps; then its own train function comes back.
 
     They are drawn from the data, and callbacks see their numbers, with the logs that `logs` gives for a batch."""

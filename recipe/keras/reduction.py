@@ -26,11 +26,17 @@ class Reduction:
     average_passes: bool
     scale_local: bool
     loss_scaled: bool
-    local: dict[int, Any] = field(default_factory=dict)  # variables whose gradients stay on their rank, by id
+    local: dict[int, Any] = field(
+        default_factory=dict
+    )  # variables whose gradients stay on their rank, by id
     sums: list = field(default_factory=list)  # of the gradients since the last step
     count: Any = None  # backward passes since the last step
-    wire_name: str | None = None  # prefix of the names of its collectives; given at its first reduction
-    seen: set[int] = field(default_factory=set)  # places of the sums that have had a gradient since the last step
+    wire_name: str | None = (
+        None  # prefix of the names of its collectives; given at its first reduction
+    )
+    seen: set[int] = field(
+        default_factory=set
+    )  # places of the sums that have had a gradient since the last step
     agreement: Any = None  # the Agreement of the `fit` that trains with it; None outside of one
 
     def __call__(self, gradients: list, variables: list, word: Any = None) -> tuple[list, Any]:
@@ -45,8 +51,12 @@ class Reduction:
             return gradients, None
         self.give_name()
         shared = [i for i, v in enumerate(variables) if not self.is_local(v)]
-        local = [i for i, v in enumerate(variables) if self.is_local(v) and gradients[i] is not None]
-        reduced, heard = backend.reduce(gradients, variables, self._grouped(shared, variables), self, word)
+        local = [
+            i for i, v in enumerate(variables) if self.is_local(v) and gradients[i] is not None
+        ]
+        reduced, heard = backend.reduce(
+            gradients, variables, self._grouped(shared, variables), self, word
+        )
         if self.loss_scaled and local:
             self._share_overflow([gradients[i] for i in local], reduced, local)
         if self.scale_local:
@@ -67,7 +77,9 @@ class Reduction:
 
     def note(self, optimizer: keras.optimizers.Optimizer, gradients: list, variables: list) -> None:
         """Records a call of the optimizer's `apply`, when a step is being recorded."""
-        recording.note(recording.Update(optimizer, list(variables), [backend.kind(g) for g in gradients]))
+        recording.note(
+            recording.Update(optimizer, list(variables), [backend.kind(g) for g in gradients])
+        )
 
     def add_local(self, variable: Any) -> None:
         self.local[id(framework_variable(variable))] = framework_variable(variable)
@@ -78,7 +90,9 @@ class Reduction:
     def build(self, variables: list) -> None:
         """The sums of several passes, outside the optimizer's tracked variables."""
         if self.passes > 1 and not self.sums:
-            self.sums = [_zeros(v.shape, keras.backend.standardize_dtype(v.dtype)) for v in variables]
+            self.sums = [
+                _zeros(v.shape, keras.backend.standardize_dtype(v.dtype)) for v in variables
+            ]
             self.count = _zeros((), "int32")
 
     def accumulate(self, gradients: list, places: list[int]) -> None:
@@ -86,7 +100,9 @@ class Reduction:
         for i, gradient in zip(places, gradients, strict=True):
             if gradient is not None:
                 self.seen.add(i)
-                self.sums[i].assign(self.sums[i] + keras.ops.cast(backend.dense(gradient), self.sums[i].dtype))
+                self.sums[i].assign(
+                    self.sums[i] + keras.ops.cast(backend.dense(gradient), self.sums[i].dtype)
+                )
         self.count.assign(self.count + 1)
 
     def take(self, places: list[int]) -> list:
@@ -108,7 +124,9 @@ class Reduction:
         zero = sum(keras.ops.sum(keras.ops.cast(backend.dense(g), "float32") * 0.0) for g in kept)
         shared = backend.total(zero, f"{self.wire_name}.overflow", self.process_set)
         first = next(i for i, g in enumerate(reduced) if g is not None)
-        reduced[first] = backend.dense(reduced[first]) + keras.ops.cast(shared, reduced[first].dtype)
+        reduced[first] = backend.dense(reduced[first]) + keras.ops.cast(
+            shared, reduced[first].dtype
+        )
 
     def _grouped(self, shared: list[int], variables: list) -> list[list[int]]:
         """Places of gradients that are reduced together: of one type, as a collective carries one."""
@@ -121,9 +139,16 @@ class Reduction:
     def _keys(self, shared: list[int], variables: list) -> list:
         if isinstance(self.groups, int):
             return [("group", n * self.groups // len(shared)) for n in range(len(shared))]
-        group = {id(framework_variable(v)): g for g, members in enumerate(self.groups or ()) for v in members}
+        group = {
+            id(framework_variable(v)): g
+            for g, members in enumerate(self.groups or ())
+            for v in members
+        }
         keys = [id(framework_variable(variables[i])) for i in shared]
-        return [("group", group[k]) if k in group else ("alone", i) for i, k in zip(shared, keys, strict=True)]
+        return [
+            ("group", group[k]) if k in group else ("alone", i)
+            for i, k in zip(shared, keys, strict=True)
+        ]
 
 
 def framework_variable(variable: Any) -> Any:

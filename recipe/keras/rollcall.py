@@ -43,7 +43,9 @@ class Here:
         self.place = "before its first fit"
         self.count = 0  # grows whenever something has been done
         self.failed = ""  # the error that ended this rank's last fit; empty: none
-        self._inside: list[str] = []  # callbacks, or a validation, from the outermost to the innermost
+        self._inside: list[
+            str
+        ] = []  # callbacks, or a validation, from the outermost to the innermost
 
     def at(self, place: str) -> None:
         """The rank goes on at `place`."""
@@ -78,7 +80,9 @@ class Here:
 
 
 here = Here()
-optimizers: weakref.WeakSet[keras.optimizers.Optimizer] = weakref.WeakSet()  # whose updates are progress
+optimizers: weakref.WeakSet[keras.optimizers.Optimizer] = (
+    weakref.WeakSet()
+)  # whose updates are progress
 
 
 @contextlib.contextmanager
@@ -153,7 +157,9 @@ class RollCall(threading.Thread):
         if failed is not None and waited > PATIENCE and any(s.waits and not s.failed for s in seen):
             return f"rank {failed} has failed, and the others wait for it: {seen[failed].failed}"
         if waited > self.limit and any(s.waits for s in seen):
-            return f"the ranks wait for each other since {waited:.0f} s (step_timeout={self.limit:g})"
+            return (
+                f"the ranks wait for each other since {waited:.0f} s (step_timeout={self.limit:g})"
+            )
         return ""
 
 
@@ -171,7 +177,9 @@ def start(limit: float | None) -> None:
         return
     if _rollcall is None or not _rollcall.is_alive():
         watchdog.start()
-        watchdog.keep(limit + 2 * PATIENCE, "step_timeout")  # a meeting that doesn't end: a host or a link is gone
+        watchdog.keep(
+            limit + 2 * PATIENCE, "step_timeout"
+        )  # a meeting that doesn't end: a host or a link is gone
         _rollcall = RollCall(limit)
         _rollcall.start()
     _rollcall.limit = limit
@@ -234,7 +242,10 @@ def _leave(why: str, seen: list[Seen]) -> None:
         time.sleep(1)
         os._exit(1)
     apart = [rank for rank, s in enumerate(seen) if not s.waits] or list(range(len(seen)))
-    lines = [f"rank {rank}: {seen[rank].where}" + (f" ({b})" if (b := seen[rank].busy) else "") for rank in apart[:8]]
+    lines = [
+        f"rank {rank}: {seen[rank].where}" + (f" ({b})" if (b := seen[rank].busy) else "")
+        for rank in apart[:8]
+    ]
     others = [rank for rank in range(len(seen)) if rank not in apart][:8]
     lines += [f"rank {rank} waits: {seen[rank].where}" for rank in others]
     if len(lines) < len(seen):

@@ -35,9 +35,13 @@ class RateSchedule(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step: Any) -> Any:
         step = ops.cast(step, "int64")
-        passed = sum((ops.cast(step >= decay, "int64") for decay in self._decays), ops.zeros_like(step))
+        passed = sum(
+            (ops.cast(step >= decay, "int64") for decay in self._decays), ops.zeros_like(step)
+        )
         settled = ops.take(ops.convert_to_tensor(self._rates, dtype="float64"), passed)
-        return ops.cast(ops.where(step < self._warm, self._ramp(step), settled), keras.config.floatx())
+        return ops.cast(
+            ops.where(step < self._warm, self._ramp(step), settled), keras.config.floatx()
+        )
 
     def get_config(self) -> dict:
         rate = dataclasses.asdict(self.rate) | {"decay_epochs": list(self.rate.decay_epochs)}
@@ -49,11 +53,16 @@ class RateSchedule(keras.optimizers.schedules.LearningRateSchedule):
             return ops.full_like(ops.cast(step, "float64"), self.rate.start)
         within = ops.cast(step % self.steps_per_epoch, "float64") / self.steps_per_epoch
         epoch = ops.cast(step // self.steps_per_epoch, "float64") + within
-        return self.rate.start + (self.rate.peak - self.rate.start) * (epoch / self.rate.warmup_epochs)
+        return self.rate.start + (self.rate.peak - self.rate.start) * (
+            epoch / self.rate.warmup_epochs
+        )
 
     def _first_step(self, epoch: float) -> int:
         """The first step whose epoch, as ScheduledRate computes it, is not before `epoch`."""
         step = max(0, math.floor(epoch * self.steps_per_epoch) - 1)
-        while step // self.steps_per_epoch + step % self.steps_per_epoch / self.steps_per_epoch < epoch:
+        while (
+            step // self.steps_per_epoch + step % self.steps_per_epoch / self.steps_per_epoch
+            < epoch
+        ):
             step += 1
         return step

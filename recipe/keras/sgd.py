@@ -20,5 +20,9 @@ class SGD(keras.optimizers.SGD):
         if self.momentum:
             velocity = self.momentums[self._get_variable_index(variable)]
             self.assign(velocity, ops.add(ops.multiply(velocity, self.momentum), gradient))
-            update = ops.add(gradient, ops.multiply(velocity, self.momentum)) if self.nesterov else velocity
+            update = (
+                ops.add(gradient, ops.multiply(velocity, self.momentum))
+                if self.nesterov
+                else velocity
+            )
         self.assign_sub(variable, ops.multiply(rate, update))

@@ -12,7 +12,10 @@ from recipe.keras.distributed import optimizers_of, reduction_of
 from recipe.keras.normalization import SyncBatchNormalization
 from recipe.keras.reduction import framework_variable
 
-_NO_SLOTS = ("_variables", "_trainable_variables")  # lists of variables that don't go with the trained ones
+_NO_SLOTS = (
+    "_variables",
+    "_trainable_variables",
+)  # lists of variables that don't go with the trained ones
 
 
 def replicated(model: keras.Model) -> list:
@@ -52,7 +55,9 @@ def without(variables: list, excluded: list, optimizer: keras.optimizers.Optimiz
     return [v for v in variables if id(framework_variable(v)) not in out]
 
 
-def broadcast_state(model: keras.Model, root_rank: int = 0, local: Sequence = (), *, same_seeds: bool = False) -> None:
+def broadcast_state(
+    model: keras.Model, root_rank: int = 0, local: Sequence = (), *, same_seeds: bool = False
+) -> None:
     """Rank root_rank's state on every rank, optimizer slots included, which are built first. Collective.
 
     The variables in `local`, and their slots, keep what they have. Random layers get a seed of each rank's own, made
@@ -114,7 +119,9 @@ def from_arrays(model: keras.Model, arrays: dict[str, np.ndarray]) -> None:
 
 def _agree_on_names(model: keras.Model, optimizers: Sequence, root_rank: int) -> None:
     """Optimizers and layers of a rank that is new to an elastic job go by the names they have on the others."""
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, SyncBatchNormalization)]
+    layers = [
+        layer for layer in model._flatten_layers() if isinstance(layer, SyncBatchNormalization)
+    ]
     named = [*layers, *filter(None, map(reduction_of, optimizers))]
     mine = [n.wire_name for n in named], names.given()
     theirs, given = collectives.gather(mine, "state.names")[root_rank]
@@ -125,7 +132,9 @@ def _agree_on_names(model: keras.Model, optimizers: Sequence, root_rank: int) ->
 
 def _named(model: keras.Model) -> dict[str, keras.Variable]:
     named = {f"model/{v.path}": v for v in model.variables}
-    return named | {f"optimizer/{i:03d}/{v.path}": v for i, v in enumerate(model.optimizer.variables)}
+    return named | {
+        f"optimizer/{i:03d}/{v.path}": v for i, v in enumerate(model.optimizer.variables)
+    }
 
 
 def _check_same_structure(variables: list) -> None:
@@ -134,7 +143,8 @@ def _check_same_structure(variables: list) -> None:
     for rank, theirs in enumerate(collectives.gather(mine, "state.structure")):
         if theirs != mine:
             place = next(
-                (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs))
+                (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+                min(len(mine), len(theirs)),
             )
             what = variables[place].path if place < len(mine) else f"variable number {place}"
             raise RunError(

@@ -21,7 +21,9 @@ class Step:
     they are equal on all ranks at any time; and the workers' losses, one place each, which so are the same numbers
     whatever the number of ranks."""
 
-    def __init__(self, model: keras.Model, k: int, workers: range, together: int, signature: list) -> None:
+    def __init__(
+        self, model: keras.Model, k: int, workers: range, together: int, signature: list
+    ) -> None:
         """`workers`: the numbers of this rank's; `signature`: type and shape of each part of an element of the input.
 
         The optimizer must be built."""
@@ -30,7 +32,9 @@ class Step:
         self._share = k / (collectives.size() * together)  # `calls`, where all ranks have as many
         self.moving = moving_statistics(model)
         self._name: str | None = None  # of the vector's allreduce
-        self._gradients = [_zeros(v.shape) for v in model.trainable_variables] if self.calls > 1 else []
+        self._gradients = (
+            [_zeros(v.shape) for v in model.trainable_variables] if self.calls > 1 else []
+        )
         self._vector = _zeros(sum(math.prod(v.shape) for v in self.moving) + 2 * k + 1)
         number = ("int32", ())
         self._accumulate = backend.compiled(self._accumulated, [number, *signature])
@@ -74,20 +78,30 @@ class Step:
             total.assign(ops.zeros_like(total))
         return vector[-(2 * self.k + 1) :]
 
-    def _backward(self, first: Any, images: Any, labels: Any, weights: Any, *keys: Any) -> tuple[list, Any]:
+    def _backward(
+        self, first: Any, images: Any, labels: Any, weights: Any, *keys: Any
+    ) -> tuple[list, Any]:
         """(the gradients of the mean loss of `together` workers, their part of the vector)."""
 
         def forward() -> tuple:
             with keras.StatelessScope() as scope:
                 logits = self.model(inputs(images, *keys), training=True)
             penalties = sum(self.model.losses)
-            moved = [ops.ravel(ops.convert_to_tensor(scope.get_current_value(v))) for v in self.moving]
+            moved = [
+                ops.ravel(ops.convert_to_tensor(scope.get_current_value(v))) for v in self.moving
+            ]
             losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-            hits = ops.cast(ops.equal(ops.argmax(logits, axis=-1), ops.cast(labels, "int32")), "float32")
+            hits = ops.cast(
+                ops.equal(ops.argmax(logits, axis=-1), ops.cast(labels, "int32")), "float32"
+            )
             # The paper's remarks 1 and 3: weight decay is part of the loss; the mean is over all kn examples.
             loss = self.model.optimizer.scale_loss(ops.mean(losses * weights) + penalties)
             share = self.together / self.k
-            vector = [m * share for m in moved] + [self._placed(first, v) for v in (losses, hits)] + [ops.zeros(1)]
+            vector = (
+                [m * share for m in moved]
+                + [self._placed(first, v) for v in (losses, hits)]
+                + [ops.zeros(1)]
+            )
             return loss, ops.concatenate(vector)
 
         gradients, (vector,) = backend.gradients(forward, self.model.trainable_variables)
@@ -118,7 +132,9 @@ def batch_statistics(model: keras.Model, momentum: float, signature: list) -> Ca
     def statistics(images: Any, labels: Any, weights: Any, *keys: Any) -> Any:
         with keras.StatelessScope([(v, ops.zeros(v.shape)) for v in moving]) as scope:
             model(inputs(images, *keys), training=True)
-        return ops.concatenate([ops.ravel(scope.get_current_value(v)) for v in moving]) / (1 - momentum)
+        return ops.concatenate([ops.ravel(scope.get_current_value(v)) for v in moving]) / (
+            1 - momentum
+        )
 
     return backend.compiled(statistics, signature)
 
@@ -127,7 +143,9 @@ def split(vector: Any, variables: list) -> list:
     """A vector's pieces in the shapes of the variables that it begins with."""
     ends = np.cumsum([math.prod(v.shape) for v in variables]).tolist()
     starts = [0, *ends]
-    return [ops.reshape(vector[a:b], v.shape) for a, b, v in zip(starts, ends, variables, strict=False)]
+    return [
+        ops.reshape(vector[a:b], v.shape) for a, b, v in zip(starts, ends, variables, strict=False)
+    ]
 
 
 def _zeros(shape: tuple | int) -> keras.Variable:

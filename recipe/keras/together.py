@@ -26,7 +26,12 @@ from recipe.keras.recording import Call, Foreign, Total, Update
 
 # Keras looks for these in the list that `fit` is given; they speak of this rank alone.
 _KERAS_OWN = (keras.callbacks.History, keras.callbacks.ProgbarLogger)
-_COLLECTIVE = (BackupAndRestore, BroadcastState, MetricSums, ReplicaCheck)  # all ranks have these, in one order
+_COLLECTIVE = (
+    BackupAndRestore,
+    BroadcastState,
+    MetricSums,
+    ReplicaCheck,
+)  # all ranks have these, in one order
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,11 @@ def _fit(fit: Callable, model: keras.Model, *args: Any, **kwargs: Any) -> Any:
         return fit(model, *args, **kwargs)
     bound = inspect.signature(fit).bind(model, *args, **kwargs)
     given = bound.arguments.get("callbacks") or []
-    given = given.callbacks if isinstance(given, keras.callbacks.CallbackList) else keras.tree.flatten(given)
+    given = (
+        given.callbacks
+        if isinstance(given, keras.callbacks.CallbackList)
+        else keras.tree.flatten(given)
+    )
     mine = [c for c in given if not isinstance(c, _KERAS_OWN)]
     together = Together(mine, agreement, _refused_here(mine))
     bound.arguments["callbacks"] = [together, *[c for c in given if isinstance(c, _KERAS_OWN)]]
@@ -104,7 +113,10 @@ def _without_xla(model: keras.Model) -> None:
     if not model.jit_compile:
         return
     if backend.FRAMEWORK == "torch" and collectives.rank() == 0:
-        warnings.warn("jit_compile=True is left out: PyTorch's compiler can't compile an allreduce", stacklevel=4)
+        warnings.warn(
+            "jit_compile=True is left out: PyTorch's compiler can't compile an allreduce",
+            stacklevel=4,
+        )
     model.jit_compile = False
     model.make_train_function(force=True)
 
@@ -115,7 +127,9 @@ def _agreement(model: keras.Model) -> Agreement | None:
     reductions = [reduction for o in optimizers_of(model) if (reduction := reduction_of(o))]
     if any(r.process_set.process_set_id for r in reductions):
         return None
-    made = [r.agreement for r in reductions if r.agreement and r.agreement.size == collectives.size()]
+    made = [
+        r.agreement for r in reductions if r.agreement and r.agreement.size == collectives.size()
+    ]
     agreement = made[0] if made else Agreement()
     for reduction in reductions:
         reduction.agreement = agreement
@@ -158,14 +172,19 @@ class Together(keras.callbacks.Callback):
         self.callbacks, self.agreement, self._refused = callbacks, agreement, refused
         self._wish = ""  # why this rank wants to stop; empty: it doesn't
         self._agreed = False  # all ranks stop
-        self._steps: int | None = None  # of an epoch, on the rank that has most; None: not known on all
+        self._steps: int | None = (
+            None  # of an epoch, on the rank that has most; None: not known on all
+        )
         self._epoch: int | None = None
         self._done = 0  # steps of this epoch
         self._begun = -1  # the last step for which callbacks were told that it begins
         self._in_steps = False  # between an epoch's beginning and the end of its last step
         self._warned = False
         self._logs: dict | None = None  # of the last step
-        self._parts: tuple[list | None, list[Callable]] = (None, [])  # of a step without examples, and of which calls
+        self._parts: tuple[list | None, list[Callable]] = (
+            None,
+            [],
+        )  # of a step without examples, and of which calls
 
     def set_params(self, params: dict) -> None:
         self.params = params
@@ -281,7 +300,9 @@ class Together(keras.callbacks.Callback):
         heard.check_rates()
         if not heard.has_data.all():
             without = [rank for rank, has in enumerate(heard.has_data) if not has]
-            self._warn(f"the data of rank {without[0]} end before step {batch} of epoch {self._epoch}")
+            self._warn(
+                f"the data of rank {without[0]} end before step {batch} of epoch {self._epoch}"
+            )
 
     def _agree_to_stop(self, where: str) -> None:
         """Stops all ranks if any wants to; rank 0 says which and why, unless all do. Collective."""
@@ -291,7 +312,11 @@ class Together(keras.callbacks.Callback):
         self._agreed = self.model.stop_training = True
         if collectives.rank() == 0 and not all(wishes):
             rank = next(r for r, wish in enumerate(wishes) if wish)
-            print(f"rank {rank} stops the training of all ranks {where}: {wishes[rank]}", file=sys.stderr, flush=True)
+            print(
+                f"rank {rank} stops the training of all ranks {where}: {wishes[rank]}",
+                file=sys.stderr,
+                flush=True,
+            )
         self._wish = ""
 
     def _end_steps(self) -> None:
@@ -337,7 +362,9 @@ class Together(keras.callbacks.Callback):
         calls, rank = self.agreement.calls[self.model], collectives.rank()
         ended = f"rank {rank}'s data end after {self._done} steps of epoch {self._epoch}"
         if calls is None:
-            raise RunError(f"{ended}, and it never had any; give each rank data (recipe.keras.divide)")
+            raise RunError(
+                f"{ended}, and it never had any; give each rank data (recipe.keras.divide)"
+            )
         if self.model.steps_per_execution > 1:
             raise RunError(f"{ended}; with steps_per_execution > 1 all ranks need as many steps")
         if foreign := next((c for c in calls if isinstance(c, Foreign)), None):
@@ -350,7 +377,9 @@ class Together(keras.callbacks.Callback):
 def _parts(call: Call) -> Iterator[Callable]:
     """What a rank without examples does in a call of the others."""
     if isinstance(call, Total):
-        yield lambda: backend.total(backend.zeros(call.shape, call.dtype), call.name, call.process_set)
+        yield lambda: backend.total(
+            backend.zeros(call.shape, call.dtype), call.name, call.process_set
+        )
     elif isinstance(call, Update):
         yield from call.optimizer.take_part(call.variables, call.kinds)
 
@@ -362,9 +391,13 @@ def _check(facts: list[Facts]) -> None:
         if theirs.refused:
             _refuse_everywhere(f"rank {rank}: {theirs.refused}")
         if theirs.epochs != first.epochs:
-            _refuse_everywhere(f"fit(epochs=…) is {first.epochs} on rank 0 and {theirs.epochs} on rank {rank}")
+            _refuse_everywhere(
+                f"fit(epochs=…) is {first.epochs} on rank 0 and {theirs.epochs} on rank {rank}"
+            )
         if theirs.collective != first.collective:
-            ours, others = (", ".join(names) or "none" for names in (first.collective, theirs.collective))
+            ours, others = (
+                ", ".join(names) or "none" for names in (first.collective, theirs.collective)
+            )
             _refuse_everywhere(
                 f"the ranks meet in these callbacks, so all need the same: rank 0 has {ours}; rank {rank} has {others}"
             )
@@ -381,7 +414,9 @@ def _check_epochs(epochs: list[int | None]) -> None:
     """Raises RunError, on all ranks, when they don't begin with the same epoch; None: a rank has none to do."""
     for rank, epoch in enumerate(epochs):
         if epoch != epochs[0]:
-            mine, theirs = ("no epoch at all" if e is None else f"epoch {e}" for e in (epochs[0], epoch))
+            mine, theirs = (
+                "no epoch at all" if e is None else f"epoch {e}" for e in (epochs[0], epoch)
+            )
             raise RunError(
                 f"rank 0 begins with {mine} and rank {rank} with {theirs}; give all ranks the same initial_epoch, and "
                 "resume with recipe.keras.callbacks.BackupAndRestore on all of them",

@@ -6,7 +6,9 @@ import keras
 
 from recipe.keras.sgd import SGD
 
-_held: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer → (its iterations, η of its velocities)
+_held: weakref.WeakKeyDictionary = (
+    weakref.WeakKeyDictionary()
+)  # optimizer → (its iterations, η of its velocities)
 
 
 def hold(optimizer: keras.optimizers.Optimizer, rate: float) -> None:

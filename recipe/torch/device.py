@@ -11,9 +11,13 @@ from recipe.collectives import check_gpus
 def use_local_device(local_rank: int, threads: int, deterministic: bool = False) -> None:
     """Gives this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with this
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS is repeatable only with this
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not deterministic  # batches of one shape: the fastest kernels are worth finding
+    torch.backends.cudnn.benchmark = (
+        not deterministic
+    )  # batches of one shape: the fastest kernels are worth finding
     if torch.cuda.is_available():
         check_gpus(torch.cuda.device_count(), local_rank)
         torch.cuda.set_device(local_rank)
@@ -34,4 +38,6 @@ def on_device(element: tuple) -> tuple[torch.Tensor, ...]:
 
 def _on_device(part: Any) -> torch.Tensor:
     tensor = torch.as_tensor(part)
-    return tensor.pin_memory().to("cuda", non_blocking=True) if torch.cuda.is_available() else tensor
+    return (
+        tensor.pin_memory().to("cuda", non_blocking=True) if torch.cuda.is_available() else tensor
+    )

@@ -34,7 +34,9 @@ class TorchReplica:
         self.recipe = recipe
         self.network = resnet.build(recipe, num_classes).to(device.local_device())
         workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
-        passes = max(1, len(workers) // recipe.run.workers_at_once)  # an evaluation may have ranks without workers
+        passes = max(
+            1, len(workers) // recipe.run.workers_at_once
+        )  # an evaluation may have ranks without workers
         self.optimizer = _optimizer(recipe, self.network, passes)
         self._step = Step(self.network, self.optimizer, recipe, workers)
         self._schedule = recipe_rate(recipe)
@@ -42,12 +44,18 @@ class TorchReplica:
 
     def begin(self, steps: int) -> None:
         self._steps = steps
-        hvd.broadcast_parameters([(name, packed(v)) for name, v in self._state().items()], root_rank=0)
-        scale, rate = collectives.broadcast((self._step.scaler.state_dict(), self.rate()), "scalars")
+        hvd.broadcast_parameters(
+            [(name, packed(v)) for name, v in self._state().items()], root_rank=0
+        )
+        scale, rate = collectives.broadcast(
+            (self._step.scaler.state_dict(), self.rate()), "scalars"
+        )
         self._step.scaler.load_state_dict(scale)
         self._set_rate(rate)
 
-    def step(self, epoch: int, step: int, elements: Iterator[tuple], stop: bool) -> Callable[[], Figures]:
+    def step(
+        self, epoch: int, step: int, elements: Iterator[tuple], stop: bool
+    ) -> Callable[[], Figures]:
         self._set_rate(self._schedule(epoch + step / self._steps))
         figures = self._step(elements, stop)
         self._done, every = epoch * self._steps + step + 1, self.recipe.run.replica_check_every
@@ -83,10 +91,17 @@ class TorchReplica:
         """ "model/PATH" in Keras's layout, as in a Keras checkpoint; velocities free of η; η; the loss scale."""
         scaler = self._step.scaler.state_dict()
         scalars = {name: np.array(scaler[key]) for name, key in LOSS_SCALE.items() if scaler}
-        return {name: _to_keras(v) for name, v in self._named().items()} | scalars | {RATE: np.array(self.rate())}
+        return (
+            {name: _to_keras(v) for name, v in self._named().items()}
+            | scalars
+            | {RATE: np.array(self.rate())}
+        )
 
     def weights(self) -> dict[str, np.ndarray]:
-        return {names.keras_path(name): _to_keras(p.detach()) for name, p in self.network.named_parameters()}
+        return {
+            names.keras_path(name): _to_keras(p.detach())
+            for name, p in self.network.named_parameters()
+        }
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         check_structure({name: array.shape for name, array in self.arrays().items()}, arrays)
@@ -121,13 +136,24 @@ class TorchReplica:
 
     def _named(self) -> dict[str, torch.Tensor]:
         """The same by the checkpoint's names."""
-        kept = {f"model/{path}": v for name, v in self.network.state_dict().items() if (path := names.keras_path(name))}
-        slots = {f"optimizer/velocity/{names.keras_path(name)}": v for name, v in self._velocities().items()}
+        kept = {
+            f"model/{path}": v
+            for name, v in self.network.state_dict().items()
+            if (path := names.keras_path(name))
+        }
+        slots = {
+            f"optimizer/velocity/{names.keras_path(name)}": v
+            for name, v in self._velocities().items()
+        }
         return kept | slots
 
     def _velocities(self) -> dict[str, torch.Tensor]:
         slots = self.optimizer.state
-        return {name: slots[p]["momentum_buffer"] for name, p in self.network.named_parameters() if p in slots}
+        return {
+            name: slots[p]["momentum_buffer"]
+            for name, p in self.network.named_parameters()
+            if p in slots
+        }
 
 
 make_replica = TorchReplica
@@ -142,7 +168,9 @@ def sgd(recipe: Recipe, network: torch.nn.Module) -> torch.optim.SGD:
     for p in network.parameters():
         (kernels if p.ndim > 1 else others).append(p)
     groups = [{"params": kernels, "weight_decay": settings.weight_decay}, {"params": others}]
-    return torch.optim.SGD(groups, lr=settings.base_rate, momentum=settings.momentum, nesterov=settings.nesterov)
+    return torch.optim.SGD(
+        groups, lr=settings.base_rate, momentum=settings.momentum, nesterov=settings.nesterov
+    )
 
 
 def _optimizer(recipe: Recipe, network: resnet.ResNet, passes: int) -> torch.optim.Optimizer:
@@ -155,7 +183,9 @@ def _optimizer(recipe: Recipe, network: resnet.ResNet, passes: int) -> torch.opt
         groups=collectives.groups(recipe, sum(p.numel() for p in network.parameters())),
     )
     if recipe.optimizer.momentum:
-        for p in network.parameters():  # before the first step, so that it can be broadcast and restored
+        for p in (
+            network.parameters()
+        ):  # before the first step, so that it can be broadcast and restored
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 

@@ -4,7 +4,12 @@ import re
 
 import numpy as np
 
-_KEPT = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
+_KEPT = {
+    "weight": "gamma",
+    "bias": "beta",
+    "running_mean": "moving_mean",
+    "running_var": "moving_variance",
+}
 _UNKNOWN_TO_KERAS = "num_batches_tracked"  # PyTorch's count, which only momentum=None reads
 
 

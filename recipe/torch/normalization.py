@@ -21,12 +21,17 @@ class WorkerBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
-            return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
         if self.workers == 1:
             y, self.batch_mean, self.batch_variance = self._normalised(x)
             return y
         outputs, means, variances = zip(*map(self._normalised, x.chunk(self.workers)), strict=True)
-        self.batch_mean, self.batch_variance = sum(means) / self.workers, sum(variances) / self.workers
+        self.batch_mean, self.batch_variance = (
+            sum(means) / self.workers,
+            sum(variances) / self.workers,
+        )
         return torch.cat(outputs)
 
     def _normalised(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -35,21 +40,29 @@ class WorkerBatchNorm2d(nn.BatchNorm2d):
         # functional.batch_norm refuses a single value per channel, of which the short last minibatch may consist.
         y = torch.batch_norm(x, self.weight, self.bias, mean, unbiased, True, 1.0, self.eps, True)
         count = x.numel() // x.shape[1]
-        return y, mean, unbiased * ((count - 1) / count) if count > 1 else torch.zeros_like(unbiased)
+        return (
+            y,
+            mean,
+            unbiased * ((count - 1) / count) if count > 1 else torch.zeros_like(unbiased),
+        )
 
 
 def moving_statistics(network: nn.Module) -> torch.Tensor:
     """All moving means and variances as one vector, on which the layers' buffers are views from now on."""
     buffers = [(norm, name) for norm in _norms(network) for name in ("running_mean", "running_var")]
     vector = torch.cat([norm.get_buffer(name) for norm, name in buffers])
-    for (norm, name), part in zip(buffers, vector.split([norm.num_features for norm, _ in buffers]), strict=True):
+    for (norm, name), part in zip(
+        buffers, vector.split([norm.num_features for norm, _ in buffers]), strict=True
+    ):
         setattr(norm, name, part)
     return vector
 
 
 def batch_statistics(network: nn.Module) -> torch.Tensor:
     """Those of the last batch, in the order of `moving_statistics`."""
-    return torch.cat([part for norm in _norms(network) for part in (norm.batch_mean, norm.batch_variance)])
+    return torch.cat(
+        [part for norm in _norms(network) for part in (norm.batch_mean, norm.batch_variance)]
+    )
 
 
 def _norms(network: nn.Module) -> list[WorkerBatchNorm2d]:

@@ -28,7 +28,11 @@ class ResNet(nn.Module):
 
     def __init__(self, recipe: Recipe, num_classes: int) -> None:
         super().__init__()
-        model, self._workers, self._eps = recipe.model, recipe.run.workers_at_once, recipe.model.bn_epsilon
+        model, self._workers, self._eps = (
+            recipe.model,
+            recipe.run.workers_at_once,
+            recipe.model.bn_epsilon,
+        )
         small = model.stem == "small"
         self.conv1 = _conv(3, model.width, 3 if small else 7, 1 if small else 2)
         self.bn1 = self.norm(model.width)
@@ -41,11 +45,15 @@ class ResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(first, *rest))
             inputs = 4 * width
         self.stages = len(model.blocks)
-        self.layout = torch.channels_last if model.data_format == "channels_last" else torch.contiguous_format
+        self.layout = (
+            torch.channels_last if model.data_format == "channels_last" else torch.contiguous_format
+        )
         self.fc = nn.Linear(inputs, num_classes)
         mean, std = (torch.tensor(v, dtype=torch.float32).reshape(3, 1, 1) for v in (MEAN, STD))
         self.dropout = model.dropout
-        self.register_buffer("counters", torch.from_numpy(dropout.counters(inputs)), persistent=False)
+        self.register_buffer(
+            "counters", torch.from_numpy(dropout.counters(inputs)), persistent=False
+        )
         self.register_buffer("scale", 1 / std, persistent=False)
         self.register_buffer("offset", -mean / std, persistent=False)
 
@@ -53,13 +61,19 @@ class ResNet(nn.Module):
         return WorkerBatchNorm2d(channels, self._workers, self._eps)
 
     def forward(self, images: torch.Tensor, *keys: torch.Tensor) -> torch.Tensor:
-        x = images.permute(0, 3, 1, 2).float() * self.scale + self.offset  # on the device (sec. 5.1)
+        x = (
+            images.permute(0, 3, 1, 2).float() * self.scale + self.offset
+        )  # on the device (sec. 5.1)
         x = self.maxpool(self.bn1(self.conv1(x.contiguous(memory_format=self.layout))).relu_())
         for stage in range(self.stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
         pooled = x.mean((2, 3), dtype=torch.float32)
         if self.training and self.dropout:
-            pooled = pooled / (1 - self.dropout) * dropout.kept(*keys, self.counters, self.dropout, torch)
+            pooled = (
+                pooled
+                / (1 - self.dropout)
+                * dropout.kept(*keys, self.counters, self.dropout, torch)
+            )
         with torch.autocast(x.device.type, enabled=False):
             return self.fc(pooled)
 
@@ -77,7 +91,9 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(_conv(inputs, 4 * width, 1, stride), norm(4 * width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn1(self.conv1(x)).relu_()  # in place: backprop needs what goes into batch norm, not what comes out
+        y = self.bn1(
+            self.conv1(x)
+        ).relu_()  # in place: backprop needs what goes into batch norm, not what comes out
         y = self.bn2(self.conv2(y)).relu_()
         y = self.bn3(self.conv3(y))
         y += x if self.downsample is None else self.downsample(x)

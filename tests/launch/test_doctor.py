@@ -38,7 +38,9 @@ def doctor(*options: str, **extra: str) -> subprocess.CompletedProcess:
 def examined(made: Hosts, file: Path, lines: str, *options: str) -> tuple[int, dict]:
     """(exit status, the JSON) of a doctor on h1, of these lines of a hostfile."""
     file.write_text(lines)
-    done = made.run("h1", [*DOCTOR, "--hostfile", str(file), "--interface", "eth0", "--json", *options])
+    done = made.run(
+        "h1", [*DOCTOR, "--hostfile", str(file), "--interface", "eth0", "--json", *options]
+    )
     assert done.stdout.startswith("{"), done.stdout
     return done.returncode, json.loads(done.stdout)
 
@@ -53,7 +55,11 @@ def etc(made: Hosts, host: str, file: str) -> Path:
 
 def sshd(made: Hosts, host: str) -> int:
     """The process of a host's sshd, whose mounts those have that ssh starts there."""
-    return next(pid for pid in made.pids(host) if b"/usr/sbin/sshd" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return next(
+        pid
+        for pid in made.pids(host)
+        if b"/usr/sbin/sshd" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
 
 
 def mount(made: Hosts, host: str, *words: str) -> None:
@@ -75,11 +81,17 @@ def test_this_machine(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "which hosts? Give --hostfile, such as hostfiles/localhost, or run this in a Slurm allocation"),
+        (
+            [],
+            "which hosts? Give --hostfile, such as hostfiles/localhost, or run this in a Slurm allocation",
+        ),
         (["--hostfile", "hostfiles/none"], "hostfiles/none"),
         (["--data-dir=x"], "did you mean --data_dir?"),
         (["--timout=3"], "did you mean --timeout?"),
-        (["--hostfile", "hostfiles/localhost", "--timeout=0"], "--timeout=0 is not from 1 to 86400 seconds"),
+        (
+            ["--hostfile", "hostfiles/localhost", "--timeout=0"],
+            "--timeout=0 is not from 1 to 86400 seconds",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(options, says):
@@ -91,10 +103,15 @@ def test_a_mistake_is_one_sentence(options, says):
 @pytest.mark.ranks
 def test_an_environment_that_lacks_mpi_is_named(tmp_path):
     """A module of mpi4py's name that can't be imported stands before the real one."""
-    (tmp_path / "mpi4py.py").write_text("raise ImportError('libmpi.so.40: cannot open shared object file')\n")
+    (tmp_path / "mpi4py.py").write_text(
+        "raise ImportError('libmpi.so.40: cannot open shared object file')\n"
+    )
     done = doctor("--hostfile", "hostfiles/localhost", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert done.returncode == 1
-    assert "FAULT  localhost: the check failed there: ImportError: libmpi.so.40: cannot open" in done.stdout
+    assert (
+        "FAULT  localhost: the check failed there: ImportError: libmpi.so.40: cannot open"
+        in done.stdout
+    )
 
 
 APART = """\
@@ -113,9 +130,7 @@ def test_ranks_that_do_not_find_each_other_are_told(tmp_path):
     extra = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OPAL_PREFIX": sys.prefix}
     done = launch(2, ["-m", "launch.preflight.rank", asked], **extra)
     found = job.failed(["h1", "h2"], done.stdout, done.returncode)
-    what = (
-        "the check failed there: mpirun started 2 processes, of which mpi4py's MPI found 1: it is another MPI, Open MPI"
-    )
+    what = "the check failed there: mpirun started 2 processes, of which mpi4py's MPI found 1: it is another MPI, Open MPI"
     assert found.what.startswith(what), done.stdout
 
 
@@ -124,7 +139,10 @@ def test_ranks_that_do_not_find_each_other_are_told(tmp_path):
 def test_a_machine_whose_own_name_is_unknown_is_told(tmp_path):
     done = named(tmp_path, "odd-host", "", *DOCTOR, "--hostfile", str(ROOT / "hostfiles/localhost"))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "FAULT  localhost: its own name odd-host does not resolve to an address of its own" in done.stdout
+    assert (
+        "FAULT  localhost: its own name odd-host does not resolve to an address of its own"
+        in done.stdout
+    )
     assert "fix: add `127.0.1.1 odd-host` to /etc/hosts" in done.stdout
 
 
@@ -135,8 +153,12 @@ def test_hosts_that_are_well(tmp_path):
         status, report = examined(made, tmp_path / "three", "h[2,1,3] slots=1")
         assert (status, report["well"], faults(report)) == (0, True, {}), report
         assert [host["how"] for host in report["hosts"]] == ["ssh", "this machine", "ssh"]
-        assert {h: f["address"] for h, f in report["facts"].items()} == {f"h{i}": f"10.213.0.{i}" for i in (1, 2, 3)}
-        assert all(abs(clock["ahead"]) <= clock["bound"] + 1e-3 for clock in report["clocks"].values()), "one clock"
+        assert {h: f["address"] for h, f in report["facts"].items()} == {
+            f"h{i}": f"10.213.0.{i}" for i in (1, 2, 3)
+        }
+        assert all(
+            abs(clock["ahead"]) <= clock["bound"] + 1e-3 for clock in report["clocks"].values()
+        ), "one clock"
         network = report["network"]
         assert (len(network["links"]), network["rounds"]) == (6, 3)
         assert network["seconds_for_32_hosts"] < 60
@@ -151,14 +173,18 @@ def test_each_reason_why_ssh_fails(tmp_path):
     with hosts(tmp_path / "hosts", 8) as made:
         os.kill(sshd(made, "h2"), signal.SIGKILL)
         known = etc(made, "h1", "ssh/ssh_known_hosts")
-        lines = [line for line in known.read_text().splitlines() if not line.startswith(("h3 ", "h4 "))]
+        lines = [
+            line for line in known.read_text().splitlines() if not line.startswith(("h3 ", "h4 "))
+        ]
         known.write_text("\n".join([*lines, f"h4 {(tmp_path / 'hosts' / 'user.pub').read_text()}"]))
         etc(made, "h5", "ssh/user.pub").write_text("")
         names = etc(made, "h1", "hosts")
         names.write_text(names.read_text().replace("10.213.0.6 h6\n", ""))
         made.cut("h7")
         mount(made, "h8", "-t", "tmpfs", "none", sys.prefix)
-        status, report = examined(made, tmp_path / "eight", "h[1-8] slots=1", f"--data_dir={ROOT / 'hostfiles'}")
+        status, report = examined(
+            made, tmp_path / "eight", "h[1-8] slots=1", f"--data_dir={ROOT / 'hostfiles'}"
+        )
         found = faults(report)
     reasons = {
         "h2": "connection refused",
@@ -188,11 +214,25 @@ def test_hosts_that_differ_are_named(tmp_path):
         mount(made, "h2", "--bind", str(other), str(data))
         names = etc(made, "h2", "hosts")
         names.write_text(names.read_text().replace("10.213.0.2 h2", "127.0.1.1 h2"))
-        slow = ["ip", "netns", "exec", made.namespace("h3"), "tc", "qdisc", "add", "dev", "eth0", "root", "tbf"]
+        slow = [
+            "ip",
+            "netns",
+            "exec",
+            made.namespace("h3"),
+            "tc",
+            "qdisc",
+            "add",
+            "dev",
+            "eth0",
+            "root",
+            "tbf",
+        ]
         subprocess.run([*slow, "rate", "200mbit", "burst", "64kb", "latency", "400ms"], check=True)
         file = tmp_path / "three"
         file.write_text(f"h1 slots=1\nh2 slots=1\nh3 slots={slots}\n")
-        done = made.run("h1", [*DOCTOR, "--hostfile", str(file), "--data_dir", str(data), "--interface", "eth0"])
+        done = made.run(
+            "h1", [*DOCTOR, "--hostfile", str(file), "--data_dir", str(data), "--interface", "eth0"]
+        )
     assert done.returncode == 1
     assert "FAULT  h2: data in " in done.stdout, done.stdout
     assert "FAULT  h2: its own name h2 is 127.0.1.1 there" in done.stdout
@@ -209,8 +249,18 @@ def test_hosts_that_differ_are_named(tmp_path):
 def test_a_host_that_hangs_or_dies_in_the_middle_is_named(tmp_path, number):
     limit = 10
     (tmp_path / "three").write_text("h[1-3] slots=1\n")
-    command = [*DOCTOR, "--hostfile", str(tmp_path / "three"), "--interface", "eth0", f"--timeout={limit}"]
-    with hosts(tmp_path / "hosts", 3) as made, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    command = [
+        *DOCTOR,
+        "--hostfile",
+        str(tmp_path / "three"),
+        "--interface",
+        "eth0",
+        f"--timeout={limit}",
+    ]
+    with (
+        hosts(tmp_path / "hosts", 3) as made,
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+    ):
         options = {"stdout": subprocess.PIPE, "cwd": ROOT, "env": environment(TMPDIR=folder)}
         process = made.popen("h1", command, **options)
         until_heard(Path(folder), f"{MARK} 1 0 ")
@@ -220,7 +270,11 @@ def test_a_host_that_hangs_or_dies_in_the_middle_is_named(tmp_path, number):
         printed, _ = process.communicate(timeout=limit + 30)
         made.settle()
     assert process.returncode == 1
-    what = f"no end after {limit} s: h2 has been silent since " if number == signal.SIGSTOP else "its process "
+    what = (
+        f"no end after {limit} s: h2 has been silent since "
+        if number == signal.SIGSTOP
+        else "its process "
+    )
     assert f"FAULT  h2: {what}" in printed, printed
 
 
@@ -238,7 +292,10 @@ def test_what_seems_a_fault_is_measured_again():
     )
     done = launch(2, ["-c", program])
     assert done.returncode == 0, done.stdout
-    first, second = ([row["bandwidth"] for each in found for row in each["rows"]] for found in measured(done.stdout))
+    first, second = (
+        [row["bandwidth"] for each in found for row in each["rows"]]
+        for found in measured(done.stdout)
+    )
     assert first[0] == 1.0 and min(second) > 1.0 and second[1] >= first[1]
 
 
@@ -255,7 +312,9 @@ def test_all_ranks_are_told_thousands_of_names():
 
 def measured(printed: str) -> list[list[dict]]:
     """The parts "pairs" among what ranks have printed."""
-    return [json.loads(line)["pairs"] for line in printed.splitlines() if line.startswith('{"pairs"')]
+    return [
+        json.loads(line)["pairs"] for line in printed.splitlines() if line.startswith('{"pairs"')
+    ]
 
 
 def until_heard(folder: Path, words: str) -> None:

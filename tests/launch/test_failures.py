@@ -50,7 +50,12 @@ class Job:
         run = [*LONG, f"--run_dir={folder / 'run'}", *options]
         with self.log.open("w") as log:
             self.process = pair.popen(
-                "h1", [*launcher, sys.executable, *run], stdout=log, stderr=log, cwd=ROOT, env=environment()
+                "h1",
+                [*launcher, sys.executable, *run],
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                env=environment(),
             )
         self.until(lambda: re.search(r"step +\d", self.printed), START, "no step")
 
@@ -60,10 +65,14 @@ class Job:
 
     def left(self) -> list[str]:
         """The command lines of what lives, on either host."""
-        return [command for host in self.hosts.names for command in self.hosts.commands(host).values()]
+        return [
+            command for host in self.hosts.names for command in self.hosts.commands(host).values()
+        ]
 
     def ranks(self, host: str) -> list[int]:
-        return [pid for pid, command in self.hosts.commands(host).items() if command.startswith(RANK)]
+        return [
+            pid for pid, command in self.hosts.commands(host).items() if command.startswith(RANK)
+        ]
 
     def ends(self, seconds: float) -> float:
         """Waits until nothing of it lives: seconds that took."""
@@ -72,10 +81,14 @@ class Job:
         self.process.wait(10)
         return time.monotonic() - began
 
-    def until(self, true: Callable[[], object], seconds: float, what: str = "ranks still there") -> None:
+    def until(
+        self, true: Callable[[], object], seconds: float, what: str = "ranks still there"
+    ) -> None:
         end = time.monotonic() + seconds
         while not true():
-            assert time.monotonic() < end, f"{what} after {seconds} s: {self.left()}\n{self.printed[-3000:]}"
+            assert time.monotonic() < end, (
+                f"{what} after {seconds} s: {self.left()}\n{self.printed[-3000:]}"
+            )
             time.sleep(0.2)
 
 
@@ -84,7 +97,15 @@ def mpirun(pair: Hosts, *options: str) -> list[str]:
 
 
 def horovodrun(*transport: str) -> Callable[[Hosts], list[str]]:
-    return lambda pair: [str(BIN / "horovodrun"), *transport, "--disable-cache", "-np", "2", "-H", "h1:1,h2:1"]
+    return lambda pair: [
+        str(BIN / "horovodrun"),
+        *transport,
+        "--disable-cache",
+        "-np",
+        "2",
+        "-H",
+        "h1:1,h2:1",
+    ]
 
 
 GLOO = horovodrun("--gloo")
@@ -94,7 +115,11 @@ MPI = horovodrun("--mpi", f"--mpi-args=--prefix {BIN.parent} --mca oob_tcp_if_in
 def test_a_cut_link_ends_the_job(pair, tmp_path):
     """With the keepalive that launch.run gives to mpirun; its own would take 8 minutes to see it, if at all."""
     keepalive = {"time": 4, "intvl": 2, "probes": 3}  # seconds, seconds, tries: 10 s
-    options = [word for name, n in keepalive.items() for word in ("--mca", f"oob_tcp_keepalive_{name}", str(n))]
+    options = [
+        word
+        for name, n in keepalive.items()
+        for word in ("--mca", f"oob_tcp_keepalive_{name}", str(n))
+    ]
     job = Job(pair, tmp_path, mpirun(pair, *options))
     pair.cut("h2")
     try:
@@ -120,7 +145,10 @@ def test_ranks_behind_a_cut_link_leave_by_themselves(pair, tmp_path, launcher, f
         pair.mend("h2")
     job.ends(15)  # mpirun goes when it can reach the other host again
     assert job.process.returncode == 1
-    assert re.search(r"rank 0 on h1: nothing was heard for \d+ s .* the last sign of life was step \d+", job.printed)
+    assert re.search(
+        r"rank 0 on h1: nothing was heard for \d+ s .* the last sign of life was step \d+",
+        job.printed,
+    )
 
 
 @pytest.mark.parametrize(("launcher", "within"), [(mpirun, 15), (GLOO, 15)], ids=["mpirun", "gloo"])

@@ -11,14 +11,28 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launch import hostfile
-from launch.hostfile import ANY_NAMES, KEEP_NAMES, LIMIT, NOTATIONS, Host, expand, from_slurm, parse, read, render
+from launch.hostfile import (
+    ANY_NAMES,
+    KEEP_NAMES,
+    LIMIT,
+    NOTATIONS,
+    Host,
+    expand,
+    from_slurm,
+    parse,
+    read,
+    render,
+)
 from recipe.errors import UsageError
 from tests.ranks import BIN, ROOT, environment
 
 LABELS = st.from_regex(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,12}[A-Za-z0-9_])?", fullmatch=True)
 ADDRESSES = st.ip_addresses(v=4).map(str)
 NAMES = st.one_of(st.lists(LABELS, min_size=1, max_size=3).map(".".join), ADDRESSES).filter(
-    lambda name: not hostfile.RESERVED.fullmatch(name) and (re.search(r"[^0-9.]", name) or name.count(".") == 3)
+    lambda name: (
+        not hostfile.RESERVED.fullmatch(name)
+        and (re.search(r"[^0-9.]", name) or name.count(".") == 3)
+    )
 )
 
 
@@ -136,7 +150,10 @@ def test_lists_of_ranges_and_several_in_a_name():
         ("10.0.0.300:8", "neither a host name nor an IPv4 address"),
         ("0.0.0.0:8", "0.0.0.0 is not the address of one machine"),
         ("224.0.0.1:8", "224.0.0.1 is not the address of one machine"),
-        ("::1 slots=2", "::1 is an IPv6 address, which neither mpirun nor mpiexec nor horovodrun takes"),
+        (
+            "::1 slots=2",
+            "::1 is an IPv6 address, which neither mpirun nor mpiexec nor horovodrun takes",
+        ),
         ("[fe80::1]:8", "IPv6 address"),
         ("2001:db8::7:8", "IPv6 address"),
         ("fe80::1%eth0 slots=2", "IPv6 address"),
@@ -169,7 +186,21 @@ def test_no_hosts(text):
     assert wrong(text) == "F:1: there is no host: write one a line, such as bb01 slots=8"
 
 
-PIECES = [*" \t,:=[]#-@._", "\n", "\r\n", "\ufeff", "\x00", "bb01", "slots", "max_slots", "8", "0", "01-32", "::1", "ü"]
+PIECES = [
+    *" \t,:=[]#-@._",
+    "\n",
+    "\r\n",
+    "\ufeff",
+    "\x00",
+    "bb01",
+    "slots",
+    "max_slots",
+    "8",
+    "0",
+    "01-32",
+    "::1",
+    "ü",
+]
 TEXTS = st.one_of(
     st.text(),
     st.lists(st.sampled_from([*PIECES, "bb02 slots=8\n", "cc[1-3]:2\n"]), max_size=30).map("".join),
@@ -222,7 +253,10 @@ def test_files_that_cannot_be_read(tmp_path, name, words):
 
 
 def test_an_unknown_notation():
-    with pytest.raises(UsageError, match="'pbs' is not a notation of hostfiles: take one of openmpi, mpich, horovod"):
+    with pytest.raises(
+        UsageError,
+        match="'pbs' is not a notation of hostfiles: take one of openmpi, mpich, horovod",
+    ):
         render([Host("a", 1)], "pbs")
 
 
@@ -247,13 +281,22 @@ def test_slurm_allocations(variables, expected):
     ("variables", "words"),
     [
         ({}, "SLURM_JOB_NODELIST is not set: run this in an allocation"),
-        ({"NODELIST": "bb01"}, "SLURM_TASKS_PER_NODE is not set: give sbatch or salloc --ntasks-per-node=8"),
-        ({"NODELIST": "bb[01-02]", "TASKS": "8"}, "SLURM_TASKS_PER_NODE=8 has 1 nodes, SLURM_JOB_NODELIST 2"),
+        (
+            {"NODELIST": "bb01"},
+            "SLURM_TASKS_PER_NODE is not set: give sbatch or salloc --ntasks-per-node=8",
+        ),
+        (
+            {"NODELIST": "bb[01-02]", "TASKS": "8"},
+            "SLURM_TASKS_PER_NODE=8 has 1 nodes, SLURM_JOB_NODELIST 2",
+        ),
         ({"NODELIST": "bb[01-02]", "TASKS": "8(x3)"}, "has 3 nodes, SLURM_JOB_NODELIST 2"),
         ({"NODELIST": "bb01", "TASKS": "eight"}, "SLURM_TASKS_PER_NODE=eight is not understood"),
         ({"NODELIST": "bb01", "TASKS": "8(x99999999)"}, "is not understood"),
         ({"NODELIST": "bb01", "TASKS": "0"}, "slots=0 is not a whole number"),
-        ({"NODELIST": "bb[03-01]", "TASKS": "8"}, r"SLURM_JOB_NODELIST=bb\[03-01\]: \[03-01\] runs backwards"),
+        (
+            {"NODELIST": "bb[03-01]", "TASKS": "8"},
+            r"SLURM_JOB_NODELIST=bb\[03-01\]: \[03-01\] runs backwards",
+        ),
         ({"NODELIST": "a[0-65535],b[0-65535]", "TASKS": "8"}, "SLURM_JOB_NODELIST 65537"),
     ],
 )
@@ -263,12 +306,19 @@ def test_wrong_slurm_allocations(variables, words):
 
 
 def slurm(**variables: str) -> dict[str, str]:
-    names = {"NODELIST": "SLURM_JOB_NODELIST", "TASKS": "SLURM_TASKS_PER_NODE", "NTASKS": "SLURM_NTASKS_PER_NODE"}
+    names = {
+        "NODELIST": "SLURM_JOB_NODELIST",
+        "TASKS": "SLURM_TASKS_PER_NODE",
+        "NTASKS": "SLURM_NTASKS_PER_NODE",
+    }
     return {names[name]: value for name, value in variables.items()}
 
 
 @settings(max_examples=200)
-@given(nodes=TEXTS, tasks=st.one_of(st.text(), st.from_regex(r"([0-9]{1,2}(\(x[0-9]\))?,?){1,3}", fullmatch=True)))
+@given(
+    nodes=TEXTS,
+    tasks=st.one_of(st.text(), st.from_regex(r"([0-9]{1,2}(\(x[0-9]\))?,?){1,3}", fullmatch=True)),
+)
 def test_any_slurm_variables_give_hosts_or_a_sentence(nodes, tasks):
     try:
         assert from_slurm(slurm(NODELIST=nodes, TASKS=tasks))
@@ -278,7 +328,16 @@ def test_any_slurm_variables_give_hosts_or_a_sentence(nodes, tasks):
 
 @pytest.mark.skipif(shutil.which("scontrol") is None, reason="Slurm is not installed")
 @pytest.mark.parametrize(
-    "nodes", ["bb[01-03,07],cc1", "r[1-2]n[08-11]", "n[001-10]", "n[01-100]", "n[0-10]", "n[9-11,20]", "a-b1,c"]
+    "nodes",
+    [
+        "bb[01-03,07],cc1",
+        "r[1-2]n[08-11]",
+        "n[001-10]",
+        "n[01-100]",
+        "n[0-10]",
+        "n[9-11,20]",
+        "a-b1,c",
+    ],
 )
 def test_scontrol_expands_the_same(tmp_path, nodes):
     (tmp_path / "slurm.conf").write_text("ClusterName=t\nSlurmctldHost=localhost\nNodeName=n1\n")
@@ -305,30 +364,48 @@ def mpirun_reads(path, ranks: int, any_names: bool = True) -> dict[str, int]:
     options = ["--do-not-launch", "--display-allocation", *words]
     command = [str(BIN / "mpirun"), *options, "--hostfile", str(path), "-np", str(ranks), "true"]
     env = environment(RES_OPTIONS="timeout:1 attempts:1")
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=180, check=False
+    )
     refused = re.search("illegal character|parse error|bad parameter", done.stderr)
     assert done.returncode == 0 and not refused, done.stdout + done.stderr
-    return {name: int(n) for name, n in re.findall(r"Data for node: (\S+)\s+Num slots: (\d+)", done.stdout)}
+    return {
+        name: int(n)
+        for name, n in re.findall(r"Data for node: (\S+)\s+Num slots: (\d+)", done.stdout)
+    }
 
 
 @pytest.fixture(scope="module")
 def open_mpi():
-    said = subprocess.run([str(BIN / "mpirun"), "--version"], capture_output=True, text=True, check=False).stdout
+    said = subprocess.run(
+        [str(BIN / "mpirun"), "--version"], capture_output=True, text=True, check=False
+    ).stdout
     if "Open MPI" not in said:
         pytest.skip("the environment's MPI is not Open MPI")
 
 
 def test_mpirun_reads_a_template(open_mpi):
-    assert mpirun_reads(ROOT / "hostfiles/bigbasin-4", 32) == {"bb01": 8, "bb02": 8, "bb03": 8, "bb04": 8}
+    assert mpirun_reads(ROOT / "hostfiles/bigbasin-4", 32) == {
+        "bb01": 8,
+        "bb02": 8,
+        "bb03": 8,
+        "bb04": 8,
+    }
 
 
 @settings(max_examples=4)
-@given(hosts=hosts(most=4, size=5).filter(lambda found: not any(host.name.startswith("127.") for host in found)))
+@given(
+    hosts=hosts(most=4, size=5).filter(
+        lambda found: not any(host.name.startswith("127.") for host in found)
+    )
+)
 def test_mpirun_reads_what_is_written(open_mpi, tmp_path_factory, hosts):
     path = tmp_path_factory.getbasetemp() / "openmpi"
     path.write_text(render(hosts, "openmpi"))
     found = mpirun_reads(path, sum(host.slots for host in hosts))
-    assert {name.lower(): n for name, n in found.items()} == {host.name.lower(): host.slots for host in hosts}
+    assert {name.lower(): n for name, n in found.items()} == {
+        host.name.lower(): host.slots for host in hosts
+    }
 
 
 @given(hosts=hosts())
@@ -347,9 +424,25 @@ HYDRA = shutil.which("mpiexec.hydra")
 
 def hydra_reads(path, ranks: int) -> list[tuple[str, int]]:
     """(host, slots) as MPICH's mpiexec understands the file. Nothing answers there, so it is ended after a second."""
-    command = ["timeout", "1", HYDRA, "-verbose", "-launcher", "ssh", "-launcher-exec", "/bin/true", "-f", str(path)]
-    done = subprocess.run([*command, "-n", str(ranks), "true"], capture_output=True, text=True, check=False)
-    return [(name, int(slots)) for name, slots in re.findall(r"proxy: (\S+) \((\d+) cores\)", done.stdout)]
+    command = [
+        "timeout",
+        "1",
+        HYDRA,
+        "-verbose",
+        "-launcher",
+        "ssh",
+        "-launcher-exec",
+        "/bin/true",
+        "-f",
+        str(path),
+    ]
+    done = subprocess.run(
+        [*command, "-n", str(ranks), "true"], capture_output=True, text=True, check=False
+    )
+    return [
+        (name, int(slots))
+        for name, slots in re.findall(r"proxy: (\S+) \((\d+) cores\)", done.stdout)
+    ]
 
 
 @pytest.mark.skipif(HYDRA is None, reason="MPICH (mpiexec.hydra) is not installed")
@@ -378,7 +471,9 @@ def test_no_launcher_takes_ipv6_addresses(open_mpi, tmp_path):
 
 def run(*arguments: str, **variables: str) -> tuple[int, str, str]:
     command = [sys.executable, "-m", "launch.hostfile", *arguments]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | variables
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith("SLURM_")
+    } | variables
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
     return done.returncode, done.stdout, done.stderr
 
@@ -396,8 +491,12 @@ def test_the_command_checks():
 
 def test_the_command_converts_and_writes():
     assert run("convert", "hostfiles/bigbasin-1", "--to", "mpich") == (0, "bb01:8\n", "")
-    assert run("convert", "hostfiles/bigbasin-4", "--to=horovod")[1] == "bb01:8,bb02:8,bb03:8,bb04:8\n"
-    assert run("write", "bb[01-02]:8", "cc1 slots=2")[1] == "bb01 slots=8\nbb02 slots=8\ncc1 slots=2\n"
+    assert (
+        run("convert", "hostfiles/bigbasin-4", "--to=horovod")[1] == "bb01:8,bb02:8,bb03:8,bb04:8\n"
+    )
+    assert (
+        run("write", "bb[01-02]:8", "cc1 slots=2")[1] == "bb01 slots=8\nbb02 slots=8\ncc1 slots=2\n"
+    )
     variables = {"SLURM_JOB_NODELIST": "bb[01-02]", "SLURM_TASKS_PER_NODE": "8(x2)"}
     assert run("write", "--to", "mpich", **variables)[1] == "bb01:8\nbb02:8\n"
 
@@ -428,7 +527,13 @@ def test_a_wrong_command_is_one_sentence_and_status_2(arguments, words):
 
 def test_it_starts_without_the_environment():
     """A login node may have a bare Python only."""
-    command = [sys.executable, "-I", "-S", "-c", "import sys; sys.path = [p for p in sys.path if p] + [sys.argv[1]]"]
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        "import sys; sys.path = [p for p in sys.path if p] + [sys.argv[1]]",
+    ]
     command[-1] += "; import launch.hostfile; print(launch.hostfile.expand('a[1-2]'))"
     said = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, check=True).stdout
     assert said == "['a1', 'a2']\n"
@@ -470,7 +575,10 @@ def test_check_knows_what_each_launcher_reads(open_mpi, tmp_path, content, unrea
     line, *launchers = unread.split()
     fix = f"write the file anew: python -m launch.hostfile convert '{path}' --to openmpi > NEW\n"
     which = " and ".join(launchers)
-    assert message == f"error: {path}:{line}: launch.run reads this line, {which} --hostfile can't: {fix}"
+    assert (
+        message
+        == f"error: {path}:{line}: launch.run reads this line, {which} --hostfile can't: {fix}"
+    )
     assert (status, printed) == (2, "")
     path.write_text(run("convert", str(path), "--to", "openmpi")[1])
     assert run("check", str(path))[0] == 0

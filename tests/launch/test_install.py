@@ -21,7 +21,11 @@ from recipe import ticking
 from recipe.errors import RunError
 
 HERE = target.HERE
-FOUND = {"abi": "cpython-311", "site": "/s", "packages": {"tensorflow-cpu": "2.21.0", "torch": "2.13.0", "six": "1"}}
+FOUND = {
+    "abi": "cpython-311",
+    "site": "/s",
+    "packages": {"tensorflow-cpu": "2.21.0", "torch": "2.13.0", "six": "1"},
+}
 SYSTEM = mpi.Mpi("MPICH", "4.0.2", "/opt/mpich/bin")
 
 
@@ -58,7 +62,9 @@ def test_the_key_changes_with_each_input(changes: dict, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", ["CXX", "CXXFLAGS", "LDFLAGS"])
-def test_the_key_changes_with_the_compilers_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_changes_with_the_compilers_settings(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(name, raising=False)
     before = key()
     monkeypatch.setenv(name, "something")
@@ -207,7 +213,9 @@ def mpi_programs(folder: Path, mpicc: str, **more: str) -> str:
         ({"mpicc": FAILS, "mpirun": 'echo "HYDRA build details:"; echo "    Version:    4.1.1"'}, "MPICH", "4.1.1"),
     ],
 )  # fmt: skip
-def test_the_systems_mpi_is_used(scripts: dict[str, str], family: str, version: str, tmp_path: Path) -> None:
+def test_the_systems_mpi_is_used(
+    scripts: dict[str, str], family: str, version: str, tmp_path: Path
+) -> None:
     path = mpi_programs(tmp_path / "bin", **scripts)
     assert mpi.detect(path) == (mpi.Mpi(family, version, path), "")
 
@@ -239,7 +247,9 @@ def test_without_an_mpi_the_wheel_is_used(tmp_path: Path) -> None:
     assert mpi.detect(programs(tmp_path / "bin")) == (mpi.WHEEL, "")
 
 
-def test_an_mpicc_in_a_python_environment_is_not_the_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_mpicc_in_a_python_environment_is_not_the_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = mpi_programs(tmp_path / "bin", OPEN_MPI.format("4.1.8"))
     monkeypatch.setenv("PATH", own)
     assert target.choose(False)[0].mpi.system
@@ -251,7 +261,9 @@ def test_an_mpicc_in_a_python_environment_is_not_the_systems(tmp_path: Path, mon
 
 
 def test_library_folders_come_from_the_compiler_wrapper(tmp_path: Path) -> None:
-    folder = mpi_programs(tmp_path / "bin", "echo gcc -I/opt/i -L/opt/mpich/lib -Wl,-rpath -L/opt/mpich/lib -lmpi")
+    folder = mpi_programs(
+        tmp_path / "bin", "echo gcc -I/opt/i -L/opt/mpich/lib -Wl,-rpath -L/opt/mpich/lib -lmpi"
+    )
     assert mpi.library_folders(mpi.Mpi("MPICH", "4.0.2", folder)) == ["/opt/mpich/lib"]
     assert mpi.library_folders(mpi.WHEEL) == []
 
@@ -263,7 +275,9 @@ def test_the_systems_mpi_becomes_the_environments(tmp_path: Path) -> None:
     mpi.link(mpi.WHEEL, environment)
     assert not list(environment.iterdir())
     mpi.link(mpi.Mpi("MPICH", "4.0.2", folder), environment)
-    said = subprocess.run([environment / "mpirun", "-n", "a b"], capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [environment / "mpirun", "-n", "a b"], capture_output=True, text=True
+    ).stdout
     assert said == f"mpirun of {folder}/mpirun -n a b\n"
 
 
@@ -272,7 +286,9 @@ def test_the_systems_mpi_becomes_the_environments(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [(3, 9), (3, 10), (3, 14), (2, 7)])
 def test_a_python_that_the_pins_do_not_fit_is_refused(version: tuple[int, int]) -> None:
-    with pytest.raises(RunError, match=rf"Python {version[0]}\.{version[1]} does not fit .* install Python 3.11"):
+    with pytest.raises(
+        RunError, match=rf"Python {version[0]}\.{version[1]} does not fit .* install Python 3.11"
+    ):
         checks.python(version)
 
 
@@ -299,7 +315,8 @@ def test_a_missing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("there", "missing"), [((), "make"), (("make",), "patch"), (("patch",), "make"), (("make", "patch"), "ssh")]
+    ("there", "missing"),
+    [((), "make"), (("make",), "patch"), (("patch",), "make"), (("make", "patch"), "ssh")],
 )
 def test_missing_tools(there: tuple[str, ...], missing: str, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=f"`{missing}` is not on PATH"):
@@ -307,7 +324,9 @@ def test_missing_tools(there: tuple[str, ...], missing: str, tmp_path: Path) -> 
 
 
 def test_too_little_disk_space(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=rf"{tmp_path} has [\d.]+ GB free and the environment needs 1e\+09 GB"):
+    with pytest.raises(
+        RunError, match=rf"{tmp_path} has [\d.]+ GB free and the environment needs 1e\+09 GB"
+    ):
         checks.disk(tmp_path, 1e9, "the environment")
     checks.disk(tmp_path, 0, "nothing")
 
@@ -324,7 +343,9 @@ def test_gpu_without_a_cuda_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         target.choose(True)
 
 
-@pytest.mark.parametrize(("driver", "expected"), [("exit 0", True), ("exit 9", False), (None, False)])
+@pytest.mark.parametrize(
+    ("driver", "expected"), [("exit 0", True), ("exit 9", False), (None, False)]
+)
 def test_gpus_are_chosen_only_where_the_driver_answers(
     driver: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,7 +378,9 @@ def test_a_failed_command_says_what_to_do(output: str, sentence: str) -> None:
 
 def test_a_buried_compiler_error_is_shown() -> None:
     chatter = [f"line {i}" for i in range(99)]
-    message = explain("building", 1, "\n".join(["$ make", *chatter, "a.cc:1: error: no b.h", *chatter, "end"]))
+    message = explain(
+        "building", 1, "\n".join(["$ make", *chatter, "a.cc:1: error: no b.h", *chatter, "end"])
+    )
     assert "  | a.cc:1: error: no b.h\n" in message
     assert message.endswith("  | line 98\n  | end")
     assert len(message.splitlines()) < 12
@@ -365,17 +388,25 @@ def test_a_buried_compiler_error_is_shown() -> None:
 
 def test_pytorch_without_cuda_is_refused_for_gpus() -> None:
     with pytest.raises(RunError, match=r"pip chose PyTorch 2.13.0\+cpu, which has no CUDA"):
-        stages.refuse_mixture(target.Target("/bin", mpi.WHEEL, cuda="/usr"), {"torch": "2.13.0+cpu"})
+        stages.refuse_mixture(
+            target.Target("/bin", mpi.WHEEL, cuda="/usr"), {"torch": "2.13.0+cpu"}
+        )
     stages.refuse_mixture(target.Target("/bin", mpi.WHEEL), {"torch": "2.13.0+cpu"})
     stages.refuse_mixture(target.Target("/bin", mpi.WHEEL, cuda="/usr"), {"torch": "2.13.0"})
 
 
-def test_output_goes_to_the_log_and_a_failure_names_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_goes_to_the_log_and_a_failure_names_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     console = Console(tmp_path / "logs" / "install.log", 1)
     assert console.run(["echo", "one two"], "saying").splitlines()[-1] == "one two"
-    with pytest.raises(RunError, match=r"asking failed \(exit status 3\)\n  \| no\nfull output: .*install.log"):
+    with pytest.raises(
+        RunError, match=r"asking failed \(exit status 3\)\n  \| no\nfull output: .*install.log"
+    ):
         console.run(["sh", "-c", "echo no; exit 3"], "asking")
-    with pytest.raises(RunError, match=r"waiting failed \(exit status 124\)\n  \| no end after 0.1 s"):
+    with pytest.raises(
+        RunError, match=r"waiting failed \(exit status 124\)\n  \| no end after 0.1 s"
+    ):
         console.run(["sleep", "9"], "waiting", timeout=0.1)
     assert capfd.readouterr() == ("", "")
 
@@ -423,11 +454,15 @@ def test_only_the_decoder_is_built_where_only_it_is_missing(
     assert capsys.readouterr().out == f"environment in place: {target.VENV}\n"
     monkeypatch.setattr(target, "decoder", lambda: tmp_path / "missing")
     installer.install(None)
-    assert re.fullmatch(r"\[1/1\] building the image decoder \.\.\. \d+ s\n", capsys.readouterr().out)
+    assert re.fullmatch(
+        r"\[1/1\] building the image decoder \.\.\. \d+ s\n", capsys.readouterr().out
+    )
     assert "\nimage decoder: " in (tmp_path / "install.log").read_text()
 
 
-def test_a_foreign_environment_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_environment_is_not_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stages, "VENV", tmp_path)
     monkeypatch.setattr(stages, "STAMP", tmp_path / "stamp.json")
     with pytest.raises(RunError, match=f"{tmp_path} exists and was not made by this program"):
@@ -436,10 +471,15 @@ def test_a_foreign_environment_is_not_deleted(tmp_path: Path, monkeypatch: pytes
 
 def test_every_installed_package_is_pinned() -> None:
     files = [HERE / "constraints.txt"]
-    installed = {normal(item.metadata["Name"]): item.version.split("+")[0] for item in metadata.distributions()}
+    installed = {
+        normal(item.metadata["Name"]): item.version.split("+")[0]
+        for item in metadata.distributions()
+    }
     if "tensorflow" in installed:
         files.append(HERE / "constraints-gpu.txt")
-    lines = [line for file in files for line in file.read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line for file in files for line in file.read_text().splitlines() if not line.startswith("#")
+    ]
     pins = dict(line.split("==") for line in lines)
     del installed["imagenet-1hr-recipe"]
     assert len(installed) > 60
@@ -453,7 +493,9 @@ def normal(name: str) -> str:
 def test_the_environment_has_the_facts() -> None:
     script = "import json, sys; from launch.install import prove; print(json.dumps(prove.facts(sys.argv[1])))"
     asked = [
-        subprocess.Popen([sys.executable, "-c", script, name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        subprocess.Popen(
+            [sys.executable, "-c", script, name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
         for name in ("tensorflow", "torch")
     ]
     for process in asked:
@@ -462,12 +504,21 @@ def test_the_environment_has_the_facts() -> None:
 
 
 def test_a_proof_that_fails_says_so() -> None:
-    good = {"framework": "torch", "mpi": True, "gloo": True, "nccl": False, "size": 2, "sum": [3.0, 6.0, 9.0]}
+    good = {
+        "framework": "torch",
+        "mpi": True,
+        "gloo": True,
+        "nccl": False,
+        "size": 2,
+        "sum": [3.0, 6.0, 9.0],
+    }
     assert prove.problem(good, 2, gpu=False) == ""
     assert "built without nccl" in prove.problem(good, 2, gpu=True)
     assert "built without gloo" in prove.problem({**good, "gloo": False}, 2, gpu=False)
     assert "see 1 ranks" in prove.problem({**good, "size": 1}, 2, gpu=False)
-    assert "gave [1.0, 2.0, 3.0], not [3.0, 6.0, 9.0]" in prove.problem({**good, "sum": [1.0, 2.0, 3.0]}, 2, gpu=False)
+    assert "gave [1.0, 2.0, 3.0], not [3.0, 6.0, 9.0]" in prove.problem(
+        {**good, "sum": [1.0, 2.0, 3.0]}, 2, gpu=False
+    )
 
 
 def test_the_patch_is_well_formed() -> None:
@@ -476,7 +527,10 @@ def test_the_patch_is_well_formed() -> None:
     assert "+++ b/CMakeLists.txt" in lines
     for start in [i for i, line in enumerate(lines) if line.startswith("@@ ")]:
         before, after = (int(count) for count in re.findall(r",(\d+)", lines[start])[:2])
-        end = next((i for i in range(start + 1, len(lines)) if lines[i].startswith(("@@ ", "--- "))), len(lines))
+        end = next(
+            (i for i in range(start + 1, len(lines)) if lines[i].startswith(("@@ ", "--- "))),
+            len(lines),
+        )
         kinds = [line[:1] or " " for line in lines[start + 1 : end]]
         assert kinds.count(" ") + kinds.count("-") == before
         assert kinds.count(" ") + kinds.count("+") == after

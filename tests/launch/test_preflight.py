@@ -44,14 +44,18 @@ def gpus(count: int, driver: str = "535.1") -> list[dict[str, str]]:
 
 
 def said(findings: list[verdicts.Finding]) -> list[str]:
-    return [("" if finding.fault else "note ") + str(finding).split("; fix")[0] for finding in findings]
+    return [
+        ("" if finding.fault else "note ") + str(finding).split("; fix")[0] for finding in findings
+    ]
 
 
 @given(st.integers(1, 70))
 def test_every_two_hosts_meet_once_in_as_few_rounds_as_can_be(count):
     found = list(network.rounds(count))
     assert len(found) == count - 1 + count % 2
-    assert all(len({host for pair in pairs for host in pair}) == 2 * len(pairs) for pairs in found), "disjoint"
+    assert all(
+        len({host for pair in pairs for host in pair}) == 2 * len(pairs) for pairs in found
+    ), "disjoint"
     assert sorted(itertools.chain(*found)) == list(itertools.combinations(range(count), 2))
 
 
@@ -88,7 +92,10 @@ def test_differences_name_the_odd_host_or_both_sides():
 def test_what_several_hosts_have_alike_is_said_once():
     hosts = [verdicts.Finding(f"h{i}", "no data", "mount it") for i in range(1, 7)]
     other = verdicts.Finding("h7", "no data", "mount it", fault=False)
-    assert said(verdicts.merged([*hosts, other])) == ["h1, h2, h3, h4 and 2 more: no data", "note h7: no data"]
+    assert said(verdicts.merged([*hosts, other])) == [
+        "h1, h2, h3, h4 and 2 more: no data",
+        "note h7: no data",
+    ]
 
 
 def test_versions_that_matter_are_named_and_the_others_together():
@@ -97,7 +104,11 @@ def test_versions_that_matter_are_named_and_the_others_together():
         "h2: torch 2.12.0, the others 2.13.0",
         "h2: the versions of pip, wheel: 23, 1, the others 24, none",
     ]
-    assert said(verdicts.versions({"h1": a_host(), "h2": a_host(recipe="x", horovod_build="y"), "h3": a_host()})) == [
+    assert said(
+        verdicts.versions(
+            {"h1": a_host(), "h2": a_host(recipe="x", horovod_build="y"), "h3": a_host()}
+        )
+    ) == [
         "h2: this project's source x, the others abc",
         "h2: Horovod's compiled library y, the others def",
     ]
@@ -107,26 +118,36 @@ def test_versions_that_matter_are_named_and_the_others_together():
         "each other"
     ]
     assert "(none)" in said(verdicts.versions({"h1": a_host(horovod_mpi=[])}))[0]
-    disks = said(verdicts.versions({"h1": a_host(), "h2": a_host(disk_of_prefix="ext4"), "h3": a_host()}))
+    disks = said(
+        verdicts.versions({"h1": a_host(), "h2": a_host(disk_of_prefix="ext4"), "h3": a_host()})
+    )
     assert disks == ["note h2: the environment's disk ext4, the others server:/home"]
 
 
 def test_gpus_against_slots_kinds_and_drivers():
-    cluster = {"h1": a_host(gpus=gpus(8)), "h2": a_host(gpus=gpus(7)), "h3": a_host(gpus=gpus(8, "470.2"))}
+    cluster = {
+        "h1": a_host(gpus=gpus(8)),
+        "h2": a_host(gpus=gpus(7)),
+        "h3": a_host(gpus=gpus(8, "470.2")),
+    }
     assert said(verdicts.gpus(cluster, {"h1": 8, "h2": 8, "h3": 8})) == [
         "h2: GPUs: 7 × P100, 16280 MiB, the others 8 × P100, 16280 MiB",
         "h3: the GPU's driver 470.2, the others 535.1",
         "h2: 8 slots and 7 GPUs",
     ]
     broken = a_host(gpu_error="Driver/library version mismatch")
-    assert said(verdicts.gpus({"h1": broken}, {"h1": 8})) == ["h1: nvidia-smi fails: Driver/library version mismatch"]
+    assert said(verdicts.gpus({"h1": broken}, {"h1": 8})) == [
+        "h1: nvidia-smi fails: Driver/library version mismatch"
+    ]
     cores = said(verdicts.gpus({"h1": a_host()}, {"h1": 9}))
     assert cores == ["note h1: 9 slots, 8 cores and no GPU: the ranks share cores"]
     assert verdicts.gpus({"h1": a_host()}, {"h1": 8}) == []
 
 
 def test_the_lines_of_nvidia_smi():
-    printed = "Tesla P100-SXM2-16GB, 16280 MiB, 535.104.05\nTesla P100-SXM2-16GB, 16280 MiB, 535.104.05\n"
+    printed = (
+        "Tesla P100-SXM2-16GB, 16280 MiB, 535.104.05\nTesla P100-SXM2-16GB, 16280 MiB, 535.104.05\n"
+    )
     found = facts.parse_gpus(printed)
     assert verdicts.describe_gpus(found) == "2 × Tesla P100-SXM2-16GB, 16280 MiB"
     assert found[0]["driver"] == "535.104.05"
@@ -139,7 +160,10 @@ def test_the_lines_of_nvidia_smi():
         ({"disk": {"/tmp": 1e9}}, "1.0 GB free in /tmp"),
         ({"memory": 15e9}, "15.0 GB of memory for 8 ranks"),
         ({"open_files": 1024}, "1024 open files allowed, 2056 needed"),
-        ({"infiniband": True, "locked_memory": 65536}, "InfiniBand, but only 0.1 MB of locked memory"),
+        (
+            {"infiniband": True, "locked_memory": 65536},
+            "InfiniBand, but only 0.1 MB of locked memory",
+        ),
     ],
 )
 def test_limits(changed, says):
@@ -163,12 +187,18 @@ def test_limits(changed, says):
 )
 def test_gloo_listens_at_the_address_of_the_hosts_own_name(changed, interface, says):
     ib0 = {"eth0": ["10.0.0.2/255.0.0.0"], "ib0": ["10.1.0.2/255.0.0.0"]}
-    well = a_host(hostname="h2", address="10.1.0.2" if interface == "ib0" else "10.0.0.2", interfaces=ib0)
+    well = a_host(
+        hostname="h2", address="10.1.0.2" if interface == "ib0" else "10.0.0.2", interfaces=ib0
+    )
     (found,) = said(verdicts.addresses({"h1": a_host(**changed), "h2": well}, interface))
     assert found.startswith("h1: ") and says in found
-    assert verdicts.addresses({"h1": a_host(**changed)}, interface) == [], "one host has nobody to reach"
+    assert verdicts.addresses({"h1": a_host(**changed)}, interface) == [], (
+        "one host has nobody to reach"
+    )
     (alone,) = said(verdicts.addresses({"h1": a_host(own_name=False)}, interface))
-    assert alone.startswith("h1: its own name h1 does not resolve to an address of its own: horovodrun --gloo dies")
+    assert alone.startswith(
+        "h1: its own name h1 does not resolve to an address of its own: horovodrun --gloo dies"
+    )
 
 
 def test_a_machine_that_stands_there_twice():
@@ -182,7 +212,10 @@ def test_names_mean_the_same_address_everywhere():
     def cluster(**seen_by_h1):
         right = {"h1": "10.0.0.1", "h2": "10.0.0.2", "h3": "10.0.0.3"}
         return {
-            host: a_host(names=right | (seen_by_h1 if host == "h1" else {}), interfaces={"eth0": [f"{address}/8"]})
+            host: a_host(
+                names=right | (seen_by_h1 if host == "h1" else {}),
+                interfaces={"eth0": [f"{address}/8"]},
+            )
             for host, address in right.items()
         }
 
@@ -197,12 +230,16 @@ def test_names_mean_the_same_address_everywhere():
     unknown = {h: f | {"names": f["names"] | {"h2": ""}} for h, f in cluster().items()}
     assert said(verdicts.names(unknown, False)) == ["the name h2 is unknown to the other hosts"]
     (note,) = said(verdicts.names(unknown, True))
-    assert note.startswith("note the name h2 is unknown to the other hosts: horovodrun and Gloo need it")
+    assert note.startswith(
+        "note the name h2 is unknown to the other hosts: horovodrun and Gloo need it"
+    )
 
 
 def test_clocks_are_wrong_beyond_what_the_measurement_leaves_open():
     skews = {"h1": (0.0, 0.0), "h2": (-75.2, 0.1), "h3": (1.4, 0.5), "h4": (0.9, 0.0)}
-    found = verdicts.clocks({host: {"ahead": ahead, "bound": bound} for host, (ahead, bound) in skews.items()})
+    found = verdicts.clocks(
+        {host: {"ahead": ahead, "bound": bound} for host, (ahead, bound) in skews.items()}
+    )
     assert said(found) == ["h2: its clock is -75.2 s off h1's"]
 
 
@@ -240,19 +277,29 @@ def test_a_folder_is_known_by_names_sizes_and_pieces_of_contents(tmp_path):
     assert facts.data(tmp_path) == first
     (tmp_path / "050").rename(tmp_path / "050a")
     assert facts.data(tmp_path)["digest"] != first["digest"]
-    assert facts.data(tmp_path / "none") == {"folder": str(tmp_path / "none"), "error": "No such file or directory"}
+    assert facts.data(tmp_path / "none") == {
+        "folder": str(tmp_path / "none"),
+        "error": "No such file or directory",
+    }
 
 
 def links(**slow: float) -> list[dict]:
     """Of four hosts at 1 GB/s, but for `h1h2=0.1`."""
     ends = itertools.permutations(("h1", "h2", "h3", "h4"), 2)
-    return [{"from": a, "to": b, "latency": 1e-5, "bandwidth": 1e9 * slow.get(a + b, 1.0)} for a, b in ends]
+    return [
+        {"from": a, "to": b, "latency": 1e-5, "bandwidth": 1e9 * slow.get(a + b, 1.0)}
+        for a, b in ends
+    ]
 
 
 def test_a_slow_link_is_told_from_a_slow_host():
     assert verdicts.links(links()) == [] == verdicts.links([])
-    assert said(verdicts.links(links(h1h3=0.1))) == ["h1→h3: 0.8 Gbit/s, both do 8 Gbit/s with others"]
-    assert said(verdicts.links(links(h1h3=0.4))) == ["note h1→h3: 3.2 Gbit/s, both do 8 Gbit/s with others"]
+    assert said(verdicts.links(links(h1h3=0.1))) == [
+        "h1→h3: 0.8 Gbit/s, both do 8 Gbit/s with others"
+    ]
+    assert said(verdicts.links(links(h1h3=0.4))) == [
+        "note h1→h3: 3.2 Gbit/s, both do 8 Gbit/s with others"
+    ]
     sends = links(h3h1=0.1, h3h2=0.1, h3h4=0.1)
     assert said(verdicts.links(sends)) == ["h3: sends 0.8 Gbit/s at best, the median host 8 Gbit/s"]
     link, host = verdicts.slowest(sends)
@@ -268,24 +315,64 @@ def test_a_slow_link_is_told_from_a_slow_host():
             "the name doesn't resolve",
             "/etc/hosts",
         ),
-        (255, "ssh: connect to host h2 port 22: Connection refused", "connection refused", "start sshd on h2"),
+        (
+            255,
+            "ssh: connect to host h2 port 22: Connection refused",
+            "connection refused",
+            "start sshd on h2",
+        ),
         (255, "ssh: connect to host h2 port 22: No route to host", "no route", "is h2 up"),
-        (255, "ssh: connect to host h2 port 22: Connection timed out", "no answer in 10 s", "is h2 up"),
-        (255, "No ED25519 host key is known\nHost key verification failed.", "key is unknown", "`ssh h2` once"),
+        (
+            255,
+            "ssh: connect to host h2 port 22: Connection timed out",
+            "no answer in 10 s",
+            "is h2 up",
+        ),
+        (
+            255,
+            "No ED25519 host key is known\nHost key verification failed.",
+            "key is unknown",
+            "`ssh h2` once",
+        ),
         (
             255,
             "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.",
             "key has changed",
             "ssh-keygen -R h2",
         ),
-        (255, "root@h2: Permission denied (publickey,password).", "permission denied", "ssh-copy-id h2"),
-        (255, "kex_exchange_identification: read: Connection reset by peer", "sshd closed", "MaxStartups"),
-        (255, "/root/.ssh/config: line 1: Bad configuration option: x", "Bad configuration option: x", "ssh -v h2"),
-        (1, "This account is currently not available.", "no shell that runs commands", "login shell"),
+        (
+            255,
+            "root@h2: Permission denied (publickey,password).",
+            "permission denied",
+            "ssh-copy-id h2",
+        ),
+        (
+            255,
+            "kex_exchange_identification: read: Connection reset by peer",
+            "sshd closed",
+            "MaxStartups",
+        ),
+        (
+            255,
+            "/root/.ssh/config: line 1: Bad configuration option: x",
+            "Bad configuration option: x",
+            "ssh -v h2",
+        ),
+        (
+            1,
+            "This account is currently not available.",
+            "no shell that runs commands",
+            "login shell",
+        ),
         (reach.NO_FOLDER, "", "is not there", "share the project's disk with h2"),
         (reach.NO_PYTHON, "", "python is not there", "launch/install/install"),
         (reach.NO_MPI, "", "bin/orted", "launch/install/install"),
-        (reach.BROKEN_PYTHON, "libpython3.so: cannot open", "doesn't run: libpython3.so: cannot open", "install"),
+        (
+            reach.BROKEN_PYTHON,
+            "libpython3.so: cannot open",
+            "doesn't run: libpython3.so: cannot open",
+            "install",
+        ),
     ],
 )
 def test_the_reason_why_ssh_fails(status, text, reason, fix):
@@ -295,28 +382,38 @@ def test_the_reason_why_ssh_fails(status, text, reason, fix):
 
 def test_who_hangs_is_who_came_least_far():
     names = ["h1", "h2", "h3"]
-    lines = [f"{MARK} {rank} 3 the clocks\r\n" for rank in (0, 1, 2)] + [f"{MARK} 1 12 round 1, with h3\n"]
+    lines = [f"{MARK} {rank} 3 the clocks\r\n" for rank in (0, 1, 2)] + [
+        f"{MARK} 1 12 round 1, with h3\n"
+    ]
     assert job.behind(names, "".join(lines)) == {"h1": "the clocks", "h3": "the clocks"}
-    assert job.behind(names, f"mpirun says this\n{lines[0]}{MARK} 7 9 no rank of ours\n").keys() == {"h2", "h3"}
+    assert job.behind(
+        names, f"mpirun says this\n{lines[0]}{MARK} 7 9 no rank of ours\n"
+    ).keys() == {"h2", "h3"}
     assert "the job hung, all hosts in its start" in job.hung(names, "", "", 5).what
     waiting = f"{MARK} 0 1 MPI's start\n{MARK} 1 0 the facts of this host\n{MARK} 2 1 MPI's start\n"
-    for heard in ("", f"{MARK} 1 alive\n"):  # stopped, or kept by its disk, while the others are in MPI's start
+    for heard in (
+        "",
+        f"{MARK} 1 alive\n",
+    ):  # stopped, or kept by its disk, while the others are in MPI's start
         found = job.hung(names, waiting, heard, 5)
         assert found.host == "h2" and "the facts of this host" in found.what
     heard = f"{MARK} 0 alive\r\n{MARK} 2 alive\n"
     silent = job.hung(names, "".join(lines[:3]), heard, 5)
-    assert (silent.host, silent.what) == ("h2", "no end after 5 s: h2 has been silent since the clocks")
+    assert (silent.host, silent.what) == (
+        "h2",
+        "no end after 5 s: h2 has been silent since the clocks",
+    )
 
 
 def test_why_a_job_ended_early():
     names = ["h1", "h2"]
-    by_itself = job.failed(names, f"{MARK} 1 error ModuleNotFoundError: No module named 'mpi4py'\nmpirun …", 1)
+    by_itself = job.failed(
+        names, f"{MARK} 1 error ModuleNotFoundError: No module named 'mpi4py'\nmpirun …", 1
+    )
     assert (by_itself.host, "No module named 'mpi4py'" in by_itself.what) == ("h2", True)
     killed = "mpirun noticed that process rank 1 with PID 7 on node h2 exited on signal 9 (Killed)."
     assert job.failed(names, killed, 137).host == "h2"
-    lost = (
-        "An MPI communication peer process has unexpectedly disconnected.\n\n  Local PID:  10062\n  Peer host:  h2\n---"
-    )
+    lost = "An MPI communication peer process has unexpectedly disconnected.\n\n  Local PID:  10062\n  Peer host:  h2\n---"
     assert job.failed(names, lost, 1).host == "h2"
     other = job.failed(names, "----\nThere are not enough slots available in the system\n----", 1)
     assert "not enough slots" in other.what

@@ -21,7 +21,9 @@ HELLO = (
 )
 
 
-SECRETS = dict.fromkeys(("API_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "SLURM_JWT"), "secret")
+SECRETS = dict.fromkeys(
+    ("API_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "SLURM_JWT"), "secret"
+)
 ELASTIC = ["--launcher", "horovodrun", "--hostfile", "hostfiles/localhost", "--elastic"]
 
 
@@ -48,7 +50,9 @@ def dry(*words: str, **extra: str) -> tuple[dict[str, str], list[str]]:
 
 
 def test_mpirun_on_32_servers():
-    variables, command = dry("--hostfile", "hostfiles/bigbasin-32", "--interface", "ib0", "--", "python", "-m", "x")
+    variables, command = dry(
+        "--hostfile", "hostfiles/bigbasin-32", "--interface", "ib0", "--", "python", "-m", "x"
+    )
     text = " ".join(command)
     assert command[:4] == ["mpirun", "-np", "256", "-H"] and command[4].startswith("bb01:8,bb02:8,")
     assert "--bind-to none --map-by slot" in text
@@ -56,52 +60,101 @@ def test_mpirun_on_32_servers():
     assert "--mca oob_tcp_keepalive_time 10" in text
     assert command[-3:] == ["python", "-m", "x"]
     sent = [command[i + 1] for i, word in enumerate(command) if word == "-x"]
-    assert {"PATH", "PYTHONPATH", "NCCL_SOCKET_IFNAME", "HOROVOD_HIERARCHICAL_ALLREDUCE"} <= set(sent) <= set(variables)
+    assert (
+        {"PATH", "PYTHONPATH", "NCCL_SOCKET_IFNAME", "HOROVOD_HIERARCHICAL_ALLREDUCE"}
+        <= set(sent)
+        <= set(variables)
+    )
     assert not SECRETS.keys() & variables.keys()
 
 
 def test_what_the_user_sets_wins_and_is_sent():
-    variables, command = dry("--hostfile", "hostfiles/bigbasin-4", "x", HOROVOD_CYCLE_TIME="7", NCCL_DEBUG="INFO")
+    variables, command = dry(
+        "--hostfile", "hostfiles/bigbasin-4", "x", HOROVOD_CYCLE_TIME="7", NCCL_DEBUG="INFO"
+    )
     assert (variables["HOROVOD_CYCLE_TIME"], variables["NCCL_DEBUG"]) == ("7", "INFO")
     assert {"HOROVOD_CYCLE_TIME", "NCCL_DEBUG"} <= set(command)
 
 
 def test_horovodrun_on_this_machine():
     variables, command = dry("--launcher", "horovodrun", "-np", "2", "python", "-c", "print('a b')")
-    assert command == ["horovodrun", "--gloo", "-np", "2", "-H", "localhost:2", "python", "-c", "print('a b')"]
-    assert not SECRETS.keys() & variables.keys() and "HOROVOD_HIERARCHICAL_ALLREDUCE" not in variables
+    assert command == [
+        "horovodrun",
+        "--gloo",
+        "-np",
+        "2",
+        "-H",
+        "localhost:2",
+        "python",
+        "-c",
+        "print('a b')",
+    ]
+    assert (
+        not SECRETS.keys() & variables.keys() and "HOROVOD_HIERARCHICAL_ALLREDUCE" not in variables
+    )
 
 
 def test_srun_in_an_allocation():
-    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "bb[01-02]", "SLURM_TASKS_PER_NODE": "8(x2)"}
+    slurm = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NODELIST": "bb[01-02]",
+        "SLURM_TASKS_PER_NODE": "8(x2)",
+    }
     options = ["--launcher", "srun", "--log-dir", "100%"]
-    variables, command = dry(*options, "x", **slurm, SLURM_EXPORT_ENV="NONE", CUDA_VISIBLE_DEVICES="2,3")
+    variables, command = dry(
+        *options, "x", **slurm, SLURM_EXPORT_ENV="NONE", CUDA_VISIBLE_DEVICES="2,3"
+    )
     assert "--mpi=pmix --ntasks=16 --distribution=block --kill-on-bad-exit=1" in " ".join(command)
     assert command[-3:] == ["--output", "100%%/rank.%t", "x"]
     assert (variables["SLURM_JOB_ID"], variables["CUDA_VISIBLE_DEVICES"]) == ("1", "2,3")
     assert "SLURM_EXPORT_ENV" not in variables, "srun would send no other variable"
     _, command = dry("x", **slurm)
-    assert command[:3] == ["mpirun", "-np", "16"] and "-H" not in command, "mpirun asks Slurm for the hosts"
-    assert dry("x", **slurm, SLURM_NTASKS="9")[1][:3] == ["mpirun", "-np", "9"], "of sbatch --ntasks=9"
+    assert command[:3] == ["mpirun", "-np", "16"] and "-H" not in command, (
+        "mpirun asks Slurm for the hosts"
+    )
+    assert dry("x", **slurm, SLURM_NTASKS="9")[1][:3] == ["mpirun", "-np", "9"], (
+        "of sbatch --ntasks=9"
+    )
     assert dry("x", **slurm, SLURM_NTASKS="")[1][:3] == ["mpirun", "-np", "16"]
-    assert dry("-np", "2", "x", SLURM_JOB_ID="")[1][:5] == ["mpirun", "-np", "2", "-H", "localhost:2"]
+    assert dry("-np", "2", "x", SLURM_JOB_ID="")[1][:5] == [
+        "mpirun",
+        "-np",
+        "2",
+        "-H",
+        "localhost:2",
+    ]
 
 
 def test_what_a_scheduler_does_not_tell_is_said(tmp_path):
-    slurm = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "bb[01-02]", "SLURM_TASKS_PER_NODE": "1(x2)"}
+    slurm = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NODELIST": "bb[01-02]",
+        "SLURM_TASKS_PER_NODE": "1(x2)",
+    }
     said = launch_run("--dry-run", "x", **slurm).stderr
-    assert said.startswith("note: Slurm was not told how many tasks, and counts 1(x2) a node: 2 ranks; give sbatch")
+    assert said.startswith(
+        "note: Slurm was not told how many tasks, and counts 1(x2) a node: 2 ranks; give sbatch"
+    )
     assert launch_run("--dry-run", "x", **slurm, SLURM_NTASKS_PER_NODE="1").stderr == ""
     assert launch_run("--dry-run", "-np", "2", "x", **slurm).stderr == ""
     done = launch_run("--dry-run", "x", **slurm, SLURM_HET_SIZE="2")
-    assert done.returncode == 2 and "is the first only of this job's 2 components (SLURM_HET_SIZE)" in done.stderr
+    assert (
+        done.returncode == 2
+        and "is the first only of this job's 2 components (SLURM_HET_SIZE)" in done.stderr
+    )
     done = launch_run("--dry-run", "x", **slurm, SLURM_NTASKS="many")
-    assert done.returncode == 2 and "error: SLURM_NTASKS=many is not a number of tasks" in done.stderr
+    assert (
+        done.returncode == 2 and "error: SLURM_NTASKS=many is not a number of tasks" in done.stderr
+    )
     nodes = tmp_path / "the nodes"
     nodes.write_text("h1\nh1\nh2\n")
     said = launch_run("--dry-run", "-np", "3", "x", PBS_NODEFILE=str(nodes)).stderr
-    assert said.startswith(f"note: all ranks are on this machine; PBS_NODEFILE names the hosts of this job: '{nodes}'")
-    made = subprocess.run(said[said.index("(") + 1 : said.rindex(")")], shell=True, cwd=tmp_path, check=True)
+    assert said.startswith(
+        f"note: all ranks are on this machine; PBS_NODEFILE names the hosts of this job: '{nodes}'"
+    )
+    made = subprocess.run(
+        said[said.index("(") + 1 : said.rindex(")")], shell=True, cwd=tmp_path, check=True
+    )
     assert (made.returncode, (tmp_path / "hosts").read_text()) == (0, "h1 slots=2\nh2 slots=1\n")
     nodes.write_text("h1\nh1\n")
     assert launch_run("--dry-run", "-np", "2", "x", PBS_NODEFILE=str(nodes)).stderr == ""
@@ -110,11 +163,19 @@ def test_what_a_scheduler_does_not_tell_is_said(tmp_path):
 def test_mpirun_keeps_names_that_it_would_cut_or_refuse(tmp_path):
     file = tmp_path / "hosts"
     cut = ["--mca", "orte_keep_fqdn_hostnames", "1", "--mca", "regx", "naive"]
-    for name, settings in (("bb01", []), ("10.0.0.1", []), ("bb_01", cut[3:]), ("bb01.example.org", cut)):
+    for name, settings in (
+        ("bb01", []),
+        ("10.0.0.1", []),
+        ("bb_01", cut[3:]),
+        ("bb01.example.org", cut),
+    ):
         file.write_text(f"{name} slots=1\n")
         command = dry("--hostfile", str(file), "x")[1]
         first = command.index("--mca") if "--mca" in command else 0
-        assert command[first : first + len(settings)] == settings and command.count("--mca") == len(settings) // 3
+        assert (
+            command[first : first + len(settings)] == settings
+            and command.count("--mca") == len(settings) // 3
+        )
 
 
 def test_a_list_too_long_for_a_command_is_given_as_a_file(tmp_path):
@@ -128,7 +189,10 @@ def test_a_list_too_long_for_a_command_is_given_as_a_file(tmp_path):
     file.write_text(",".join(lines))
     done = launch_run("--hostfile", str(file), "x")
     assert done.returncode == 2
-    assert f"python -m launch.hostfile convert '{file}' --to openmpi > NEW, then --hostfile NEW" in done.stderr
+    assert (
+        f"python -m launch.hostfile convert '{file}' --to openmpi > NEW, then --hostfile NEW"
+        in done.stderr
+    )
 
 
 def test_an_elastic_run_asks_for_the_hosts_again_and_again():
@@ -141,8 +205,12 @@ def test_an_elastic_run_asks_for_the_hosts_again_and_again():
 
 def test_settings_follow_the_topology():
     assert run.settings(1, 8, "", "mpirun") == {}
-    assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in run.settings(4, 4, "", "mpirun")  # one rank a server
-    assert run.settings(4, 32, "ib0,ib1", "srun-gloo")["HOROVOD_GLOO_IFACE"] == "ib0", "Gloo takes one"
+    assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in run.settings(
+        4, 4, "", "mpirun"
+    )  # one rank a server
+    assert run.settings(4, 32, "ib0,ib1", "srun-gloo")["HOROVOD_GLOO_IFACE"] == "ib0", (
+        "Gloo takes one"
+    )
     assert run.settings(4, 32, "eth0", "mpirun")["HOROVOD_HIERARCHICAL_ALLREDUCE"] == "1"
     assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in run.settings(4, 32, "", "horovodrun")
 
@@ -152,17 +220,32 @@ def test_settings_follow_the_topology():
     [
         (["-np", "2"], "nothing to run"),
         (["python"], "how many ranks? Give -np for this machine, or --hostfile"),
-        (["--hostfile", "hostfiles/localhost", "-np", "3", "x"], "-np 3 ranks don't fit into 2 slots"),
+        (
+            ["--hostfile", "hostfiles/localhost", "-np", "3", "x"],
+            "-np 3 ranks don't fit into 2 slots",
+        ),
         (["--hostfile", "hostfiles/none", "x"], "hostfiles/none"),
         (["-np", "0", "x"], "-np 0 ranks don't fit"),
-        (["-np", "1", "--log-dir", "at:noon", "x"], "--log-dir=at:noon: mpirun would cut it at the colon"),
+        (
+            ["-np", "1", "--log-dir", "at:noon", "x"],
+            "--log-dir=at:noon: mpirun would cut it at the colon",
+        ),
         (["--hostfile", "hostfiles/localhost", "-np", "0", "x"], "-np 0 ranks don't fit"),
         (["--launcher", "srun", "-np", "2", "x"], "srun needs a Slurm allocation"),
-        (["--elastic", "1:2", "--hostfile", "hostfiles/localhost", "x"], "--elastic needs --launcher=horovodrun"),
-        (["--launcher", "horovodrun", "--elastic", "1:2", "-np", "2", "x"], "--elastic needs --hostfile"),
+        (
+            ["--elastic", "1:2", "--hostfile", "hostfiles/localhost", "x"],
+            "--elastic needs --launcher=horovodrun",
+        ),
+        (
+            ["--launcher", "horovodrun", "--elastic", "1:2", "-np", "2", "x"],
+            "--elastic needs --hostfile",
+        ),
         (["--elastic", "2", "x"], "'2' is not MIN:MAX ranks"),
         ([*ELASTIC, "8:9", "x"], "2 ranks to begin with are not among --elastic=8:9"),
-        ([*ELASTIC, "1:3", "python", "-m", "recipe.train", "--config=quick"], "config.k=2 workers have work for 2"),
+        (
+            [*ELASTIC, "1:3", "python", "-m", "recipe.train", "--config=quick"],
+            "config.k=2 workers have work for 2",
+        ),
         (["--launcher", "pbs", "x"], "invalid choice: 'pbs'"),
         (["--launcher", "gloo", "x"], "did you mean horovodrun?"),
         (["--launcher", "srun_gloo", "x"], "did you mean srun-gloo?"),
@@ -173,8 +256,14 @@ def test_settings_follow_the_topology():
         (["--logdir", "x"], "did you mean --log-dir?"),
         (["--dryrun", "x"], "did you mean --dry-run?"),
         (["--purple", "x"], "unrecognized arguments: --purple (--help says more)"),
-        (["-np", "3", "python", "-m", "recipe.train", "--config=imagenet_8gpu"], "config.k=8 workers can't be shared"),
-        (["-np", "8", "python", "-m", "recipe.train", "--config=imagenet_8"], "did you mean --config=imagenet_8gpu?"),
+        (
+            ["-np", "3", "python", "-m", "recipe.train", "--config=imagenet_8gpu"],
+            "config.k=8 workers can't be shared",
+        ),
+        (
+            ["-np", "8", "python", "-m", "recipe.train", "--config=imagenet_8"],
+            "did you mean --config=imagenet_8gpu?",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(words, says):
@@ -186,15 +275,23 @@ def test_a_mistake_is_one_sentence(words, says):
 def test_a_folder_for_the_output_that_cannot_be_made():
     done = launch_run("--log-dir", "/proc/none", "-np", "1", sys.executable, "-c", "")
     assert done.returncode == 2
-    assert "error: --log-dir=/proc/none can't be made" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "error: --log-dir=/proc/none can't be made" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_an_interface_that_is_not_there(launcher):
     """horovodrun would end with a traceback."""
-    done = launch_run("--launcher", launcher, "--interface", "ib7", "-np", "1", sys.executable, "-c", "")
+    done = launch_run(
+        "--launcher", launcher, "--interface", "ib7", "-np", "1", sys.executable, "-c", ""
+    )
     assert done.returncode == 2
-    assert "error: --interface=ib7: this machine has lo" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "error: --interface=ib7: this machine has lo" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_another_mpi_that_comes_first_is_told(tmp_path):
@@ -205,9 +302,14 @@ def test_another_mpi_that_comes_first_is_told(tmp_path):
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = launch_run("-np", "1", sys.executable, "-c", "", PATH=path)
     assert done.returncode == 2
-    assert f"error: {other} is not Open MPI's: put the environment's first: source .venv/bin/activate" in done.stderr
+    assert (
+        f"error: {other} is not Open MPI's: put the environment's first: source .venv/bin/activate"
+        in done.stderr
+    )
     command = [sys.executable, "-m", "launch.doctor", "--hostfile", "hostfiles/localhost"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(PATH=path), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(PATH=path), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1 and f"{other} is not Open MPI's" in done.stdout, done.stdout
 
 
@@ -231,7 +333,15 @@ def test_ranks_of_three_hosts(tmp_path, launcher):
     file = tmp_path / "three"
     file.write_text("h[1-3] slots=1\n")
     with hosts(tmp_path / "hosts", 3) as made:
-        command = [sys.executable, "-m", "launch.run", "--launcher", launcher, "--hostfile", str(file)]
+        command = [
+            sys.executable,
+            "-m",
+            "launch.run",
+            "--launcher",
+            launcher,
+            "--hostfile",
+            str(file),
+        ]
         command += ["--interface", "eth0", sys.executable, "-c", HELLO]
         done = made.run("h1", command, **SECRETS)
     assert done.returncode == 0, done.stdout
@@ -248,18 +358,44 @@ def test_ranks_of_hosts_with_full_names_and_underscores(tmp_path, launcher):
     file = tmp_path / "three"
     file.write_text("".join(f"{name} slots=1\n" for name in names))
     with hosts(tmp_path / "hosts", 3, names) as made:
-        command = [sys.executable, "-m", "launch.run", "--launcher", launcher, "--hostfile", str(file)]
+        command = [
+            sys.executable,
+            "-m",
+            "launch.run",
+            "--launcher",
+            launcher,
+            "--hostfile",
+            str(file),
+        ]
         command += ["--interface", "eth0", sys.executable, "-c", HELLO]
         done = made.run(names[0], command)
         assert done.returncode == 0, done.stdout
-        doctor = [sys.executable, "-m", "launch.doctor", "--hostfile", str(file), "--interface", "eth0"]
+        doctor = [
+            sys.executable,
+            "-m",
+            "launch.doctor",
+            "--hostfile",
+            str(file),
+            "--interface",
+            "eth0",
+        ]
         examined = made.run(names[0], doctor) if launcher == "mpirun" else None
     for name in names:
         assert f"of 3 on {name}, secrets [] {32 * 2**20}" in done.stdout
     assert examined is None or "all is well (3 hosts, " in examined.stdout, examined.stdout
 
 
-HOMELESS = ["unshare", "--user", "--map-user=54321", "--map-group=54321", "env", "-u", "HOME", "-u", "TFDS_DATA_DIR"]
+HOMELESS = [
+    "unshare",
+    "--user",
+    "--map-user=54321",
+    "--map-group=54321",
+    "env",
+    "-u",
+    "HOME",
+    "-u",
+    "TFDS_DATA_DIR",
+]
 no_users = subprocess.run([*HOMELESS, "true"], capture_output=True, check=False).returncode != 0
 
 
@@ -271,24 +407,47 @@ def test_a_user_without_a_home_is_told_and_served(tmp_path):
     def homeless(*words: str) -> subprocess.CompletedProcess:
         command = [*HOMELESS, sys.executable, *words]
         options = {"capture_output": True, "text": True, "timeout": 120, "check": False}
-        return subprocess.run(command, cwd=tmp_path, env=environment(TMPDIR=str(tmp_path)), **options)
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment(TMPDIR=str(tmp_path)), **options
+        )
 
     said = "HOME is not set, and user 54321 has no entry in /etc/passwd: export HOME=FOLDER"
     for launcher in ("mpirun", "horovodrun"):
-        done = homeless("-m", "launch.run", "--launcher", launcher, "-np", "2", sys.executable, "-c", HELLO)
+        done = homeless(
+            "-m", "launch.run", "--launcher", launcher, "-np", "2", sys.executable, "-c", HELLO
+        )
         assert done.returncode == 0 and "rank 1 of 2" in done.stdout, done.stderr
         assert f"note: {said}" in done.stderr
-    alone = homeless("-c", "from recipe import collectives; print(collectives.init('torch').size())")
+    alone = homeless(
+        "-c", "from recipe import collectives; print(collectives.init('torch').size())"
+    )
     assert (alone.returncode, alone.stdout) == (0, "1\n"), alone.stderr
     prepare = homeless("-m", "recipe.data.prepare", "fashion_photos")
-    assert prepare.returncode == 2 and f"error: {said}" in prepare.stderr and "Traceback" not in prepare.stderr
+    assert (
+        prepare.returncode == 2
+        and f"error: {said}" in prepare.stderr
+        and "Traceback" not in prepare.stderr
+    )
     doctor = homeless("-m", "launch.doctor", "--hostfile", str(ROOT / "hostfiles/localhost"))
-    assert doctor.returncode == 1 and "FAULT  a plain mpirun dies by signal 11 here" in doctor.stdout, doctor.stdout
+    assert (
+        doctor.returncode == 1 and "FAULT  a plain mpirun dies by signal 11 here" in doctor.stdout
+    ), doctor.stdout
     assert not (tmp_path / "~" / ".horovod").exists(), "horovodrun's cache"
 
 
-RUN = ["-m", "recipe.train", "--config=quick", "--config.framework=torch", "--config.n=8", "--config.epochs=200"]
-RUN += ["--config.schedule.decay_epochs=()", "--config.data.name=synthetic", "--config.data.train_examples=1600"]
+RUN = [
+    "-m",
+    "recipe.train",
+    "--config=quick",
+    "--config.framework=torch",
+    "--config.n=8",
+    "--config.epochs=200",
+]
+RUN += [
+    "--config.schedule.decay_epochs=()",
+    "--config.data.name=synthetic",
+    "--config.data.train_examples=1600",
+]
 RUN += [
     "--config.data.eval_examples=8",
     "--config.model.blocks=(1,)",
@@ -302,13 +461,30 @@ START = 120  # seconds, on a busy machine
 @pytest.mark.parametrize("launcher", ["mpirun", "gloo", "launch.run"])
 def test_the_readmes_signal_reaches_the_ranks_of_every_launcher(tmp_path, launcher):
     """And neither the launcher nor its shells, which it would end."""
-    (told,) = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("pkill -USR1"))
+    (told,) = (
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("pkill -USR1")
+    )
     run_dir = tmp_path / "its run"
-    start = [sys.executable, "-m", "launch.run", "--launcher", "horovodrun", "-np", "2", sys.executable]
+    start = [
+        sys.executable,
+        "-m",
+        "launch.run",
+        "--launcher",
+        "horovodrun",
+        "-np",
+        "2",
+        sys.executable,
+    ]
     words = start if launcher == "launch.run" else command(2, [], launcher)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [*words, *RUN, f"--run_dir={run_dir}"], cwd=ROOT, env=environment(), stdout=log, stderr=log
+            [*words, *RUN, f"--run_dir={run_dir}"],
+            cwd=ROOT,
+            env=environment(),
+            stdout=log,
+            stderr=log,
         )
     end = time.monotonic() + START
     while "step" not in (tmp_path / "log").read_text():

@@ -83,7 +83,9 @@ def output(ranks: Path) -> str:
 
 def preempt(cluster: Slurm) -> None:
     """A job that needs all nodes and goes before: gone again after a second."""
-    high = cluster.submit("--partition=high", "--exclusive", "--nodes=2", "--wrap", "sleep 1", "--output=/dev/null")
+    high = cluster.submit(
+        "--partition=high", "--exclusive", "--nodes=2", "--wrap", "sleep 1", "--output=/dev/null"
+    )
     cluster.until(lambda: cluster.state(high) != "PENDING", 60)
 
 
@@ -97,7 +99,8 @@ def undisturbed(cluster, tmp_path_factory) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "signal"), [("mpirun", "TERM"), pytest.param("srun", "USR1", marks=needs_pmix), ("srun-gloo", "TERM")]
+    ("launcher", "signal"),
+    [("mpirun", "TERM"), pytest.param("srun", "USR1", marks=needs_pmix), ("srun-gloo", "TERM")],
 )
 def test_a_preempted_job_goes_on_and_ends_the_same(cluster, project, undisturbed, launcher, signal):
     cluster.preempt_with(signal)
@@ -118,7 +121,9 @@ def test_a_job_told_to_leave_before_its_run_began_begins_it_later(cluster, proje
     (project / "sitecustomize.py").write_text(HOLD)
     job = submit(cluster, project, TEMPLATE, *TINY, PYTHONPATH=f"{project}:{ROOT}")
     told = project / f"imagenet-1hr-{job}.log"
-    cluster.until(lambda: told.exists() and "env -i " in told.read_text(), 60)  # launched: the ranks start Python
+    cluster.until(
+        lambda: told.exists() and "env -i " in told.read_text(), 60
+    )  # launched: the ranks start Python
     assert cluster.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
     cluster.until(lambda: told.read_text().count("env -i ") == 2, 60)
     (project / "go").touch()
@@ -160,7 +165,12 @@ def test_a_job_that_may_not_queue_again_says_how_to_go_on(cluster, project):
     """A run with all its epochs done, taken up once more, ends at once, too."""
     job = submit(cluster, project, "--no-requeue", TEMPLATE, *TINY, *LONGER)
     run = f"runs/imagenet-1hr-{job}"
-    cluster.until(lambda: (project / run / "metrics.jsonl").exists() and runlog.read_lines(project / run, "step"), 60)
+    cluster.until(
+        lambda: (
+            (project / run / "metrics.jsonl").exists() and runlog.read_lines(project / run, "step")
+        ),
+        60,
+    )
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert cluster.ends(job) == "FAILED"
     assert "preempted: told to leave after step" in log(project, job)
@@ -175,14 +185,18 @@ def test_a_job_that_may_not_queue_again_says_how_to_go_on(cluster, project):
 def test_an_array_of_seeds_and_its_summary(cluster, project):
     """Each seed on one node, side by side; told to leave, each queues itself again, and not the others."""
     job = submit(cluster, project, "--nodes=1", "--array=0-1", TEMPLATE, *TINY)
-    cluster.until(lambda: sum("env -i " in told.read_text() for told in project.glob("*.log")) == 2, 60)
+    cluster.until(
+        lambda: sum("env -i " in told.read_text() for told in project.glob("*.log")) == 2, 60
+    )
     assert cluster.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
     commands = [line for line in Path(TEMPLATE).read_text().splitlines() if "recipe.report" in line]
     words = shlex.split(commands[0].removeprefix("#   sbatch ").replace("$job", job))
     report = cluster.submit("--chdir", str(project), "--output=report.log", *words)
     assert cluster.ends(report, 200) == "COMPLETED", cluster.state(job)
     assert "2 runs:" in (project / "report.log").read_text()
-    seeds = [runlog.read_recipe(project / f"runs/imagenet-1hr-{job}-seed{seed}").seed for seed in (0, 1)]
+    seeds = [
+        runlog.read_recipe(project / f"runs/imagenet-1hr-{job}-seed{seed}").seed for seed in (0, 1)
+    ]
     assert seeds == [0, 1]
 
 
@@ -190,17 +204,25 @@ def test_the_doctor_in_an_allocation(cluster, project):
     """Without ssh; a host of the hostfile that isn't the job's is told, and the others examined."""
     (project / "hosts").write_text("n2 slots=1\nn9 slots=1\nn1 slots=1\n")
     doctor = ".venv/bin/python -m launch.doctor --json --hostfile hosts"
-    job = cluster.submit("--chdir", str(project), *TWO_NODES, "--output=doctor.log", "--wrap", doctor)
+    job = cluster.submit(
+        "--chdir", str(project), *TWO_NODES, "--output=doctor.log", "--wrap", doctor
+    )
     cluster.ends(job)
     printed = (project / "doctor.log").read_text()
     report = json.loads(printed[printed.index("{\n") :])
     assert [host["how"] for host in report["hosts"]] == ["srun", "", "srun"]
     assert list(report["facts"]) == ["n1", "n2"] and len(report["network"]["links"]) == 2
-    assert {"host": "n9", "what": "it is not in this job's allocation"}.items() <= report["findings"][0].items()
+    assert {"host": "n9", "what": "it is not in this job's allocation"}.items() <= report[
+        "findings"
+    ][0].items()
 
 
 def test_nodes_that_are_down_drop_out_of_an_elastic_run(cluster):
-    allocation = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "4(x2)"}
+    allocation = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_TASKS_PER_NODE": "4(x2)",
+    }
     discover = [str(BIN / "python"), "-m", "launch.hostfile", "discover"]
     assert cluster.run(*discover, **allocation).stdout == "n1:4\nn2:4\n"
     cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
@@ -228,15 +250,26 @@ def test_a_run_named_in_the_recipes_way_is_refused(cluster, project):
 def test_tasks_of_an_srun_without_mpi_refuse_to_train_alone(cluster, project):
     """The batch script's own process, which srun has not started, may be alone."""
     alone = "from recipe import collectives; collectives.start('torch', False); print('alone:', collectives.size())"
-    srun = ["srun", "--mpi=none", ".venv/bin/python", "-m", "recipe.train", *TINY, "--run_dir=runs/mine"]
+    srun = [
+        "srun",
+        "--mpi=none",
+        ".venv/bin/python",
+        "-m",
+        "recipe.train",
+        *TINY,
+        "--run_dir=runs/mine",
+    ]
     words = f"{shlex.join(['.venv/bin/python', '-c', alone])}; {shlex.join(srun)}"
     job = cluster.submit("--chdir", str(project), *TWO_NODES, "--output=alone.log", "--wrap", words)
     assert cluster.ends(job) == "FAILED"
     printed = (project / "alone.log").read_text()
     assert "alone: 1" in printed, printed
-    assert printed.count("srun started 2 processes without MPI, which can't find each other: give --mpi=pmix") == 2, (
-        printed
-    )
+    assert (
+        printed.count(
+            "srun started 2 processes without MPI, which can't find each other: give --mpi=pmix"
+        )
+        == 2
+    ), printed
     assert not (project / "runs").exists()
 
 
@@ -263,13 +296,20 @@ def test_the_gloo_step_passes_on_a_signal_that_comes_before_its_program_has_star
         "subprocess.Popen = lambda words: (signal.raise_signal(signal.SIGUSR1), start(words))[1]; "
         "print(gloo.status_of(['sleep', '60']))"
     )
-    done = subprocess.run([BIN / "python", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    done = subprocess.run(
+        [BIN / "python", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
     assert done.stdout == f"{128 + signal.SIGUSR1}\n", done.stderr
 
 
 def test_the_gloo_step_outside_of_slurm_says_so():
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     done = subprocess.run(
-        [BIN / "python", "-m", "launch.gloo", "x"], env=kept, cwd=ROOT, capture_output=True, text=True, check=False
+        [BIN / "python", "-m", "launch.gloo", "x"],
+        env=kept,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2 and "this is no task of Slurm's" in done.stderr

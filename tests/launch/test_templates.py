@@ -18,15 +18,23 @@ HOSTFILES = {  # servers, slots
 }
 
 
-@pytest.mark.parametrize(("name", "servers", "slots"), [(name, *shape) for name, shape in HOSTFILES.items()])
+@pytest.mark.parametrize(
+    ("name", "servers", "slots"), [(name, *shape) for name, shape in HOSTFILES.items()]
+)
 def test_hostfiles_have_the_ranks_of_the_recipes_they_name(name, servers, slots):
     lines = (ROOT / "hostfiles" / name).read_text().splitlines()
     hosts = hostfile.read(ROOT / "hostfiles" / name, gpus=slots)
     assert [host.slots for host in hosts] == [slots] * servers
-    assert [line for line in lines if not line.startswith("#")] == hostfile.render(hosts, "openmpi").splitlines()
+    assert [line for line in lines if not line.startswith("#")] == hostfile.render(
+        hosts, "openmpi"
+    ).splitlines()
     commands = [line.removeprefix("# ") for line in lines if "recipe.train" in line]
     # Other servers find mpirun's daemon by its absolute path; horovodrun without --gloo would want mpirun to be told.
-    several = ["$PWD/.venv/bin/mpirun -np", "horovodrun --gloo"] if servers > 1 else ["mpirun", "horovodrun"]
+    several = (
+        ["$PWD/.venv/bin/mpirun -np", "horovodrun --gloo"]
+        if servers > 1
+        else ["mpirun", "horovodrun"]
+    )
     assert all(part in command for part, command in zip(several, commands, strict=True))
     for command in commands:
         assert f"-np {servers * slots} --hostfile hostfiles/{name} " in command
@@ -52,12 +60,15 @@ def test_horovodrun_reads_the_hostfiles(name):
 def test_the_sbatch_template_is_for_256_gpus():
     text = (ROOT / "launch/slurm/train.sbatch").read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
-    assert int(options["nodes"]) * int(options["ntasks-per-node"]) == cli.load_recipe("imagenet_1hr").k
+    assert (
+        int(options["nodes"]) * int(options["ntasks-per-node"]) == cli.load_recipe("imagenet_1hr").k
+    )
     assert options["gpus-per-node"] == options["ntasks-per-node"]
 
 
 @pytest.mark.parametrize(
-    "script", ["launch/local", "launch/install/install", "tests/run", ".ci/run", "launch/slurm/train.sbatch"]
+    "script",
+    ["launch/local", "launch/install/install", "tests/run", ".ci/run", "launch/slurm/train.sbatch"],
 )
 def test_shell_scripts_parse(script):
     assert subprocess.run(["bash", "-n", str(ROOT / script)], check=False).returncode == 0

@@ -59,7 +59,9 @@ def test_all_commands_train_the_same(three, tmp_path_factory):
     found = {}
     for name, command in COMMANDS.items():
         run = train(three, tmp_path_factory.mktemp("run"), command)
-        assert json.loads((run / "environment.json").read_text())["hosts"] == ["h1", "h2", "h3"], name
+        assert json.loads((run / "environment.json").read_text())["hosts"] == ["h1", "h2", "h3"], (
+            name
+        )
         found[name] = runlog.read_epochs(run)
     digests = {name: [line["weights"] for line in epochs] for name, epochs in found.items()}
     assert digests["mpirun"] == digests["launch.run, mpirun"]

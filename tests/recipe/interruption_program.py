@@ -98,7 +98,11 @@ def first_example(argv: list[str], rank: int, size: int, step: int) -> int:
 def main(argv: list[str]) -> None:
     fault, place, step = argv[0], int(argv[1]), int(argv[2])
     rank = int(watchdog.launched_rank())
-    size = next(int(os.environ[name]) for name in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE") if name in os.environ)
+    size = next(
+        int(os.environ[name])
+        for name in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE")
+        if name in os.environ
+    )
     if fault == "nan":
         make_nan(place, step)
     elif fault == "native nan":

@@ -19,14 +19,28 @@ def test_before_a_run_has_begun_there_is_nothing_to_say():
     assert again.advice() == ""
 
 
-@pytest.mark.parametrize(("step", "told"), [(0, "nothing is saved yet"), (7, "saved after step 7; ")])
+@pytest.mark.parametrize(
+    ("step", "told"), [(0, "nothing is saved yet"), (7, "saved after step 7; ")]
+)
 def test_the_command_can_be_pasted(step, told):
-    arguments = ["--config=quick", "--config.schedule.decay_epochs=(8, 9)", "--run_dir=elsewhere", "--resume=force"]
+    arguments = [
+        "--config=quick",
+        "--config.schedule.decay_epochs=(8, 9)",
+        "--run_dir=elsewhere",
+        "--resume=force",
+    ]
     again.begun("runs/größe 1; rm -r $HOME", arguments)
     again.saved(step)
     line = again.advice()
     assert line.startswith(told) and "\n" not in line
-    words = ["python", "-m", "recipe.train", *arguments[:2], "--run_dir=runs/größe 1; rm -r $HOME", "--resume"]
+    words = [
+        "python",
+        "-m",
+        "recipe.train",
+        *arguments[:2],
+        "--run_dir=runs/größe 1; rm -r $HOME",
+        "--resume",
+    ]
     assert shlex.split(line.partition("launcher: ")[2]) == words
 
 
@@ -34,4 +48,6 @@ def test_a_script_around_it_is_named_instead(monkeypatch):
     monkeypatch.setenv(again.STARTED_AS, "./launch/local")
     again.begun("runs/a", ["--config=quick"])
     again.saved(3)
-    assert again.advice().endswith("to go on from there: ./launch/local --config=quick --run_dir=runs/a --resume")
+    assert again.advice().endswith(
+        "to go on from there: ./launch/local --config=quick --run_dir=runs/a --resume"
+    )

@@ -13,7 +13,9 @@ from recipe import augment
 SAMPLES = 20_000
 
 
-def reference_crop(height: int, width: int, min_area: float, rng: random.Random) -> tuple[int, int, int, int]:
+def reference_crop(
+    height: int, width: int, min_area: float, rng: random.Random
+) -> tuple[int, int, int, int]:
     """One box, written down from the reference's description, a draw at a time."""
     for _ in range(10):
         area = height * width * rng.uniform(min_area, 1.0)
@@ -25,14 +27,18 @@ def reference_crop(height: int, width: int, min_area: float, rng: random.Random)
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def crops(height: int, width: int, count: int, seed: int = 0, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def crops(
+    height: int, width: int, count: int, seed: int = 0, epoch: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     return augment.crop_boxes(np.tile((height, width), (count, 1)), np.arange(count), seed, epoch)
 
 
 def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
     """The largest distance between two samples' cumulative distributions."""
     values = np.sort(np.concatenate([a, b]))
-    below = [np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in (a, b)]
+    below = [
+        np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in (a, b)
+    ]
     return np.abs(below[0] - below[1]).max()
 
 
@@ -104,7 +110,9 @@ def test_uniforms_are_uniform_over_neighbouring_indices_epochs_and_seeds() -> No
         "counters": augment.uniforms(np.array([5]), 0, 0, count)[0],
     }
     for name, values in along.items():
-        assert kolmogorov_smirnov(values, (np.arange(count) + 0.5) / count) < 2.7 / math.sqrt(count), name
+        assert kolmogorov_smirnov(values, (np.arange(count) + 0.5) / count) < 2.7 / math.sqrt(
+            count
+        ), name
         assert abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 5 / math.sqrt(count), name
 
 

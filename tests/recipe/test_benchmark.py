@@ -17,7 +17,9 @@ def benchmark(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Compl
     """Without the tests' settings for mpirun: also as root, as in a container, it works as it stands."""
     command = [*prefix, sys.executable, "-m", "recipe.benchmark", *arguments]
     bare = {name: value for name, value in environment().items() if not name.startswith("OMPI_")}
-    return subprocess.run(command, cwd=ROOT, env=bare, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=bare, capture_output=True, text=True, timeout=500, check=False
+    )
 
 
 @pytest.mark.ranks
@@ -25,8 +27,14 @@ def test_the_benchmark_runs_and_prints_speeds_and_ratios():
     done = benchmark("1", "torch-here", "torch-ddp")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert sum("images/s per rank" in line for line in lines) == 5  # on 1 and on 2, and two of ours side by side
-    for ratio in ("torch-here to torch-ddp, 1 rank ", "torch-here to torch-ddp, 2 ranks", "torch-here, weak scaling"):
+    assert (
+        sum("images/s per rank" in line for line in lines) == 5
+    )  # on 1 and on 2, and two of ours side by side
+    for ratio in (
+        "torch-here to torch-ddp, 1 rank ",
+        "torch-here to torch-ddp, 2 ranks",
+        "torch-here, weak scaling",
+    ):
         assert any(line.startswith(ratio) and "target" in line for line in lines), ratio
     assert any(line.startswith("torch-here, kept by working together") for line in lines)
 

@@ -116,14 +116,30 @@ def test_what_a_killed_save_left_goes_with_the_next(tmp_path):
 def test_a_digest_is_of_names_types_shapes_and_values():
     one = checkpoint.digest({"a": np.zeros(4, np.float32), "b": np.ones(2)})
     assert one == checkpoint.digest({"b": np.ones(2), "a": np.zeros(4, np.float32)})
-    others = [{"a": np.zeros(4), "b": np.ones(2)}, {"a": np.zeros((2, 2), np.float32), "b": np.ones(2)}]
-    others += [{"a": np.zeros(4, np.float32), "c": np.ones(2)}, {"a": np.float32([0, 0, 0, 1e-45]), "b": np.ones(2)}]
+    others = [
+        {"a": np.zeros(4), "b": np.ones(2)},
+        {"a": np.zeros((2, 2), np.float32), "b": np.ones(2)},
+    ]
+    others += [
+        {"a": np.zeros(4, np.float32), "c": np.ones(2)},
+        {"a": np.float32([0, 0, 0, 1e-45]), "b": np.ones(2)},
+    ]
     assert len({one, *map(checkpoint.digest, others)}) == 5
 
 
 OTHERS = (
-    *("step-best.npz", "step-00000001.copy.npz", "step-1.npz", "step-000000001.npz", "step-00000002.npz.bak"),
-    *(".step-mine.partial", "step-\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668.npz", "aside-step-00000003.npz"),
+    *(
+        "step-best.npz",
+        "step-00000001.copy.npz",
+        "step-1.npz",
+        "step-000000001.npz",
+        "step-00000002.npz.bak",
+    ),
+    *(
+        ".step-mine.partial",
+        "step-\u0661\u0662\u0663\u0664\u0665\u0666\u0667\u0668.npz",
+        "aside-step-00000003.npz",
+    ),
 )
 
 
@@ -160,7 +176,9 @@ def test_a_file_system_without_fsync_is_one_warning(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(checkpoint, "_warned", set())
     for step in (1, 2, 3):
         checkpoint.load(save(tmp_path, step))
-    assert capsys.readouterr().err.count("the run goes on without") == (1 if which == "folders" else 2)
+    assert capsys.readouterr().err.count("the run goes on without") == (
+        1 if which == "folders" else 2
+    )
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_one_warning(tmp_path, monkeypatch, capsys):
@@ -170,4 +188,6 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_one_warning(tmp_path, monke
         save(tmp_path, step, keep=1)
     assert len(checkpoint.checkpoints(tmp_path)) == 3
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "step-00000001.npz can't be removed: Not a directory; the run goes on beside it" in warning
+    assert (
+        "step-00000001.npz can't be removed: Not a directory; the run goes on beside it" in warning
+    )

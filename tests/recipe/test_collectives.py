@@ -11,8 +11,21 @@ from recipe import collectives, launched
 from tests.hosts import named, needs_names
 from tests.ranks import BIN, ROOT, environment, launch
 
-VARIABLES = (*launched.LAUNCHERS, "RANK", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_PTY_PORT", "HOROVOD_ELASTIC")
-TRAIN = ["-m", "recipe.train", "--config=quick", "--config.framework=torch", "--config.data.name=synthetic"]
+VARIABLES = (
+    *launched.LAUNCHERS,
+    "RANK",
+    "LOCAL_RANK",
+    "SLURM_STEP_ID",
+    "SLURM_PTY_PORT",
+    "HOROVOD_ELASTIC",
+)
+TRAIN = [
+    "-m",
+    "recipe.train",
+    "--config=quick",
+    "--config.framework=torch",
+    "--config.data.name=synthetic",
+]
 
 
 @pytest.mark.parametrize("variable", [None, *collectives.SIZE_VARIABLES])
@@ -38,7 +51,10 @@ def step(**more: str) -> dict[str, str]:
 
 
 BATCH = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}  # of a batch script, and of salloc's shell
-PMI2 = {"PMI_RANK": "0", "PMI_SIZE": "2"}  # of srun --mpi=pmi2, which Open MPI's wheel does not speak
+PMI2 = {
+    "PMI_RANK": "0",
+    "PMI_SIZE": "2",
+}  # of srun --mpi=pmi2, which Open MPI's wheel does not speak
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
 
 
@@ -54,8 +70,16 @@ TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
         ({"PMI_SIZE": "", "OMPI_COMM_WORLD_SIZE": "x"}, "", 1),
         (step(), "SLURM_STEP_NUM_TASKS", 2),
         (step(PMI_SIZE="2"), "SLURM_STEP_NUM_TASKS", 2),  # srun --mpi=pmi2
-        (step(SLURM_STEP_NUM_TASKS="1", PMI_SIZE="2"), "PMI_SIZE", 2),  # mpiexec in an interactive shell
-        (step(OMPI_COMM_WORLD_SIZE="1"), "OMPI_COMM_WORLD_SIZE", 1),  # mpirun -np 1, whose daemon srun has started
+        (
+            step(SLURM_STEP_NUM_TASKS="1", PMI_SIZE="2"),
+            "PMI_SIZE",
+            2,
+        ),  # mpiexec in an interactive shell
+        (
+            step(OMPI_COMM_WORLD_SIZE="1"),
+            "OMPI_COMM_WORLD_SIZE",
+            1,
+        ),  # mpirun -np 1, whose daemon srun has started
         (step(HOROVOD_SIZE="1", OMPI_COMM_WORLD_SIZE="4"), "HOROVOD_SIZE", 1),
         ({"PMI_SIZE": "2"}, "PMI_SIZE", 2),
         (TORCHRUN, "WORLD_SIZE", 2),
@@ -73,23 +97,44 @@ def test_the_nearest_launcher_has_the_word(monkeypatch, variables, variable, pro
 def alone(*words: str, **variables: str) -> subprocess.CompletedProcess:
     """A process that believes in no launcher but that of `variables`."""
     kept = {
-        name: value for name, value in environment(**variables).items() if name in variables or name not in VARIABLES
+        name: value
+        for name, value in environment(**variables).items()
+        if name in variables or name not in VARIABLES
     }
     return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=kept, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=kept,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
 @pytest.mark.ranks
-@pytest.mark.skipif(shutil.which("mpiexec.hydra") is None, reason="MPICH (mpiexec.hydra) is not installed")
+@pytest.mark.skipif(
+    shutil.which("mpiexec.hydra") is None, reason="MPICH (mpiexec.hydra) is not installed"
+)
 def test_ranks_of_another_mpis_mpiexec_refuse_to_train_alone(tmp_path):
     """Each says so: MPICH's mpiexec ends no rank when another has failed."""
     command = ["mpiexec.hydra", "-n", "2", sys.executable, *TRAIN, f"--run_dir={tmp_path / 'run'}"]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+        command,
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("Horovod has 1 rank, but another MPI's mpiexec started 2 processes (PMI_SIZE)") == 2
+    assert (
+        done.stderr.count(
+            "Horovod has 1 rank, but another MPI's mpiexec started 2 processes (PMI_SIZE)"
+        )
+        == 2
+    )
     assert f"error: rank 1 on {socket.gethostname()}: Horovod has" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -99,7 +144,10 @@ def test_ranks_of_another_mpis_mpiexec_refuse_to_train_alone(tmp_path):
 def test_a_rank_that_finds_no_other_refuses_to_train_alone(tmp_path, variables):
     done = alone(*TRAIN, f"--run_dir={tmp_path / 'run'}", **variables)
     assert done.returncode == 2 and "started 2 processes" in done.stderr, done.stderr
-    assert "python -m launch.run --launcher=srun-gloo" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "python -m launch.run --launcher=srun-gloo" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -107,7 +155,10 @@ def test_a_rank_that_finds_no_other_refuses_to_train_alone(tmp_path, variables):
 def test_a_script_of_a_users_ends_where_it_is_certain_and_is_warned_elsewhere():
     program = "import recipe.keras as hvd; hvd.init(); print('went on', hvd.size())"
     certain = alone("-c", program, PMI_SIZE="2", PMI_RANK="0")
-    assert certain.returncode == 1 and "RunError: Horovod has 1 rank, but another MPI's" in certain.stderr
+    assert (
+        certain.returncode == 1
+        and "RunError: Horovod has 1 rank, but another MPI's" in certain.stderr
+    )
     warned = alone("-c", program, **step(**PMI2))
     assert (warned.returncode, warned.stdout) == (0, "went on 1\n"), warned.stderr
     assert "RuntimeWarning: Horovod has 1 rank, but srun started 2 processes" in warned.stderr
@@ -115,7 +166,9 @@ def test_a_script_of_a_users_ends_where_it_is_certain_and_is_warned_elsewhere():
     assert (silent.returncode, "Horovod has" in silent.stderr) == (0, False)
     own = program.replace("init()", "init(comm=[int(os.environ['OMPI_COMM_WORLD_RANK'])])")
     groups = launch(2, ["-c", f"import os; {own}"])
-    assert groups.stdout.count("went on 1") == 2 and "Horovod has" not in groups.stdout, groups.stdout
+    assert groups.stdout.count("went on 1") == 2 and "Horovod has" not in groups.stdout, (
+        groups.stdout
+    )
 
 
 # --- Gloo
@@ -127,7 +180,12 @@ GLOO = "from recipe import collectives; print('rank', collectives.init('torch').
 @needs_names
 @pytest.mark.parametrize(
     ("line", "starts"),
-    [("", False), ("10.99.99.99 odd-host", False), ("127.0.1.1 odd-host", True), ("::1 odd-host", True)],
+    [
+        ("", False),
+        ("10.99.99.99 odd-host", False),
+        ("127.0.1.1 odd-host", True),
+        ("::1 odd-host", True),
+    ],
     ids=["no address", "another's", "loopback", "IPv6"],
 )
 def test_a_machine_whose_name_gloo_can_not_use_is_told_before_it_dies(tmp_path, line, starts):
@@ -137,7 +195,10 @@ def test_a_machine_whose_name_gloo_can_not_use_is_told_before_it_dies(tmp_path, 
     if starts:
         assert done.returncode == 0 and "rank 1" in said, said
     else:
-        assert "UsageError: the name of this machine, odd-host, does not resolve to an address of its own" in said, said
+        assert (
+            "UsageError: the name of this machine, odd-host, does not resolve to an address of its own"
+            in said
+        ), said
 
 
 @pytest.mark.ranks
@@ -145,5 +206,7 @@ def test_a_machine_whose_name_gloo_can_not_use_is_told_before_it_dies(tmp_path, 
 def test_an_interface_that_gloo_would_die_of_is_told(interface):
     program = f"import os; os.environ['HOROVOD_GLOO_IFACE'] = {interface!r}; {GLOO}"
     done = launch(1, ["-c", program], "gloo")
-    assert f"UsageError: HOROVOD_GLOO_IFACE={interface} is no network interface of" in done.stdout, done.stdout
+    assert (
+        f"UsageError: HOROVOD_GLOO_IFACE={interface} is no network interface of" in done.stdout
+    ), done.stdout
     assert "with an address: name one of lo" in done.stdout

@@ -52,7 +52,11 @@ def test_overrides():
         "--config.k",
         "3",
     )
-    assert (recipe.optimizer.base_rate, recipe.schedule.decay_epochs, recipe.k) == (1.0, (8.0, 9.5, 10.0, 11.0), 3)
+    assert (recipe.optimizer.base_rate, recipe.schedule.decay_epochs, recipe.k) == (
+        1.0,
+        (8.0, 9.5, 10.0, 11.0),
+        3,
+    )
     assert type(recipe.optimizer.base_rate) is float
     assert replace(recipe, k=2, optimizer=Optimizer(base_rate=0.1)).n == cli.load_recipe("quick").n
 
@@ -69,7 +73,10 @@ def test_a_runs_config_file_is_a_recipe(tmp_path):
         ([], ["--config is missing", "imagenet_1hr"]),
         (["--config=imagenet_1h"], ["imagenet_1h ", "--config=imagenet_1hr"]),
         (["--config=no.json"], ["no.json", "can't be read"]),
-        (["--config=quick", "--config.optimiser.base_rate=1"], ["optimiser", "--config.optimizer.base_rate"]),
+        (
+            ["--config=quick", "--config.optimiser.base_rate=1"],
+            ["optimiser", "--config.optimizer.base_rate"],
+        ),
         (["--config=quick", "--config.base_rate=1"], ["--config.optimizer.base_rate"]),
         (["--config=quick", "--config.optimizer.lr=1"], ["mean --config.optimizer.base_rate?"]),
         (["--config=quick", "--config.batch_size=1"], ["mean --config.n?"]),
@@ -78,9 +85,18 @@ def test_a_runs_config_file_is_a_recipe(tmp_path):
         (["--config=quick", "--config.num-workers=1"], ["mean --config.k?"]),
         (["--config=quick", "--config.k=two"], ["config.k", "two"]),
         (["--config=quick", "--config.k=0"], ["config.k", "at least 1", "0"]),
-        (["--config=quick", "--config.optimizer.base_rate=nan"], ["config.optimizer.base_rate", "nan"]),
-        (["--config=quick", "--config.schedule.decay_epochs=('a',)"], ["config.schedule.decay_epochs"]),
-        (["--config=quick", "--config.model.stem=smal"], ["config.model.stem", "'smal'", "'small'"]),
+        (
+            ["--config=quick", "--config.optimizer.base_rate=nan"],
+            ["config.optimizer.base_rate", "nan"],
+        ),
+        (
+            ["--config=quick", "--config.schedule.decay_epochs=('a',)"],
+            ["config.schedule.decay_epochs"],
+        ),
+        (
+            ["--config=quick", "--config.model.stem=smal"],
+            ["config.model.stem", "'smal'", "'small'"],
+        ),
     ],
 )
 def test_command_lines_refused(arguments, parts):
@@ -95,7 +111,10 @@ def test_command_lines_refused(arguments, parts):
         ({"optimizer": lambda: Optimizer(momentum=1.0)}, ["config.optimizer.momentum"]),
         ({"optimizer": lambda: Optimizer(momentum=0.0)}, ["config.optimizer.nesterov", "momentum"]),
         ({"optimizer": lambda: Optimizer(compression="bf16")}, ["bf16", "'fp16'"]),
-        ({"schedule": lambda: Schedule(decay_epochs=(60.0, 30.0))}, ["decay_epochs", "(30.0, 60.0)"]),
+        (
+            {"schedule": lambda: Schedule(decay_epochs=(60.0, 30.0))},
+            ["decay_epochs", "(30.0, 60.0)"],
+        ),
         (
             {"schedule": lambda: Schedule(decay_epochs=(-1.0, 30.0))},
             ["decay_epochs=(-1.0, 30.0)", "later than epoch 0"],
@@ -106,17 +125,26 @@ def test_command_lines_refused(arguments, parts):
         ({"model": lambda: Model(blocks=(3, 0))}, ["config.model.blocks", "(3, 0)"]),
         ({"data": lambda: Data(remainder="dorp")}, ["config.data.remainder", "'drop'"]),
         ({"data": lambda: Data(image_size=4)}, ["config.data.image_size", "at least 8"]),
-        ({"data": lambda: Data(name="folder", shuffle_block=32)}, ["config.data.shuffle_block", "of one class"]),
+        (
+            {"data": lambda: Data(name="folder", shuffle_block=32)},
+            ["config.data.shuffle_block", "of one class"],
+        ),
     ],
 )
 def test_recipes_refused(values, parts):
-    refused(lambda: Recipe(**{name: v() if callable(v) else v for name, v in values.items()}), *parts)
+    refused(
+        lambda: Recipe(**{name: v() if callable(v) else v for name, v in values.items()}), *parts
+    )
 
 
 def test_what_is_no_section_or_no_number_is_refused():
     refused(lambda: Recipe.from_dict({"data": 3}), "config.data", "section", "3")
     refused(lambda: Recipe.from_dict([1]), "config must be a section")
-    refused(lambda: parse("--config=quick", "--config.optimizer.base_rate=inf"), "config.optimizer.base_rate", "inf")
+    refused(
+        lambda: parse("--config=quick", "--config.optimizer.base_rate=inf"),
+        "config.optimizer.base_rate",
+        "inf",
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,9 +171,16 @@ def test_every_synonym_is_of_a_field_or_a_flag():
 
 
 def test_unknown_names_in_a_file_are_refused():
-    refused(lambda: Recipe.from_dict({"optimizer": {"lr": 3}}), "did you mean config.optimizer.base_rate?")
+    refused(
+        lambda: Recipe.from_dict({"optimizer": {"lr": 3}}),
+        "did you mean config.optimizer.base_rate?",
+    )
     refused(lambda: Recipe.from_dict({"optimiser": {}}), "did you mean config.optimizer?")
-    refused(lambda: Recipe.from_dict({"model": {"widht": 3}}), "config.model.widht", "config.model.width")
+    refused(
+        lambda: Recipe.from_dict({"model": {"widht": 3}}),
+        "config.model.widht",
+        "config.model.width",
+    )
 
 
 @given(st.text(st.characters(codec="ascii"), min_size=1, max_size=20), st.text(max_size=10))

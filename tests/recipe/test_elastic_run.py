@@ -50,7 +50,15 @@ class Elastic:
         self.hosts, self.log, self.run = folder / "hosts", folder / "log", folder / "run"
         self.set_hosts("localhost")
         if framework == "keras":
-            front = [sys.executable, "-m", "launch.run", "--launcher", "horovodrun", "--elastic", "1:2"]
+            front = [
+                sys.executable,
+                "-m",
+                "launch.run",
+                "--launcher",
+                "horovodrun",
+                "--elastic",
+                "1:2",
+            ]
             front += ["--hostfile", str(self.hosts), "--interface", "lo"]
         else:
             front = [
@@ -64,7 +72,10 @@ class Elastic:
                 "--network-interfaces",
                 "lo",
             ]
-            front += ["--host-discovery-script", f"{sys.executable} -m launch.hostfile discover {self.hosts}"]
+            front += [
+                "--host-discovery-script",
+                f"{sys.executable} -m launch.hostfile discover {self.hosts}",
+            ]
         command = [*front, sys.executable, *RUN]
         command += [f"--config.framework={framework}", f"--run_dir={self.run}", *options]
         with self.log.open("w") as log:
@@ -93,7 +104,10 @@ class Elastic:
         found = []
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
-            if words[:3] == [sys.executable, "-m", "recipe.train"] and f"--run_dir={self.run}" in words:
+            if (
+                words[:3] == [sys.executable, "-m", "recipe.train"]
+                and f"--run_dir={self.run}" in words
+            ):
                 found.append(process)
         return sorted(found, key=psutil.Process.create_time)
 
@@ -134,7 +148,9 @@ def test_a_rank_joins_and_rank_0_dies(tmp_path, job, framework):
     elastic = job(tmp_path, framework)
     elastic.until(lambda: elastic.step() >= 5)
     elastic.write("localhost slots=none\n")  # a slip while the run goes on costs nothing
-    elastic.until(lambda: f"error: {elastic.hosts}:1: slots=none is not a whole number" in elastic.printed)
+    elastic.until(
+        lambda: f"error: {elastic.hosts}:1: slots=none is not a whole number" in elastic.printed
+    )
     elastic.set_hosts("localhost", "127.0.0.1")
     elastic.until(lambda: "on 2 ranks now" in elastic.printed)
     joined = elastic.step()
@@ -149,7 +165,9 @@ def test_a_rank_joins_and_rank_0_dies(tmp_path, job, framework):
     alone = launch(1, [*RUN, f"--config.framework={framework}", f"--run_dir={tmp_path / 'alone'}"])
     assert alone.returncode == 0, alone.stdout[-3000:]
     disturbed, undisturbed = losses(elastic.run), losses(tmp_path / "alone")
-    print(framework, "losses apart by at most", (worst := np.abs(disturbed / undisturbed - 1).max()))
+    print(
+        framework, "losses apart by at most", (worst := np.abs(disturbed / undisturbed - 1).max())
+    )
     assert worst < LOSS_BOUND
     assert resumed < EPOCHS * STEPS - COMMIT, "the rank was lost too late to show anything"
 
@@ -166,7 +184,10 @@ def test_a_broken_hostfile_at_the_start_is_an_error(tmp_path, job, monkeypatch):
     ("option", "says"),
     [
         ("--config.optimizer.base_rate=1e12", "error: the loss is"),
-        ("--config.run.workers_at_once=2", "error: config.run.workers_at_once=2 must divide config.k=3"),
+        (
+            "--config.run.workers_at_once=2",
+            "error: config.run.workers_at_once=2 must divide config.k=3",
+        ),
     ],
 )
 def test_an_error_ends_an_elastic_job(tmp_path, job, option, says):

@@ -23,7 +23,10 @@ def test_tensorboard_reads_them(tmp_path):
         for step in (1, 2, 3):
             events.scalars({"step/loss": step / 2, "step/rate": 0.5}, step)
         assert threading.active_count() == threads  # one that dies would not be noticed
-    assert read(tmp_path) == {"step/loss": [(1, 0.5), (2, 1.0), (3, 1.5)], "step/rate": [(s, 0.5) for s in (1, 2, 3)]}
+    assert read(tmp_path) == {
+        "step/loss": [(1, 0.5), (2, 1.0), (3, 1.5)],
+        "step/rate": [(s, 0.5) for s in (1, 2, 3)],
+    }
 
 
 def test_tensorboard_forgets_what_a_restart_in_the_same_second_does_again(tmp_path):
@@ -46,7 +49,10 @@ def test_a_full_disk_is_one_warning_and_the_file_stays_whole(tmp_path, capsys):
             events.scalars({"step/loss": 1.0}, step)
         events.close()
         (warning,) = capsys.readouterr().err.splitlines()
-        assert warning.startswith(f"warning: {folder}/events.out.tfevents.") and "training goes on" in warning
+        assert (
+            warning.startswith(f"warning: {folder}/events.out.tfevents.")
+            and "training goes on" in warning
+        )
         steps = [step for step, _ in read(folder)["step/loss"]]
         assert steps == list(range(len(steps))) and 20 < len(steps) < 300
     finally:

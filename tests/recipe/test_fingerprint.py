@@ -15,7 +15,14 @@ from recipe.processor import processor
 
 START = {"kind": "start", "step": 0, "first_images": "0123abcd", "initial_weights": "11" * 32}
 EPOCHS = [
-    {"kind": "epoch", "step": 4 * e, "epoch": e, "order": f"0000000{e}", "weights": f"{e}" * 64, "norm": 20.0 + e}
+    {
+        "kind": "epoch",
+        "step": 4 * e,
+        "epoch": e,
+        "order": f"0000000{e}",
+        "weights": f"{e}" * 64,
+        "norm": 20.0 + e,
+    }
     for e in (1, 2, 3)
 ]
 
@@ -44,27 +51,35 @@ def verdict(capsys, *runs) -> str:
 def test_two_lines_say_what_a_run_was(run, capsys):
     fingerprint.main([run("a")])
     one, two = capsys.readouterr().out.splitlines()
-    assert "first images 0123abcd" in one and "initial weights 11111111" in one and " recipe " in one
+    assert (
+        "first images 0123abcd" in one and "initial weights 11111111" in one and " recipe " in one
+    )
     assert " ".join(two.split()) == "weights after epoch 1 11111111, 2 22222222, 3 33333333 norm 23"
 
 
 def test_equal_runs_are_equal_as_far_as_both_go(run, capsys):
     assert verdict(capsys, run("a"), run("b")).endswith("the same to the bit, up to epoch 3")
-    assert verdict(capsys, run("c"), run("d", list.pop)).endswith("the same to the bit, up to epoch 2")
+    assert verdict(capsys, run("c"), run("d", list.pop)).endswith(
+        "the same to the bit, up to epoch 2"
+    )
 
 
 def test_folders_and_looks_are_no_difference(run, capsys):
-    other = run("b", data=replace(RECIPE.data, data_dir="/elsewhere"), run=replace(RECIPE.run, log_every=7))
+    other = run(
+        "b", data=replace(RECIPE.data, data_dir="/elsewhere"), run=replace(RECIPE.run, log_every=7)
+    )
     assert verdict(capsys, run("a"), other).endswith("the same to the bit, up to epoch 3")
 
 
 def test_the_first_difference_is_named(run, capsys):
     first = run("a")
     assert verdict(capsys, first, run("b", seed=1)).endswith("another recipe")
-    assert verdict(capsys, first, run("c", lambda lines: lines[0].update(first_images="ff"))).endswith(
-        "another first images"
+    assert verdict(
+        capsys, first, run("c", lambda lines: lines[0].update(first_images="ff"))
+    ).endswith("another first images")
+    assert verdict(capsys, first, run("d", lambda lines: lines[2].update(order="ff"))).endswith(
+        "another order"
     )
-    assert verdict(capsys, first, run("d", lambda lines: lines[2].update(order="ff"))).endswith("another order")
 
     def drift(lines):
         lines[2].update(weights="f" * 64)
@@ -91,7 +106,9 @@ def test_other_processors_are_named_as_the_cause(run, capsys):
         lines[2].update(weights="f" * 64)
 
     runs = [run("a"), run("b", part), run("c", part), run("d")]
-    for folder, kind in zip(runs, ("Old (avx2)", "New (avx512f)", "Old (avx2)", "New (avx512f)"), strict=True):
+    for folder, kind in zip(
+        runs, ("Old (avx2)", "New (avx512f)", "Old (avx2)", "New (avx512f)"), strict=True
+    ):
         (Path(folder) / "environment.json").write_text(json.dumps({"processors": [kind]}))
     assert verdict(capsys, *runs[:2]).endswith(
         "; they ran on other processors (Old (avx2); New (avx512f)), whose libraries round otherwise"

@@ -57,7 +57,9 @@ SEED = 1706  # of the moments at which the run is killed
 WEIGHTS_BOUND, NATIVE_WEIGHTS_BOUND = 1e-4, 3e-3
 LOSSES_BOUND = 1e-6
 
-needs_root = pytest.mark.skipif(os.getuid() != 0, reason="mounts a small file system, which needs root")
+needs_root = pytest.mark.skipif(
+    os.getuid() != 0, reason="mounts a small file system, which needs root"
+)
 
 
 class Job:
@@ -126,7 +128,11 @@ class Job:
 
     def wait_for_line(self, kind: str, step: int) -> None:
         """Until the run has written this line of figures."""
-        self.wait_until(lambda: any((line["kind"], line["step"]) == (kind, step) for line in figures(self.folder)))
+        self.wait_until(
+            lambda: any(
+                (line["kind"], line["step"]) == (kind, step) for line in figures(self.folder)
+            )
+        )
 
     def end(self, timeout: float = 300) -> tuple[int, str]:
         """(exit status, output); fails when the job takes longer."""
@@ -143,7 +149,10 @@ def figures(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{name: v for name, v in line.items() if name not in ("images_per_second", "data_wait")} for line in found]
+    return [
+        {name: v for name, v in line.items() if name not in ("images_per_second", "data_wait")}
+        for line in found
+    ]
 
 
 def saved(folder: Path) -> list[Path]:
@@ -214,7 +223,11 @@ def undisturbed_four(tmp_path_factory, data) -> Path:
 def alone(tmp_path_factory, data, undisturbed) -> Path:
     """The recipe of `undisturbed` on one rank, which keeps few of its checkpoints."""
     folder = tmp_path_factory.mktemp("runs") / "alone"
-    kept = ["--config.run.checkpoint_steps=2", "--config.run.keep_checkpoints=1", "--config.run.keep_every=2"]
+    kept = [
+        "--config.run.checkpoint_steps=2",
+        "--config.run.keep_checkpoints=1",
+        "--config.run.keep_every=2",
+    ]
     with Job(data, 1, folder, *kept) as job:
         run_to_end(job)
     return folder
@@ -230,20 +243,27 @@ def test_the_last_checkpoints_and_those_of_every_second_epoch_are_kept(alone):
 
 def killed(job: Job, chance: random.Random, first: int, moment: str) -> bool:
     """Kills one rank or the whole job at once; whether that left half a checkpoint. `first`: where the job began."""
-    victims = chance.choice(["rank 0", "everything"] if moment == "save" else ["rank 0", "rank 1", "everything"])
+    victims = chance.choice(
+        ["rank 0", "everything"] if moment == "save" else ["rank 0", "rank 1", "everything"]
+    )
     ranks = job.wait_for_ranks()
     step, last = (
-        job.folder / f"checkpoints/step-{n:08d}.npz" for n in (first + chance.randint(1, 2), STEPS * EPOCHS - 2)
+        job.folder / f"checkpoints/step-{n:08d}.npz"
+        for n in (first + chance.randint(1, 2), STEPS * EPOCHS - 2)
     )
     if moment != "start":
         job.wait_until(lambda: step.exists() or last.exists())
     end = time.monotonic() + chance.uniform(0, {"start": 8, "step": 0.1, "save": 0}[moment])
-    job.wait_until(lambda: time.monotonic() >= end or last.exists())  # on a fast machine the run would be over
+    job.wait_until(
+        lambda: time.monotonic() >= end or last.exists()
+    )  # on a fast machine the run would be over
     if moment == "save":
         job.wait_until(lambda: stopped_in_a_save(job, ranks[0]))
     for rank, process in ranks.items():
         if victims in ("everything", f"rank {rank}"):
-            with contextlib.suppress(psutil.NoSuchProcess):  # the launcher ends a rank as soon as another has died
+            with contextlib.suppress(
+                psutil.NoSuchProcess
+            ):  # the launcher ends a rank as soon as another has died
                 process.kill()
     if victims == "everything":
         job.process.kill()
@@ -268,7 +288,9 @@ def stopped_in_a_save(job: Job, root: psutil.Process) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run_bit_for_bit(data, undisturbed, tmp_path):
+def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run_bit_for_bit(
+    data, undisturbed, tmp_path
+):
     """kill -9 of a rank or of everything: while the job starts, at random moments between steps, and inside saves."""
     folder, chance, halves = tmp_path / "run", random.Random(SEED), 0
     moments = ["save", "save", "start", "step", "step", "step"]
@@ -293,7 +315,12 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run_bit_for_bit
 
 
 def preempted(
-    data: str, size: int, folder: Path, signaled: tuple[str, int, int], *options: str, launcher: str = "mpirun"
+    data: str,
+    size: int,
+    folder: Path,
+    signaled: tuple[str, int, int],
+    *options: str,
+    launcher: str = "mpirun",
 ) -> int:
     """A rank, or the LAUNCHER, gets a signal once a step's line is written: the step after which the run left.
 
@@ -303,7 +330,9 @@ def preempted(
         began = time.monotonic()
         found, text = job.end(60)
     assert found == (1 if launcher == "gloo" else 75), text
-    assert time.monotonic() - began < 20  # it takes one or two steps, a save and the launcher's 1 to 3 s
+    assert (
+        time.monotonic() - began < 20
+    )  # it takes one or two steps, a save and the launcher's 1 to 3 s
     (sentence,) = [part for part in text.splitlines() if "preempted: " in part]
     last = saved(folder)[-1]
     step = checkpoint.step_of(last)
@@ -345,7 +374,9 @@ def thrice_preempted(tmp_path_factory, data, undisturbed) -> Path:
 
 
 @pytest.mark.slow
-def test_a_preempted_run_is_the_undisturbed_run_bit_for_bit(data, undisturbed, thrice_preempted, tmp_path):
+def test_a_preempted_run_is_the_undisturbed_run_bit_for_bit(
+    data, undisturbed, thrice_preempted, tmp_path
+):
     """SIGTERM and SIGUSR1 to one rank, or to mpirun, which forwards the latter; in mid-epoch and, once more here,
     during an evaluation: the line of step 12 is written before it, and the run leaves only after it."""
     folder = shutil.copytree(thrice_preempted, tmp_path / "run")
@@ -382,7 +413,11 @@ def deviation(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float
     """The largest difference of two states, relative to the largest value of its tensor, or to 1e-6: velocities whose
     terms cancel are smaller and nothing but roundings."""
     assert one.keys() == other.keys()
-    sizes = {name: max(np.abs(value).max(), 1e-6) for name, value in one.items() if value.dtype.kind == "f"}
+    sizes = {
+        name: max(np.abs(value).max(), 1e-6)
+        for name, value in one.items()
+        if value.dtype.kind == "f"
+    }
     return max(float(np.abs(one[name] - other[name]).max() / size) for name, size in sizes.items())
 
 
@@ -391,7 +426,10 @@ def loss_deviation(one: Path, other: Path) -> float:
     mine, theirs = figures(one), figures(other)
     assert [(a["kind"], a["step"]) for a in mine] == [(b["kind"], b["step"]) for b in theirs]
     pairs = [
-        (a[name], b[name]) for a, b in zip(mine, theirs, strict=True) for name in ("loss", "eval_loss") if name in a
+        (a[name], b[name])
+        for a, b in zip(mine, theirs, strict=True)
+        for name in ("loss", "eval_loss")
+        if name in a
     ]
     return max(abs(a / b - 1) for a, b in pairs)
 
@@ -420,8 +458,14 @@ def test_a_run_goes_on_with_fewer_ranks(data, undisturbed, alone, thrice_preempt
         "resumed, losses": loss_deviation(undisturbed, folder),
         "lost epoch, losses": lost_epoch(undisturbed),
     }
-    assert found["alone"] < WEIGHTS_BOUND and found["resumed"] < WEIGHTS_BOUND < found["lost step"], found
-    assert max(found["alone, losses"], found["resumed, losses"]) < LOSSES_BOUND < found["lost epoch, losses"], found
+    assert (
+        found["alone"] < WEIGHTS_BOUND and found["resumed"] < WEIGHTS_BOUND < found["lost step"]
+    ), found
+    assert (
+        max(found["alone, losses"], found["resumed, losses"])
+        < LOSSES_BOUND
+        < found["lost epoch, losses"]
+    ), found
 
 
 @pytest.mark.slow
@@ -453,7 +497,9 @@ NANS = {  # fault, recipe, where
 
 
 @pytest.mark.parametrize("framework", NANS)
-def test_a_loss_that_is_nan_on_one_worker_stops_all_ranks_with_its_examples(data, tmp_path, framework):
+def test_a_loss_that_is_nan_on_one_worker_stops_all_ranks_with_its_examples(
+    data, tmp_path, framework
+):
     worker, step = 3, 6  # the second worker of rank 1, in the second epoch
     fault, options, where = NANS[framework]
     with Job(data, 2, tmp_path / "run", *options, fault=(fault, worker, step), **where) as job:
@@ -478,7 +524,9 @@ FAILURES = {
 def test_a_rank_that_fails_at_a_step_ends_the_job_with_its_message(data, tmp_path, fault, launcher):
     """No hang, though the other rank waits for it in an allreduce."""
     folder = tmp_path / "run"
-    with Job(data, 2, folder, EVERY_STEP, fault=(fault, 1, 3), launcher=launcher, backend="torch") as job:
+    with Job(
+        data, 2, folder, EVERY_STEP, fault=(fault, 1, 3), launcher=launcher, backend="torch"
+    ) as job:
         job.wait_until((folder / "checkpoints/step-00000002.npz").exists)
         began = time.monotonic()
         status, text = job.end(60)
@@ -503,7 +551,11 @@ def test_every_bit_and_every_length_of_a_checkpoint_counts(tmp_path):
     path = tmp_path / "step-00000002.npz"
     path.write_bytes(whole)
     assert checkpoint.load(path)[0] == {"a": 0.5}
-    flipped = (whole[:i] + bytes([whole[i] ^ 1 << bit]) + whole[i + 1 :] for i in range(len(whole)) for bit in range(8))
+    flipped = (
+        whole[:i] + bytes([whole[i] ^ 1 << bit]) + whole[i + 1 :]
+        for i in range(len(whole))
+        for bit in range(8)
+    )
     lengths = [whole[:length] for length in range(len(whole))]
     for content in [*lengths, whole + b"\0", *flipped]:
         path.write_bytes(content)
@@ -512,7 +564,9 @@ def test_every_bit_and_every_length_of_a_checkpoint_counts(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(data, undisturbed, tmp_path):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(
+    data, undisturbed, tmp_path
+):
     folder = cut(undisturbed, tmp_path / "run", 7)
     newest = saved(folder)[-1]
     flip_a_bit(newest)
@@ -523,7 +577,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(data, 
     same_run(folder, undisturbed)
 
 
-def test_a_run_of_which_all_checkpoints_are_damaged_is_not_begun_anew(data, undisturbed_four, tmp_path):
+def test_a_run_of_which_all_checkpoints_are_damaged_is_not_begun_anew(
+    data, undisturbed_four, tmp_path
+):
     folder = cut(undisturbed_four, tmp_path / "run", 3)
     for path in saved(folder):
         flip_a_bit(path)
@@ -571,7 +627,9 @@ def test_a_full_disk_costs_a_resumed_run_none_of_its_files(undisturbed, tmp_path
             file.write(bytes(2_000_000))
         with pytest.raises(UsageError, match="No space left on device"):
             runlog.begin_run(folder, recipe, [])
-        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+        assert {
+            path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()
+        } == before
 
 
 @needs_root
@@ -607,15 +665,23 @@ def test_another_momentum_goes_on_by_force(data, undisturbed_four, tmp_path):
     assert deviation(state(undisturbed_four), state(folder)) > NATIVE_WEIGHTS_BOUND
 
 
-WIDER = ["--config.k=2", "--config.n=32", "--config.framework=torch"]  # a minibatch of 64: two steps an epoch
+WIDER = [
+    "--config.k=2",
+    "--config.n=32",
+    "--config.framework=torch",
+]  # a minibatch of 64: two steps an epoch
 
 
-def test_another_minibatch_is_refused_within_an_epoch_and_the_run_can_go_on(data, undisturbed_four, tmp_path):
+def test_another_minibatch_is_refused_within_an_epoch_and_the_run_can_go_on(
+    data, undisturbed_four, tmp_path
+):
     """Also by force: the epoch's examples that are left can't be divided as they were."""
     folder = cut(undisturbed_four, tmp_path / "run", 2 * STEPS + 2)
     with Job(data, 2, folder, *WIDER, "--resume=force") as job:
         one_sentence(job, 2, "2 steps into an epoch of 4 steps", "2:", "an epoch's end")
-    runlog.check_run(folder, parse_recipe([*TINY, *NATIVE])[0], "yes")  # the old recipe is still the run's
+    runlog.check_run(
+        folder, parse_recipe([*TINY, *NATIVE])[0], "yes"
+    )  # the old recipe is still the run's
 
 
 def test_another_minibatch_goes_on_by_force_at_an_epochs_end(data, undisturbed_four, tmp_path):

@@ -16,7 +16,10 @@ def test_sums_are_those_of_the_formula():
         one = Sums()
         one.add(logits[part], labels[part])
         sums += one
-    expected = [-x[y] + math.log(math.fsum(math.exp(v) for v in x)) for x, y in zip(logits, labels, strict=True)]
+    expected = [
+        -x[y] + math.log(math.fsum(math.exp(v) for v in x))
+        for x, y in zip(logits, labels, strict=True)
+    ]
     assert sums.mean_loss == pytest.approx(np.mean(expected), rel=1e-12)
     assert sums.error == pytest.approx(np.mean(logits.argmax(axis=1) != labels))
     assert sums.count == 50

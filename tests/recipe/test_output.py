@@ -39,7 +39,9 @@ def test_a_program_goes_on_and_ends_with_its_status(tmp_path, output, status):
             reader, stream = os.pipe()
             os.close(reader)
         extra = {"PYTHONIOENCODING": "ascii"} if output == "ascii" else {}
-        done = subprocess.run(words, stdout=stream, stderr=stream, timeout=100, env=environment(**extra), check=False)
+        done = subprocess.run(
+            words, stdout=stream, stderr=stream, timeout=100, env=environment(**extra), check=False
+        )
         if output == "reader gone":
             os.close(stream)
     assert (done.returncode, (tmp_path / "result").read_text()) == (status, "done")
@@ -48,16 +50,23 @@ def test_a_program_goes_on_and_ends_with_its_status(tmp_path, output, status):
 def test_help_to_a_full_disk_ends_well():
     with open("/dev/full", "w") as full:  # noqa: PTH123
         words = [sys.executable, "-m", "recipe.report", "--help"]
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, timeout=100, env=environment(), check=False)
+        done = subprocess.run(
+            words, stdout=full, stderr=subprocess.PIPE, timeout=100, env=environment(), check=False
+        )
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_file_that_is_out_of_reach_is_one_sentence():
     """Whatever looked at it; and an error that isn't a file's keeps its traceback."""
     program = "from pathlib import Path\nfrom recipe import cli\ncli.run(lambda argv: {})"
-    for what, said in (("Path('x' * 300).exists()", ": File name too long"), ("1 / 0", "ZeroDivisionError")):
+    for what, said in (
+        ("Path('x' * 300).exists()", ": File name too long"),
+        ("1 / 0", "ZeroDivisionError"),
+    ):
         words = [sys.executable, "-c", program.format(what)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=100, env=environment(), check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=100, env=environment(), check=False
+        )
         assert done.returncode == 1
         assert said in done.stderr
         assert ("Traceback" in done.stderr) == ("Zero" in said)

@@ -32,7 +32,13 @@ with owner.only(Path(sys.argv[1]), "the folder"):
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same protocol in less time."""
-    for name, seconds in {"WAIT": 0.5, "LEASE": 30.0, "BEAT": 0.2, "WATCH": 1.5, "LOOK": 0.05}.items():
+    for name, seconds in {
+        "WAIT": 0.5,
+        "LEASE": 30.0,
+        "BEAT": 0.2,
+        "WATCH": 1.5,
+        "LOOK": 0.05,
+    }.items():
         monkeypatch.setattr(owner, name, seconds)
 
 
@@ -58,7 +64,10 @@ def test_a_second_process_is_told_who_has_it_and_a_killed_one_has_it_no_longer(t
     with held(path) as process:
         with pytest.raises(UsageError) as refused:
             taken(path)
-        assert f"the folder is in use by process {process.pid} on {socket.gethostname()}, since 2" in str(refused.value)
+        assert (
+            f"the folder is in use by process {process.pid} on {socket.gethostname()}, since 2"
+            in str(refused.value)
+        )
         process.kill()
         process.wait()
         assert path.exists()
@@ -75,7 +84,9 @@ def elsewhere(path: Path) -> None:
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_an_owner_on_another_host_counts_as_long_as_it_shows_life(tmp_path, quick, monkeypatch, capsys, locks):
+def test_an_owner_on_another_host_counts_as_long_as_it_shows_life(
+    tmp_path, quick, monkeypatch, capsys, locks
+):
     """Where the kernel's lock is one host's, or there is none at all."""
     if not locks:
         monkeypatch.setattr(fcntl, "flock", no_locks)
@@ -92,7 +103,9 @@ def test_an_owner_on_another_host_counts_as_long_as_it_shows_life(tmp_path, quic
     thread = threading.Thread(target=live)
     thread.start()
     try:
-        with pytest.raises(UsageError, match="in use by process 17 on faraway, since 2020-01-01 00:00:00 UTC"):
+        with pytest.raises(
+            UsageError, match="in use by process 17 on faraway, since 2020-01-01 00:00:00 UTC"
+        ):
             taken(path)
     finally:
         alive.set()
@@ -106,7 +119,9 @@ def no_locks(file: int, operation: int) -> None:
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
-def test_without_the_kernels_locks_two_of_this_host_exclude_each_other_too(tmp_path, quick, monkeypatch):
+def test_without_the_kernels_locks_two_of_this_host_exclude_each_other_too(
+    tmp_path, quick, monkeypatch
+):
     monkeypatch.setattr(fcntl, "flock", no_locks)
     path = tmp_path / "lock"
     with owner.only(path, "the folder"):

@@ -56,7 +56,9 @@ progress.close()
 def on_a_terminal(arguments: list[str], rows: int = 40, columns: int = 160) -> str:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    with subprocess.Popen(arguments, stdout=theirs, stderr=theirs, stdin=theirs, env=environment()) as job:
+    with subprocess.Popen(
+        arguments, stdout=theirs, stderr=theirs, stdin=theirs, env=environment()
+    ) as job:
         os.close(theirs)
         seen = b""
         try:
@@ -82,10 +84,16 @@ def test_a_terminal_shows_a_bar(launcher):
 
 @pytest.mark.parametrize("launcher", [None, "mpirun"])
 def test_a_log_has_plain_lines(launcher):
-    arguments = command(1, ["-c", PROGRAM], launcher) if launcher else [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, env=environment(), check=True)
+    arguments = (
+        command(1, ["-c", PROGRAM], launcher) if launcher else [sys.executable, "-c", PROGRAM]
+    )
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=60, env=environment(), check=True
+    )
     first, *_, last = done.stderr.splitlines()
-    assert first.startswith("epoch   0.33 of 2  step 1 of 6  loss 1.500  error 25.0%  η 0.1  1,234 images/s")
+    assert first.startswith(
+        "epoch   0.33 of 2  step 1 of 6  loss 1.500  error 25.0%  η 0.1  1,234 images/s"
+    )
     assert last == "finished"
     assert "\r" not in done.stderr
 
@@ -95,7 +103,9 @@ def test_the_launchers_log_file_is_left_alone(tmp_path):
     log.write_text("what was there before\n")
     with log.open("a") as file:
         arguments = command(1, ["-c", PROGRAM], "mpirun")
-        subprocess.run(arguments, stdout=file, stderr=file, timeout=60, env=environment(), check=True)
+        subprocess.run(
+            arguments, stdout=file, stderr=file, timeout=60, env=environment(), check=True
+        )
     assert log.read_text().startswith("what was there before\nepoch")
 
 
@@ -108,13 +118,21 @@ def test_what_matters_fits_eighty_columns(rows, columns):
     (line,) = {line for line in lines if "32,000 images/s" in line}
     assert line.startswith("  0%|") and "2/14040 [" in line and "loss 6.912" in line
     assert len(line.partition("|")[2].partition("|")[0]) >= 4, "the bar"
-    assert any(line.startswith("verifying imagenet2012:   0%|") and "0/1281167 [" in line for line in lines)
+    assert any(
+        line.startswith("verifying imagenet2012:   0%|") and "0/1281167 [" in line for line in lines
+    )
 
 
 def test_a_log_is_never_silent_for_long():
     """Before the first step, between two of them, while something else is done, and where nothing comes of it."""
-    done = subprocess.run([sys.executable, "-c", SLOW], capture_output=True, text=True, env=environment(), check=True)
-    for what in ("the first step: under way", "step 2 of 6: under way", "the evaluation after epoch 1: under way"):
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW], capture_output=True, text=True, env=environment(), check=True
+    )
+    for what in (
+        "the first step: under way",
+        "step 2 of 6: under way",
+        "the evaluation after epoch 1: under way",
+    ):
         assert done.stderr.count(what) >= 2, done.stderr
     assert done.stderr.count("reading the heads … ") >= 2
     assert done.stderr.count("writing train: 0 of 10 images, 0 images/s, not one yet") >= 2
@@ -129,9 +147,13 @@ def test_a_terminal_moves_while_something_is_long():
 
 def test_the_first_step_counts_in_no_time_left():
     """All that is made ready is in it."""
-    program = PROGRAM.replace("progress.step(step)", "time.sleep(3 * (step == 1)); progress.step(step)")
+    program = PROGRAM.replace(
+        "progress.step(step)", "time.sleep(3 * (step == 1)); progress.step(step)"
+    )
     words = [sys.executable, "-c", "import time" + program]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment(), check=True)
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=60, env=environment(), check=True
+    )
     first, *others, _ = done.stderr.splitlines()
     assert "left" not in first
     assert [line.split("  ")[-1] for line in others] == ["00:00 left"] * 5

@@ -14,7 +14,10 @@ from recipe.errors import RunError, UsageError
 @pytest.fixture
 def torn(tmp_path):
     lines = [("start", 0, 0), ("step", 2, 1.0), ("epoch", 2, 1), ("step", 4, 2.0), ("epoch", 4, 2)]
-    text = "".join(json.dumps({"kind": kind, "step": step, "epoch": epoch}) + "\n" for kind, step, epoch in lines)
+    text = "".join(
+        json.dumps({"kind": kind, "step": step, "epoch": epoch}) + "\n"
+        for kind, step, epoch in lines
+    )
     (tmp_path / runlog.METRICS).write_text(text + '{"kind": "epo')
     return tmp_path
 
@@ -23,7 +26,9 @@ def test_half_a_line_is_not_read(torn):
     assert [line["step"] for line in runlog.read_epochs(torn)] == [2, 4]
 
 
-@pytest.mark.parametrize("step, epochs, kept", [(2, 1, 3), (4, 1, 4), (4, 2, 5), (3, 1, 3), (0, 0, 0)])
+@pytest.mark.parametrize(
+    "step, epochs, kept", [(2, 1, 3), (4, 1, 4), (4, 2, 5), (3, 1, 3), (0, 0, 0)]
+)
 def test_a_resumed_log_drops_half_a_line_and_what_comes_later(torn, step, epochs, kept):
     """Step 4 may be done and its epoch not yet evaluated; a run that begins anew begins an empty log."""
     runlog.RunLog(torn, step, epochs).close()
@@ -42,7 +47,11 @@ def test_a_damaged_log_is_named(torn):
 def test_every_line_is_json(tmp_path):
     """RFC 8259 has no NaN and no infinity; Python's own reader does."""
     log = runlog.RunLog(tmp_path)
-    log.write("step", 2, {"loss": float("nan"), "rate": float("inf"), "error": 0.5, "images_per_second": None})
+    log.write(
+        "step",
+        2,
+        {"loss": float("nan"), "rate": float("inf"), "error": 0.5, "images_per_second": None},
+    )
     log.close()
 
     def refuse(word):
@@ -50,7 +59,12 @@ def test_every_line_is_json(tmp_path):
 
     (line,) = (tmp_path / runlog.METRICS).read_text().splitlines()
     unknown = {"loss": None, "rate": None, "images_per_second": None}
-    assert json.loads(line, parse_constant=refuse) == {"kind": "step", "step": 2, "error": 0.5, **unknown}
+    assert json.loads(line, parse_constant=refuse) == {
+        "kind": "step",
+        "step": 2,
+        "error": 0.5,
+        **unknown,
+    }
 
 
 def odd(tmp_path, kind):
@@ -118,7 +132,10 @@ def test_a_directory_with_others_files_is_no_run(tmp_path):
 def lost(folder, *lines, **run):
     """A run directory with these (kind, step, epoch) of figures and no checkpoints."""
     runlog.write_recipe(folder, replace(RECIPE, run=replace(RECIPE.run, **run)))
-    text = "".join(json.dumps({"kind": kind, "step": step, "epoch": epoch}) + "\n" for kind, step, epoch in lines)
+    text = "".join(
+        json.dumps({"kind": kind, "step": step, "epoch": epoch}) + "\n"
+        for kind, step, epoch in lines
+    )
     (folder / runlog.METRICS).write_text(text)
     return folder
 
@@ -133,7 +150,9 @@ def lost(folder, *lines, **run):
     ],
 )
 def test_checkpoints_that_were_there_are_missed(tmp_path, lines, run):
-    with pytest.raises(UsageError, match=r"checkpoints/ holds no checkpoint to go on from: bring .* --resume=force"):
+    with pytest.raises(
+        UsageError, match=r"checkpoints/ holds no checkpoint to go on from: bring .* --resume=force"
+    ):
         runlog.check_progress(lost(tmp_path, *lines, **run))
 
 
@@ -143,7 +162,10 @@ def test_checkpoints_that_were_there_are_missed(tmp_path, lines, run):
         ([], {}),
         ([("start", 0, 0), ("step", 3, 0.75)], {}),
         ([("step", 2, 0.5)], {"checkpoint_steps": 2}),  # it was about to be written
-        ([("step", 9, 2.25)], {"checkpoint_steps": 4, "checkpoint_every": 3}),  # those would be ends of epochs
+        (
+            [("step", 9, 2.25)],
+            {"checkpoint_steps": 4, "checkpoint_every": 3},
+        ),  # those would be ends of epochs
         ([("epoch", 4, 1), ("epoch", 8, 2)], {"checkpoint_every": 3}),
     ],
 )

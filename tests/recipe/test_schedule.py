@@ -78,7 +78,9 @@ def test_warmup_rises_by_a_constant_amount_and_ends_exactly_at_the_peak(steps, w
     assert ramp[-1] == ramp[-2] == 0.1 * k
     increments = [b - a for a, b in itertools.pairwise(ramp[:-2])]
     expected = (0.1 * k - 0.1) / (warmup_epochs * steps)
-    assert increments == pytest.approx([expected] * len(increments), abs=1e-12)  # float64 rounding of rates below 8
+    assert increments == pytest.approx(
+        [expected] * len(increments), abs=1e-12
+    )  # float64 rounding of rates below 8
 
 
 def test_warmup_ends_exactly_at_its_last_iteration_when_it_is_a_fraction_of_an_epoch():

@@ -58,7 +58,9 @@ def test_a_block_stays_together_but_begins_elsewhere_in_each_epoch() -> None:
     jumps = [set(order[1:][np.diff(order) != 1] % 8) for order in orders]
     for order in orders:
         assert 80 < np.count_nonzero(np.diff(order) != 1) <= 125
-    assert all(len(found - {0}) <= 1 for found in jumps), "blocks begin at one remainder, the first one at 0"
+    assert all(len(found - {0}) <= 1 for found in jumps), (
+        "blocks begin at one remainder, the first one at 0"
+    )
     assert len(set().union(*jumps)) > 4
     firsts = {int(order[0]) for order in orders}
     assert len(firsts) > 15, "the blocks are shuffled"
@@ -66,7 +68,9 @@ def test_a_block_stays_together_but_begins_elsewhere_in_each_epoch() -> None:
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     """Trap 10: neither another epoch nor seed + 1 repeats an order."""
-    orders = {tuple(sharding.permutation(50, seed, epoch)) for seed in range(10) for epoch in range(10)}
+    orders = {
+        tuple(sharding.permutation(50, seed, epoch)) for seed in range(10) for epoch in range(10)
+    }
     assert len(orders) == 100
 
 
@@ -74,7 +78,9 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 def test_division_follows_the_model(count: int, k: int, n: int, rest: str) -> None:
     expected = model(sharding.permutation(count, 3, 1).tolist(), k, n, rest)
     if not expected:
-        with pytest.raises(UsageError, match=rf"{count} training examples .*config\.k={k}.*config\.n={n}"):
+        with pytest.raises(
+            UsageError, match=rf"{count} training examples .*config\.k={k}.*config\.n={n}"
+        ):
             sharding.steps_per_epoch(count, k, n, rest)
         return
     assert epoch_slices(count, k, n, rest) == expected
@@ -146,13 +152,18 @@ def test_paper_counts() -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 300))
-def test_cuts_use_each_example_once_and_leave_no_rank_without(ranks: int, n: int, more: int) -> None:
+def test_cuts_use_each_example_once_and_leave_no_rank_without(
+    ranks: int, n: int, more: int
+) -> None:
     count = ranks + more
     cuts = sharding.cuts(count, ranks * n, ranks)
     sizes = np.diff(cuts)
     begins, ends = zip(*(sharding.parts(cuts, rank, ranks) for rank in range(ranks)), strict=True)
     dealt = [
-        i for step in range(len(sizes)) for b, e in zip(begins, ends, strict=True) for i in range(b[step], e[step])
+        i
+        for step in range(len(sizes))
+        for b, e in zip(begins, ends, strict=True)
+        for i in range(b[step], e[step])
     ]
     assert dealt == list(range(count))
     counts = np.array(ends) - np.array(begins)
@@ -172,7 +183,9 @@ def test_cuts_are_the_same_for_all_numbers_of_ranks(more: int, n: int) -> None:
 def test_shares_are_all_of_the_batches_left(size: int, data: st.DataObject, n: int) -> None:
     left = data.draw(st.integers(0, size - 1))
     shares = [sharding.shares(left, rank, size) for rank in range(size)]
-    dealt = [(j, i) for share in shares for j, a, b in share for i in range(a * n // size, b * n // size)]
+    dealt = [
+        (j, i) for share in shares for j, a, b in share for i in range(a * n // size, b * n // size)
+    ]
     assert dealt == [(j, i) for j in range(left) for i in range(n)]
     assert all(len(share) <= 2 for share in shares)
     counts = [sum(b * n // size - a * n // size for _, a, b in share) for share in shares]

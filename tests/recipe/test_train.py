@@ -139,12 +139,16 @@ def test_only_rank_0_speaks_and_no_framework_does(finished):
 def test_other_launchers_train_the_same(finished, tmp_path, data_dir, launcher):
     done = launch(2, [*SMALL, f"--run_dir={tmp_path / 'run'}"], launcher, TFDS_DATA_DIR=data_dir)
     assert done.returncode == 0, done.stdout[-4000:]
-    for one, other in zip(lines(tmp_path / "run", "epoch"), lines(finished[0], "epoch"), strict=True):
+    for one, other in zip(
+        lines(tmp_path / "run", "epoch"), lines(finished[0], "epoch"), strict=True
+    ):
         assert one["loss"] == other["loss"]  # a sum of two is the same in any order
 
 
 def test_the_torch_backend_runs_the_recipe_too(tmp_path, data_dir):
-    done = launch(2, [*SMALL, f"--run_dir={tmp_path / 'run'}"], TFDS_DATA_DIR=data_dir, KERAS_BACKEND="torch")
+    done = launch(
+        2, [*SMALL, f"--run_dir={tmp_path / 'run'}"], TFDS_DATA_DIR=data_dir, KERAS_BACKEND="torch"
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     assert lines(tmp_path / "run", "epoch")[-1]["loss"] < 2.6
 
@@ -161,13 +165,17 @@ def test_the_imagenet_preset_in_mixed_precision_on_synthetic_data(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_evaluation_does_not_depend_on_the_ranks(finished, data_dir, size):
-    done = launch(size, ["-m", "recipe.evaluate", f"--run_dir={finished[0]}"], TFDS_DATA_DIR=data_dir)
+    done = launch(
+        size, ["-m", "recipe.evaluate", f"--run_dir={finished[0]}"], TFDS_DATA_DIR=data_dir
+    )
     assert done.returncode == 0, done.stdout
     last = lines(finished[0], "epoch")[-1]
     assert f"top-1 error {last['eval_error']:.2%}" in done.stdout
     assert "examples 131" in done.stdout
     printed = float(done.stdout.split("loss ")[1].split()[0])
-    assert printed == pytest.approx(last["eval_loss"], abs=2e-4)  # four decimals, other batch shapes
+    assert printed == pytest.approx(
+        last["eval_loss"], abs=2e-4
+    )  # four decimals, other batch shapes
 
 
 def killed_after_epoch(
@@ -186,7 +194,9 @@ def killed_after_epoch(
         while len(ranks) < 2 or not (folder / f"checkpoints/step-{4 * epoch:08d}.npz").exists():
             assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
             time.sleep(0.01)
-            if len(ranks) < 2:  # looked for before there is haste: then the run is over in half a second
+            if (
+                len(ranks) < 2
+            ):  # looked for before there is haste: then the run is over in half a second
                 with contextlib.suppress(psutil.Error):
                     processes = psutil.Process(job.pid).children(recursive=True)
                     ranks = [p for p in processes if "recipe.train" in p.cmdline()[1:3]]
@@ -204,7 +214,9 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(finished, tmp_path, data
     seconds, status, printed = killed_after_epoch(folder, 1, data_dir, launcher)
     assert status != 0
     assert seconds < 20  # a hang is the bug; the launchers take 0.4 to 3 s here
-    assert "signal 9" in printed or "exit code" in printed.lower() or "exit status" in printed.lower()
+    assert (
+        "signal 9" in printed or "exit code" in printed.lower() or "exit status" in printed.lower()
+    )
     done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "median of the last 3 epochs" in done.stdout  # those before the kill count
@@ -229,12 +241,16 @@ def test_one_rank_that_fails_before_horovod_starts_says_why(finished, tmp_path):
     refused(done, 2, "rank 1 on ", str(tmp_path), "config.json")
 
 
-@pytest.mark.parametrize(("name", "value", "other"), [("seed", 1, 0), ("n", 32, 64), ("run.replica_check_every", 4, 3)])
+@pytest.mark.parametrize(
+    ("name", "value", "other"), [("seed", 1, 0), ("n", 32, 64), ("run.replica_check_every", 4, 3)]
+)
 def test_a_rank_with_another_recipe_is_named(tmp_path, data_dir, name, value, other):
     """Other examples without a word, or a hang, or both."""
     program = [sys.executable, *SMALL, f"--run_dir={tmp_path / 'run'}"]
     done = two_ranks(program, [*program, f"--config.{name}={value}"], TFDS_DATA_DIR=data_dir)
-    refused(done, 2, f"rank 1 has another recipe than rank 0: config.{name}={value} instead of {other};")
+    refused(
+        done, 2, f"rank 1 has another recipe than rank 0: config.{name}={value} instead of {other};"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -254,10 +270,17 @@ def test_a_rank_that_hangs_before_the_first_step_ends_the_run(tmp_path, data_dir
 
 
 def test_a_rank_that_never_starts_horovod_ends_the_run(tmp_path):
-    program = [sys.executable, *MIXED, "--config.run.step_timeout=5", f"--run_dir={tmp_path / 'run'}"]
+    program = [
+        sys.executable,
+        *MIXED,
+        "--config.run.step_timeout=5",
+        f"--run_dir={tmp_path / 'run'}",
+    ]
     done = two_ranks(program, ["sleep", "90"])
     assert done.returncode == 1
-    assert "error: rank 0 on " in done.stdout and "the last sign of life was the start" in done.stdout
+    assert (
+        "error: rank 0 on " in done.stdout and "the last sign of life was the start" in done.stdout
+    )
 
 
 def two_ranks(first: list[str], second: list[str], **extra: str) -> subprocess.CompletedProcess:
@@ -302,11 +325,23 @@ def test_ranks_must_divide_the_recipes_workers(tmp_path, data_dir):
 def test_usage_errors_are_said_once(tmp_path):
     done = launch(2, ["-m", "recipe.train", "--config=quick", "--config.optimizer.base_rat=1"])
     refused(done, 2, "--config.optimizer.base_rat ", "--config.optimizer.base_rate")
-    refused(launch(1, ["-m", "recipe.train", "--config=quick", "--runs_dir=x"]), 2, "--runs_dir", "--run_dir")
-    refused(launch(1, ["-m", "recipe.evaluate", f"--run_dir={tmp_path}"]), 2, str(tmp_path), "config.json")
+    refused(
+        launch(1, ["-m", "recipe.train", "--config=quick", "--runs_dir=x"]),
+        2,
+        "--runs_dir",
+        "--run_dir",
+    )
+    refused(
+        launch(1, ["-m", "recipe.evaluate", f"--run_dir={tmp_path}"]),
+        2,
+        str(tmp_path),
+        "config.json",
+    )
 
 
-@pytest.mark.parametrize("program", ["recipe.train", "recipe.evaluate", "recipe.report", "recipe.data.prepare"])
+@pytest.mark.parametrize(
+    "program", ["recipe.train", "recipe.evaluate", "recipe.report", "recipe.data.prepare"]
+)
 def test_programs_explain_themselves(program):
     done = launch(1, ["-m", program, "--help"])
     assert done.returncode == 0
@@ -324,7 +359,9 @@ def test_a_run_directory_is_not_overwritten(finished, data_dir):
     done = launch(2, [*SMALL, f"--run_dir={folder}"], TFDS_DATA_DIR=data_dir)
     refused(done, 2, str(folder), "--resume")
     done = launch(
-        2, [*SMALL, "--config.optimizer.momentum=0.8", f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir
+        2,
+        [*SMALL, "--config.optimizer.momentum=0.8", f"--run_dir={folder}", "--resume"],
+        TFDS_DATA_DIR=data_dir,
     )
     refused(done, 2, "config.optimizer.momentum=0.8 (was 0.9)")
     assert len(lines(folder, "epoch")) == 3
@@ -347,19 +384,25 @@ def test_a_run_forced_to_fewer_epochs_than_it_has_done_is_finished(finished, tmp
     assert done.stdout.splitlines()[-2].startswith("top-1 error ")
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_resumes_from_the_start(finished, tmp_path, data_dir):
+def test_a_run_that_ended_before_its_first_checkpoint_resumes_from_the_start(
+    finished, tmp_path, data_dir
+):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     shutil.rmtree(folder / "checkpoints")
     metrics = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(metrics[:2]))  # the start and step 2 of 4 an epoch
+    (folder / "metrics.jsonl").write_text(
+        "".join(metrics[:2])
+    )  # the start and step 2 of 4 an epoch
     done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
     assert done.returncode == 0, done.stdout
     assert "holds no checkpoint: the run begins at step 0" in done.stdout
     assert [line["epoch"] for line in lines(folder, "epoch")] == [1, 2, 3]
 
 
-def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_unless_told_so(finished, tmp_path, data_dir):
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_unless_told_so(
+    finished, tmp_path, data_dir
+):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     shutil.rmtree(folder / "checkpoints")
@@ -382,7 +425,14 @@ def test_there_must_be_something_to_resume(tmp_path, data_dir):
 
 def test_divergence_stops_all_ranks(tmp_path, data_dir):
     arguments = [*SMALL, f"--run_dir={tmp_path / 'run'}", "--config.optimizer.base_rate=1e30"]
-    refused(launch(2, arguments, TFDS_DATA_DIR=data_dir), 1, "the loss is", "at step 2", "worker", "base_rate")
+    refused(
+        launch(2, arguments, TFDS_DATA_DIR=data_dir),
+        1,
+        "the loss is",
+        "at step 2",
+        "worker",
+        "base_rate",
+    )
 
 
 NATIVE = [*SMALL, "--config.framework=torch", "--config.n=32"]
@@ -392,9 +442,22 @@ NATIVE = [*SMALL, "--config.framework=torch", "--config.n=32"]
 def test_an_epoch_whose_last_update_diverges_is_not_kept(tmp_path, data_dir, epochs):
     """The loss of each step is that before its update: the last one's effect is seen by the evaluation only."""
     folder = tmp_path / "run"
-    options = ["--config.data.train_examples=128", "--config.k=2", "--config.n=64", "--config.optimizer.base_rate=1e22"]
-    options += [f"--config.epochs={epochs}", "--config.schedule.warmup=none", "--config.schedule.warmup_epochs=0"]
-    options += ["--config.schedule.decay_epochs=()", "--config.framework=torch", f"--run_dir={folder}"]
+    options = [
+        "--config.data.train_examples=128",
+        "--config.k=2",
+        "--config.n=64",
+        "--config.optimizer.base_rate=1e22",
+    ]
+    options += [
+        f"--config.epochs={epochs}",
+        "--config.schedule.warmup=none",
+        "--config.schedule.warmup_epochs=0",
+    ]
+    options += [
+        "--config.schedule.decay_epochs=()",
+        "--config.framework=torch",
+        f"--run_dir={folder}",
+    ]
     done = launch(2, [*SMALL, *options], TFDS_DATA_DIR=data_dir)
     assert done.returncode == 1, done.stdout
     (sentence,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
@@ -406,16 +469,26 @@ def test_an_epoch_whose_last_update_diverges_is_not_kept(tmp_path, data_dir, epo
 
 def test_a_run_that_runs_is_not_started_once_more(tmp_path, data_dir):
     folder = tmp_path / "run"
-    long = [*NATIVE, f"--run_dir={folder}", "--config.epochs=400", "--config.run.checkpoint_steps=1"]
+    long = [
+        *NATIVE,
+        f"--run_dir={folder}",
+        "--config.epochs=400",
+        "--config.run.checkpoint_steps=1",
+    ]
     first = subprocess.Popen(
-        command(1, long), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(TFDS_DATA_DIR=data_dir)
+        command(1, long),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(TFDS_DATA_DIR=data_dir),
     )
     try:
         deadline = time.monotonic() + 120
         while not (folder / "checkpoints/step-00000001.npz").exists():
             assert time.monotonic() < deadline and first.poll() is None
             time.sleep(0.05)
-        refused(launch(1, [*long, "--resume"], TFDS_DATA_DIR=data_dir), 2, "in use by process", "since")
+        refused(
+            launch(1, [*long, "--resume"], TFDS_DATA_DIR=data_dir), 2, "in use by process", "since"
+        )
         assert first.poll() is None
     finally:
         first.kill()
@@ -429,7 +502,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data_dir):
     values = environment(TFDS_DATA_DIR=data_dir, OMPI_MCA_odls_base_sigkill_timeout="5")
 
     def interrupted(words: list[str]) -> tuple[int, str]:
-        job = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=values)
+        job = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=values
+        )
         seen = [""]
         while not any(sign in seen[-1] for sign in ("step 4 of", "going on after step")):
             seen.append(job.stdout.readline())
@@ -442,9 +517,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data_dir):
     assert status == 75, printed
     first = checkpoint.step_of(checkpoint.checkpoints(folder / "checkpoints")[-1])
     assert f"run directory: {folder}" in printed and "Ctrl-C: saving" in printed
-    (advice,) = [line for line in printed.splitlines() if line.startswith(f"saved after step {first}; to go on")]
+    (advice,) = [
+        line
+        for line in printed.splitlines()
+        if line.startswith(f"saved after step {first}; to go on")
+    ]
     again = shlex.split(advice.partition("launcher: ")[2])
-    assert again[:3] == ["python", "-m", "recipe.train"] and again[-2:] == [f"--run_dir={folder}", "--resume"]
+    assert again[:3] == ["python", "-m", "recipe.train"] and again[-2:] == [
+        f"--run_dir={folder}",
+        "--resume",
+    ]
     status, printed = interrupted([str(BIN / "mpirun"), "-np", "1", *again])
     assert "preempted: told to leave after step" in printed, (status, printed)
     second = checkpoint.step_of(checkpoint.checkpoints(folder / "checkpoints")[-1])
@@ -453,7 +535,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data_dir):
 
 def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path, data_dir):
     folder = tmp_path / "run"
-    words = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, *NATIVE, f"--run_dir={folder}"]
+    words = [
+        "sh",
+        "-c",
+        'exec "$@" <&- >&- 2>&-',
+        "sh",
+        sys.executable,
+        *NATIVE,
+        f"--run_dir={folder}",
+    ]
     done = subprocess.run(words, env=environment(TFDS_DATA_DIR=data_dir), timeout=200, check=False)
     assert done.returncode == 0
     assert [line["epoch"] for line in lines(folder, "epoch")] == [1, 2, 3]
@@ -466,10 +556,25 @@ def test_without_room_for_tensorboard_or_shared_memory_it_trains(tmp_path, data_
     folder = tmp_path / "run"
     place = where if where.startswith("/") else str(folder / where)
     script = f"mkdir -p {place} && mount -t tmpfs -o {'ro,' if where == '/dev/shm' else ''}size=4k none {place} && "
-    words = ["unshare", "-m", "sh", "-c", script + 'exec "$@"', "sh", sys.executable, *NATIVE, f"--run_dir={folder}"]
+    words = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        script + 'exec "$@"',
+        "sh",
+        sys.executable,
+        *NATIVE,
+        f"--run_dir={folder}",
+    ]
     words += ["--config.run.log_every=1", "--config.epochs=12"]
     done = subprocess.run(
-        words, capture_output=True, text=True, timeout=200, env=environment(TFDS_DATA_DIR=data_dir), check=False
+        words,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment(TFDS_DATA_DIR=data_dir),
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert len(lines(folder, "epoch")) == 12
@@ -506,9 +611,16 @@ def test_a_run_says_how_long_it_waited_for_images(finished, tmp_path, data_dir):
     """The rank that waits longest counts: all others then wait for it, in the allreduce."""
     folder, printed = finished
     assert all(0 < line["data_wait"] < 1 for line in lines(folder, "epoch"))
-    assert re.search(r"^images: \d+\.\d% of the time of a step was spent waiting for them", printed, re.MULTILINE)
+    assert re.search(
+        r"^images: \d+\.\d% of the time of a step was spent waiting for them", printed, re.MULTILINE
+    )
     program = str(ROOT / "tests/recipe/slow_images_program.py")
-    options = [*SMALL[2:], "--config.framework=torch", f"--config.data.data_dir={data_dir}", f"--run_dir={tmp_path}/r"]
+    options = [
+        *SMALL[2:],
+        "--config.framework=torch",
+        f"--config.data.data_dir={data_dir}",
+        f"--run_dir={tmp_path}/r",
+    ]
     done = launch(2, [program, *options])
     (told,) = re.findall(r"^images: (\d+)\.\d% .*: docs/data.md says", done.stdout, re.MULTILINE)
     assert int(told) > 40, "12 steps of far less than 0.3 s"

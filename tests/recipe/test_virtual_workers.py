@@ -60,7 +60,9 @@ def train(tmp_path_factory, backend):
 
 
 def lines(run: Path, kind: str) -> list[dict]:
-    return [line for line in map(json.loads, (run / "metrics.jsonl").open()) if line["kind"] == kind]
+    return [
+        line for line in map(json.loads, (run / "metrics.jsonl").open()) if line["kind"] == kind
+    ]
 
 
 def losses(run: Path) -> np.ndarray:
@@ -73,7 +75,9 @@ def losses(run: Path) -> np.ndarray:
 def test_the_number_of_ranks_changes_nothing(train, size):
     one, several = train(1), train(size)
     np.testing.assert_allclose(losses(several), losses(one), rtol=BOUND)
-    assert lines(several, "start") == lines(one, "start")  # first images and initial weights: the same bits
+    assert lines(several, "start") == lines(
+        one, "start"
+    )  # first images and initial weights: the same bits
     for here, there in zip(lines(several, "epoch"), lines(one, "epoch"), strict=True):
         assert (here["order"], here["eval_examples"]) == (there["order"], 131)
         assert here["norm"] == pytest.approx(there["norm"], rel=1e-6)
@@ -81,11 +85,15 @@ def test_the_number_of_ranks_changes_nothing(train, size):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_moving_statistics_are_those_of_the_workers(train, size):
-    one, several = (checkpoint.load(checkpoint.checkpoints(train(s) / "checkpoints")[-1])[0] for s in (1, size))
+    one, several = (
+        checkpoint.load(checkpoint.checkpoints(train(s) / "checkpoints")[-1])[0] for s in (1, size)
+    )
     moving = [name for name in one if "/moving_" in name]
     assert len(moving) == 2 * 9
     for name in moving:
-        np.testing.assert_allclose(several[name], one[name], rtol=0, atol=1e-3 * np.abs(one[name]).max(), err_msg=name)
+        np.testing.assert_allclose(
+            several[name], one[name], rtol=0, atol=1e-3 * np.abs(one[name]).max(), err_msg=name
+        )
 
 
 def test_other_groups_of_examples_would_be_noticed(train):
@@ -117,4 +125,7 @@ def test_a_rank_count_must_divide_the_workers_of_a_forward_pass(tmp_path):
     ]
     done = launch(2, arguments, TFDS_DATA_DIR=str(tmp_path))
     assert done.returncode == 2
-    assert "error: config.run.workers_at_once=4 doesn't divide the 6 workers of each of 2 ranks" in done.stdout
+    assert (
+        "error: config.run.workers_at_once=4 doesn't divide the 6 workers of each of 2 ranks"
+        in done.stdout
+    )

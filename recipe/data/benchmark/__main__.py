@@ -18,7 +18,12 @@ from recipe import cli, noise, ticking
 from recipe.data.benchmark.contender import BATCH, CONTENDERS, CORES, IMAGES, SIZE
 from recipe.errors import RunError, UsageError
 
-TARGETS = {"floor": 0.85, "tf.data-float32": 1.4, "dali-cpu": 1.0, "ffcv": 1.0}  # ours by theirs, at least
+TARGETS = {
+    "floor": 0.85,
+    "tf.data-float32": 1.4,
+    "dali-cpu": 1.0,
+    "ffcv": 1.0,
+}  # ours by theirs, at least
 
 
 def main(argv: list[str]) -> None:
@@ -44,8 +49,13 @@ def main(argv: list[str]) -> None:
         print(f"{name:17} {line(runs)}")
     for name, target in TARGETS.items():
         if "cpu" in found[name][0]:
-            ratios = [ours["cpu"] / theirs["cpu"] for ours, theirs in zip(found["ours"], found[name], strict=True)]
-            print(f"ours by {name}, per second of processor time: {spread(ratios, 2)}; target {target}")
+            ratios = [
+                ours["cpu"] / theirs["cpu"]
+                for ours, theirs in zip(found["ours"], found[name], strict=True)
+            ]
+            print(
+                f"ours by {name}, per second of processor time: {spread(ratios, 2)}; target {target}"
+            )
 
 
 def measured(name: str, folder: str) -> dict[str, float]:
@@ -60,10 +70,15 @@ def line(runs: list[dict]) -> str:
     """What was measured of one contender."""
     if missing := runs[0].get("missing"):
         return f"left out: {missing} is not installed"
-    kinds = {"cpu": ("images/cpu s", 1, 0), "wall": ("images/s", 1, 0), "first": ("s to the first batch", 1, 2)}
+    kinds = {
+        "cpu": ("images/cpu s", 1, 0),
+        "wall": ("images/s", 1, 0),
+        "first": ("s to the first batch", 1, 2),
+    }
     kinds |= {"read": ("KB read", 1e-3, 0), "memory": ("MB", 1e-6, 0)}
     parts = [
-        f"{spread([run[kind] * scale for run in runs], digits)} {unit}" for kind, (unit, scale, digits) in kinds.items()
+        f"{spread([run[kind] * scale for run in runs], digits)} {unit}"
+        for kind, (unit, scale, digits) in kinds.items()
     ]
     return "  ".join(parts)
 

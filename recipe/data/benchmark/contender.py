@@ -67,7 +67,10 @@ def tensorflow(floats: bool) -> Callable[[Path], Iterable]:
         from recipe.data.pipeline import MEAN
 
         def parsed(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            kinds = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
+            kinds = {
+                "image": tf.io.FixedLenFeature([], tf.string),
+                "label": tf.io.FixedLenFeature([], tf.int64),
+            }
             example = tf.io.parse_single_example(record, kinds)
             begin, extent, _ = tf.image.sample_distorted_bounding_box(
                 tf.image.extract_jpeg_shape(example["image"]),
@@ -80,11 +83,15 @@ def tensorflow(floats: bool) -> Callable[[Path], Iterable]:
             )
             box = tf.concat([begin[:2], extent[:2]], 0)
             image = tf.image.decode_and_crop_jpeg(example["image"], box, channels=3)
-            image = tf.image.resize(tf.image.random_flip_left_right(image), [SIZE, SIZE], "bilinear")
+            image = tf.image.resize(
+                tf.image.random_flip_left_right(image), [SIZE, SIZE], "bilinear"
+            )
             image = image - tf.constant(MEAN) if floats else tf.cast(image, tf.uint8)
             return image, tf.cast(example["label"], tf.int32)
 
-        records = tf.data.TFRecordDataset(sorted(map(str, folder.rglob("*train.tfrecord*")))).repeat()
+        records = tf.data.TFRecordDataset(
+            sorted(map(str, folder.rglob("*train.tfrecord*")))
+        ).repeat()
         options = tf.data.Options()
         options.threading.private_threadpool_size = CORES
         options.deterministic = False
@@ -121,7 +128,9 @@ def pillow() -> Callable:
     def decode(path: Path, mirrored: bool) -> np.ndarray:
         with Image.open(path) as opened:
             y, x, h, w = torchvision_box(opened.height, opened.width)
-            image = opened.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
+            image = opened.convert("RGB").resize(
+                (SIZE, SIZE), Image.Resampling.BILINEAR, box=(x, y, x + w, y + h)
+            )
         return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image)
 
     return decode
@@ -136,7 +145,9 @@ def simplejpeg() -> Callable:
     def decode(path: Path, mirrored: bool) -> np.ndarray:
         pixels = simplejpeg.decode_jpeg(path.read_bytes())
         y, x, h, w = torchvision_box(*pixels.shape[:2])
-        image = cv2.resize(pixels[y : y + h, x : x + w], (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+        image = cv2.resize(
+            pixels[y : y + h, x : x + w], (SIZE, SIZE), interpolation=cv2.INTER_LINEAR
+        )
         return cv2.flip(image, 1) if mirrored else image
 
     return decode
@@ -160,9 +171,15 @@ def dali(folder: Path) -> Iterable:
 
     @pipeline_def(batch_size=BATCH, num_threads=CORES, device_id=None, prefetch_queue_depth=2)
     def graph() -> tuple:
-        files, labels = fn.readers.file(files=sorted(map(str, folder.glob("*.jpg"))), random_shuffle=True)
-        images = fn.decoders.image_random_crop(files, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
-        images = fn.resize(images, size=[SIZE, SIZE], interp_type=types.INTERP_LINEAR, antialias=False)
+        files, labels = fn.readers.file(
+            files=sorted(map(str, folder.glob("*.jpg"))), random_shuffle=True
+        )
+        images = fn.decoders.image_random_crop(
+            files, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
+        )
+        images = fn.resize(
+            images, size=[SIZE, SIZE], interp_type=types.INTERP_LINEAR, antialias=False
+        )
         return fn.flip(images, horizontal=fn.random.coin_flip()), labels
 
     made = graph()
@@ -194,13 +211,21 @@ def ffcv(folder: Path) -> Iterable:
 
     file = folder / "ffcv.beton"
     if not file.exists():
-        fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=QUALITY), "label": IntField()}
+        fields = {
+            "image": RGBImageField(write_mode="jpg", jpeg_quality=QUALITY),
+            "label": IntField(),
+        }
         DatasetWriter(str(file), fields, num_workers=CORES).from_indexed_dataset(Photos())
         for child in multiprocessing.active_children():
             child.join()
     image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip()]
     pipelines = {"image": image, "label": [IntDecoder()]}
-    options = {"num_workers": CORES, "order": OrderOption.RANDOM, "os_cache": True, "pipelines": pipelines}
+    options = {
+        "num_workers": CORES,
+        "order": OrderOption.RANDOM,
+        "os_cache": True,
+        "pipelines": pipelines,
+    }
     return Loader(str(file), BATCH, **options)
 
 

@@ -23,7 +23,9 @@ def photo(height: int, width: int, seed: int) -> bytes:
     frequency[0, 0] = np.inf
     parts = draw.normal(size=(2, 3, *frequency.shape))
     noise = np.fft.irfft2((parts[0] + 1j * parts[1]) / frequency, s=(height, width))
-    light, blue, red = noise / noise.std(axis=(1, 2), keepdims=True) * np.array([44, 14, 14])[:, None, None] + 115
+    light, blue, red = (
+        noise / noise.std(axis=(1, 2), keepdims=True) * np.array([44, 14, 14])[:, None, None] + 115
+    )
     pixels = np.clip(np.stack([light, blue, red], axis=-1), 0, 255).astype(np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels, "YCbCr").save(out, "JPEG", quality=QUALITY)

@@ -14,7 +14,18 @@ from recipe.errors import RunError
 
 IMAGES, IMAGES_MD5 = "t10k-images-idx3-ubyte.gz", "f78720b4224f21cce2f2ccf2d7a94c9a"
 LABELS, LABELS_MD5 = "t10k-labels-idx1-ubyte.gz", "0d30e22e447f3c33dab9ed536400ac01"
-CLASSES = ("top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+CLASSES = (
+    "top",
+    "trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 TRAIN_PER_CLASS = 800  # of the 1000; the other 200 are for validation
 DESCRIPTION = """The test part of Fashion-MNIST as RGB JPEG images: 10,000 photographs of clothes in 10 classes, 8,000
 for training and 2,000 for validation, each class equally often. The images are small (28×28 pixels) and grey (their

@@ -17,9 +17,14 @@ from recipe.keras.callbacks.rates import rate_of
 from recipe.keras.distributed import is_distributed, optimizers_of, reduction_of
 
 _FORMAT = "recipe.keras.BackupAndRestore 1"
-_KERAS_FILES = ("latest.weights.h5", "training_metadata.json")  # of keras.callbacks.BackupAndRestore
+_KERAS_FILES = (
+    "latest.weights.h5",
+    "training_metadata.json",
+)  # of keras.callbacks.BackupAndRestore
 _METRICS, _PASSES = "metrics/", "passes/"  # beginnings of names
-_SEEN = f"{_PASSES}seen"  # places of the gradients that came in the backward passes since the last step
+_SEEN = (
+    f"{_PASSES}seen"  # places of the gradients that came in the backward passes since the last step
+)
 _RANDOM = "random"  # state of the framework's generators
 
 
@@ -45,13 +50,19 @@ class BackupAndRestore(keras.callbacks.Callback):
         if not backup_dir:
             raise ValueError(f"backup_dir={backup_dir!r}: give the folder of the backup")
         if save_freq != "epoch" and (type(save_freq) is not int or save_freq < 1):
-            raise ValueError(f'save_freq={save_freq!r} must be "epoch" or a positive number of batches')
+            raise ValueError(
+                f'save_freq={save_freq!r} must be "epoch" or a positive number of batches'
+            )
         self.backup_dir, self.save_freq = backup_dir, save_freq
         self.double_checkpoint, self.delete_checkpoint = double_checkpoint, delete_checkpoint
         self._files = _Files(Path(backup_dir), double_checkpoint)
-        self._found: dict[str, Any] | None = None  # what describes the backup, until the first epoch begins
+        self._found: dict[str, Any] | None = (
+            None  # what describes the backup, until the first epoch begins
+        )
         self._own: dict[str, np.ndarray] = {}  # what the backup holds for this rank alone
-        self._epoch = self._done = self._passed = 0  # the epoch; its batches so far; those that passed by
+        self._epoch = self._done = self._passed = (
+            0  # the epoch; its batches so far; those that passed by
+        )
         self._since = 0  # batches since the last backup
         self._metrics_restored = False
 
@@ -74,7 +85,9 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._found = None
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        if self._passed and batch == self._passed:  # the epoch's data have begun, which may draw random numbers
+        if (
+            self._passed and batch == self._passed
+        ):  # the epoch's data have begun, which may draw random numbers
             self._draw_on()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
@@ -84,7 +97,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._since += batch + 1 - self._done
         self._done = batch + 1
         # What is due at the epoch's last batch waits for the epoch's end, when other callbacks have done their part.
-        if self._since >= self.save_freq and self._done < (self.params.get("steps") or float("inf")):
+        if self._since >= self.save_freq and self._done < (
+            self.params.get("steps") or float("inf")
+        ):
             self._save(self._epoch, self._done)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
@@ -120,7 +135,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         state.broadcast_model(self.model, [self.model.optimizer])
         self._own = _received(arrays, found)
         if found["size"] != collectives.size():
-            self._own = _of_variables(self._own, but=_METRICS)  # the others' examples would be missing
+            self._own = _of_variables(
+                self._own, but=_METRICS
+            )  # the others' examples would be missing
         self._apply_own(variables)
         _hold(self.model, found["rate"])
         return found
@@ -135,7 +152,9 @@ class BackupAndRestore(keras.callbacks.Callback):
             )
         self.model._initial_epoch = None  # or the next fit() would begin there too
         self._passed = found["batch"]
-        held = {id(v) for v in velocities.with_rate(self.model.optimizer)}  # rescaled, perhaps, for this epoch
+        held = {
+            id(v) for v in velocities.with_rate(self.model.optimizer)
+        }  # rescaled, perhaps, for this epoch
         self._apply_own({name: v for name, v in _state(self.model).items() if id(v) not in held})
         if velocities.held(self.model.optimizer) is None:
             _hold(self.model, found["rate"])
@@ -160,7 +179,9 @@ class BackupAndRestore(keras.callbacks.Callback):
             return {}
         if not self._metrics_restored:
             if _metrics(self.model).keys() != kept.keys():
-                self.model._symbolic_build(data_batch=batch)  # as fit() does with PyTorch (Keras 3.15)
+                self.model._symbolic_build(
+                    data_batch=batch
+                )  # as fit() does with PyTorch (Keras 3.15)
             variables = _metrics(self.model)
             self._files.check_same(variables, kept)
             for name, v in variables.items():
@@ -198,8 +219,16 @@ class BackupAndRestore(keras.callbacks.Callback):
         """On another number of ranks, moving statistics are rank 0's, as in any saved model; nothing else may be."""
         if found["size"] == collectives.size():
             return
-        statistics = {name for name, v in _state(self.model).items() if name.startswith("model/") and not v.trainable}
-        own = [name for name in found["own"] if name not in statistics and not name.startswith((_METRICS, _RANDOM))]
+        statistics = {
+            name
+            for name, v in _state(self.model).items()
+            if name.startswith("model/") and not v.trainable
+        }
+        own = [
+            name
+            for name in found["own"]
+            if name not in statistics and not name.startswith((_METRICS, _RANDOM))
+        ]
         if own or found["accumulating"]:
             what = own[0] if own else "sum of gradients"
             raise RunError(
@@ -210,7 +239,11 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def _check_steps(self, found: dict[str, Any]) -> None:
         """A place within an epoch means something only in epochs of as many steps."""
-        batch, steps, executed = found["batch"], self.params.get("steps"), self.model.steps_per_execution
+        batch, steps, executed = (
+            found["batch"],
+            self.params.get("steps"),
+            self.model.steps_per_execution,
+        )
         if batch and found["steps"] != steps:
             raise RunError(
                 f"the backup in {self.backup_dir} was written after batch {batch} of {found['steps']}, but an epoch "
@@ -262,17 +295,28 @@ class _Files:
                     self.latest.replace(self.damaged)  # or it would become the previous one
                 return found
         except OSError as error:
-            raise RunError(f"cannot use the backups in {self.folder}: {error.strerror}; give this user the rights")
+            raise RunError(
+                f"cannot use the backups in {self.folder}: {error.strerror}; give this user the rights"
+            )
         if failure:
-            raise RunError(f"{failure}, and there is no other; remove {self.folder} to train from the beginning")
+            raise RunError(
+                f"{failure}, and there is no other; remove {self.folder} to train from the beginning"
+            )
         return None
 
-    def check_same(self, variables: dict[str, keras.Variable], arrays: dict[str, np.ndarray]) -> None:
+    def check_same(
+        self, variables: dict[str, keras.Variable], arrays: dict[str, np.ndarray]
+    ) -> None:
         """Raises RunError with the first difference when the arrays are not another state of these variables."""
-        ours = [f"{name} {tuple(v.shape)} {keras.backend.standardize_dtype(v.dtype)}" for name, v in variables.items()]
+        ours = [
+            f"{name} {tuple(v.shape)} {keras.backend.standardize_dtype(v.dtype)}"
+            for name, v in variables.items()
+        ]
         theirs = [f"{name} {a.shape} {a.dtype}" for name, a in arrays.items()]
         for i in range(max(len(ours), len(theirs))):
-            mine, backed_up = (names[i] if i < len(names) else "nothing more" for names in (ours, theirs))
+            mine, backed_up = (
+                names[i] if i < len(names) else "nothing more" for names in (ours, theirs)
+            )
             if mine != backed_up:
                 raise RunError(
                     f"the backup in {self.folder} is of another model: it holds {backed_up} where this one has {mine}; "
@@ -286,7 +330,9 @@ class _Files:
             for path in (partial, self.next, self.damaged, self.previous, self.latest):
                 path.unlink(missing_ok=True)
         except OSError as error:
-            raise RunError(f"cannot remove the backup in {self.folder}: {error.strerror}; remove it by hand")
+            raise RunError(
+                f"cannot remove the backup in {self.folder}: {error.strerror}; remove it by hand"
+            )
         with contextlib.suppress(OSError):  # somebody else's files are there, or it was never made
             self.folder.rmdir()
 
@@ -301,7 +347,9 @@ class _Files:
 
     def _check_format(self, path: Path, description: dict[str, Any]) -> None:
         if description.get("format") != _FORMAT:
-            raise RunError(f"{path} is no backup of recipe.keras.callbacks.BackupAndRestore; give another backup_dir")
+            raise RunError(
+                f"{path} is no backup of recipe.keras.callbacks.BackupAndRestore; give another backup_dir"
+            )
 
     def _refuse_keras_files(self) -> None:
         for path in (self.folder / name for name in _KERAS_FILES):
@@ -318,7 +366,9 @@ def _check_model(model: keras.Model) -> None:
             f"BackupAndRestore: model {model.name!r} has no variables yet; call it on a batch of data before fit()"
         )
     if not hasattr(model, "_initial_epoch"):
-        raise RunError(f"BackupAndRestore can't set fit()'s first epoch in Keras {keras.__version__}; use Keras 3.15")
+        raise RunError(
+            f"BackupAndRestore can't set fit()'s first epoch in Keras {keras.__version__}; use Keras 3.15"
+        )
     if any(is_distributed(o) for o in optimizers_of(model) if o is not model.optimizer):
         raise ValueError(
             f"BackupAndRestore keeps the state of the compiled optimizer; model {model.name!r} trains with others, "
@@ -333,7 +383,11 @@ def _state(model: keras.Model) -> dict[str, keras.Variable]:
     groups = {"model/": model.variables, "optimizer/": model.optimizer.variables}
     if (reduction := reduction_of(model.optimizer)) and reduction.sums:
         groups[_PASSES] = [*reduction.sums, reduction.count]
-    return {name: v for group, variables in groups.items() for name, v in _numbered(group, variables).items()}
+    return {
+        name: v
+        for group, variables in groups.items()
+        for name, v in _numbered(group, variables).items()
+    }
 
 
 def _metrics(model: keras.Model) -> dict[str, keras.Variable]:
@@ -342,13 +396,24 @@ def _metrics(model: keras.Model) -> dict[str, keras.Variable]:
 
 def _numbered(group: str, variables: list) -> dict[str, keras.Variable]:
     """Keras numbers layers and variables within a process: dense_3 may be dense when the program is started again."""
-    return {f"{group}{i:04d}/{re.sub('_[0-9]+(?=[_/]|$)', '', v.path)}": v for i, v in enumerate(variables)}
+    return {
+        f"{group}{i:04d}/{re.sub('_[0-9]+(?=[_/]|$)', '', v.path)}": v
+        for i, v in enumerate(variables)
+    }
 
 
-def _of_variables(arrays: dict[str, np.ndarray], only: str = "", but: str | None = None) -> dict[str, np.ndarray]:
+def _of_variables(
+    arrays: dict[str, np.ndarray], only: str = "", but: str | None = None
+) -> dict[str, np.ndarray]:
     """The arrays of variables whose names begin with `only` and don't with `but`."""
-    names = (name for name in arrays if name.startswith(only) and not (but and name.startswith(but)))
-    return {name: arrays[name] for name in names if name not in (_SEEN, _RANDOM) and not name.startswith("rank/")}
+    names = (
+        name for name in arrays if name.startswith(only) and not (but and name.startswith(but))
+    )
+    return {
+        name: arrays[name]
+        for name in names
+        if name not in (_SEEN, _RANDOM) and not name.startswith("rank/")
+    }
 
 
 def _of_rank(rank: int, name: str) -> str:

@@ -21,9 +21,17 @@ class BroadcastGlobalVariablesCallback(BroadcastState):
     `device` may be left empty only: the variables are broadcast where they lie. With `same_seeds`
     random layers draw the same numbers on all ranks; without it each rank draws its own."""
 
-    def __init__(self, root_rank: int, device: str = "", local_variables: Any = None, same_seeds: bool = False) -> None:
+    def __init__(
+        self,
+        root_rank: int,
+        device: str = "",
+        local_variables: Any = None,
+        same_seeds: bool = False,
+    ) -> None:
         _refuse_device(device)
-        if local_variables is not None and not isinstance(local_variables, (list, tuple, set, frozenset)):
+        if local_variables is not None and not isinstance(
+            local_variables, (list, tuple, set, frozenset)
+        ):
             local_variables = [local_variables]
         super().__init__(root_rank, same_seeds=same_seeds)
         self.device = device
@@ -34,7 +42,9 @@ class BroadcastGlobalVariablesCallback(BroadcastState):
         """Makes `var`, a Keras or a framework variable, one of `local_variables`: it keeps what its rank has.
 
         Takes effect when training begins."""
-        if not hasattr(var, "shape") or (not hasattr(var, "assign") and backend.FRAMEWORK == "tensorflow"):
+        if not hasattr(var, "shape") or (
+            not hasattr(var, "assign") and backend.FRAMEWORK == "tensorflow"
+        ):
             raise ValueError(f"local_variables must be variables, not {var!r}")
         self.local_variables.append(var)
 
@@ -125,7 +135,9 @@ class LearningRateScheduleCallback(ScheduledRate):
         self.on_batch_end(batch, logs)
 
     def _before_step(self, batch: int) -> None:
-        if self._epoch < self.start_epoch or (self.end_epoch is not None and self._epoch >= self.end_epoch):
+        if self._epoch < self.start_epoch or (
+            self.end_epoch is not None and self._epoch >= self.end_epoch
+        ):
             return
         if not self.staircase:
             super()._before_step(batch)
@@ -144,7 +156,9 @@ class LearningRateScheduleCallback(ScheduledRate):
     def _steps(self) -> int:
         steps = self._known_steps()
         if not steps:
-            raise ValueError("the number of steps of an epoch is unknown; pass steps_per_epoch to fit() or here")
+            raise ValueError(
+                "the number of steps of an epoch is unknown; pass steps_per_epoch to fit() or here"
+            )
         return steps
 
 
@@ -172,11 +186,17 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
             momentum_correction=momentum_correction,
             steps_per_epoch=steps_per_epoch,
         )
-        self.warmup_epochs, self.verbose, self.one_step_early = warmup_epochs, verbose, one_step_early
+        self.warmup_epochs, self.verbose, self.one_step_early = (
+            warmup_epochs,
+            verbose,
+            one_step_early,
+        )
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         super().on_epoch_begin(epoch, logs)
-        if not is_passing(self.model) and ends_between_epochs(self.warmup_epochs, epoch, self._known_steps()):
+        if not is_passing(self.model) and ends_between_epochs(
+            self.warmup_epochs, epoch, self._known_steps()
+        ):
             self._set(self.initial_lr)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
@@ -226,7 +246,9 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         if not self.filepath:
-            raise ValueError("BestModelCheckpoint has no filepath; pass filepath= or set it before training")
+            raise ValueError(
+                "BestModelCheckpoint has no filepath; pass filepath= or set it before training"
+            )
         super().on_train_begin(logs)
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:

@@ -91,9 +91,13 @@ class MetricSums(keras.callbacks.Callback):
 
     def on_test_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self._batches += 1
-        if not self._in_fit and batch + 1 == self.params.get("steps"):  # inside fit() these are the training steps
+        if not self._in_fit and batch + 1 == self.params.get(
+            "steps"
+        ):  # inside fit() these are the training steps
             self._test = _captured(self.model, self._batches)
-            _assign(self.model, _summed(self._test.state, self._test.shapes))  # what evaluate() will return
+            _assign(
+                self.model, _summed(self._test.state, self._test.shapes)
+            )  # what evaluate() will return
 
     def on_test_end(self, logs: dict | None = None) -> None:
         self._test = self._test or _captured(self.model, self._batches)
@@ -111,13 +115,18 @@ def unweighted(logs: dict) -> dict[str, Number]:
     """The mean of each number over the ranks that have it, however many examples each holds. Collective."""
     mine = _numbers(logs)
     ranks = collectives.gather(mine, "logs")
-    return {name: _mean([(theirs[name], 1.0) for theirs in ranks if name in theirs]) for name in _names(ranks, mine)}
+    return {
+        name: _mean([(theirs[name], 1.0) for theirs in ranks if name in theirs])
+        for name in _names(ranks, mine)
+    }
 
 
 def _agreed(model: keras.Model, logs: dict, captured: dict[str, Captured]) -> dict[str, Number]:
     """The numbers of the logs over all ranks; a name that only some ranks have is there on all. Collective."""
     mine = _numbers(logs)
-    plain = {prefix: Captured(c.results, c.summable, [], c.weight) for prefix, c in captured.items()}
+    plain = {
+        prefix: Captured(c.results, c.summable, [], c.weight) for prefix, c in captured.items()
+    }
     shapes = {prefix: c.shapes for prefix, c in captured.items()}
     own_shapes = [v.shape for v in _summable_variables(model)]
     ranks = collectives.gather(Message(mine, plain, shapes, own_shapes), "logs")
@@ -129,13 +138,17 @@ def _agreed(model: keras.Model, logs: dict, captured: dict[str, Captured]) -> di
     return agreed
 
 
-def _whole(model: keras.Model, ranks: list[Message], mine: Captured | None, prefix: str) -> dict[str, Number] | None:
+def _whole(
+    model: keras.Model, ranks: list[Message], mine: Captured | None, prefix: str
+) -> dict[str, Number] | None:
     """The metrics' results over all ranks; None when no rank has this kind. Collective."""
     having = [message.shapes[prefix] for message in ranks if prefix in message.shapes]
     if not having:
         return None
     if any(shapes != having[0] for shapes in having):
-        raise RunError("the ranks' models have different metrics; compile all with the same", everywhere=True)
+        raise RunError(
+            "the ranks' models have different metrics; compile all with the same", everywhere=True
+        )
     total = _summed(mine.state if mine else None, having[0])
     results = None
     if [v.shape for v in _summable_variables(model)] == having[0]:
@@ -143,22 +156,34 @@ def _whole(model: keras.Model, ranks: list[Message], mine: Captured | None, pref
         _assign(model, total)
         results = _results(model)
         _assign(model, before)
-    if any(message.own_shapes != having[0] for message in ranks):  # a model that has seen no batch yet
+    if any(
+        message.own_shapes != having[0] for message in ranks
+    ):  # a model that has seen no batch yet
         results = next(r for r in collectives.gather(results, f"results{prefix}") if r is not None)
     return results
 
 
-def _agreed_number(name: str, prefix: str, ranks: list[Message], whole: dict[str, Number]) -> Number:
+def _agreed_number(
+    name: str, prefix: str, ranks: list[Message], whole: dict[str, Number]
+) -> Number:
     """A metric's result over all ranks, when that is what all of them have logged by this name; else their mean."""
     having = [message for message in ranks if name in message.logs]
     captured = [message.captured[prefix] for message in having if prefix in message.captured]
     if len(captured) == len(having):
         own = name.removeprefix(prefix)
         for metric in [own, *(n for n in whole if n != own)]:
-            same = all(_same(m.logs[name], c.results.get(metric)) for m, c in zip(having, captured, strict=True))
+            same = all(
+                _same(m.logs[name], c.results.get(metric))
+                for m, c in zip(having, captured, strict=True)
+            )
             if same and all(metric in c.summable for c in captured):
                 return whole[metric]
-    weights = _weights([message.captured[prefix].weight if prefix in message.captured else None for message in having])
+    weights = _weights(
+        [
+            message.captured[prefix].weight if prefix in message.captured else None
+            for message in having
+        ]
+    )
     return _mean([(message.logs[name], w) for message, w in zip(having, weights, strict=True)])
 
 
@@ -181,7 +206,9 @@ def _mean(numbers: list[tuple[Number, float]]) -> Number:
     if all(_same(value, values[0]) for value in values):
         return values[0]
     weights = [weight for _, weight in numbers]
-    mean = np.average([number for number, _ in numbers], axis=0, weights=weights if any(weights) else None)
+    mean = np.average(
+        [number for number, _ in numbers], axis=0, weights=weights if any(weights) else None
+    )
     return _number(mean)
 
 
@@ -190,7 +217,8 @@ def _numbers(logs: dict | None) -> dict[str, Number]:
     return {
         name: _number(value)
         for name, value in (logs or {}).items()
-        if isinstance(value, (int, float, np.number, np.ndarray)) and np.asarray(value).dtype.kind in "biuf"
+        if isinstance(value, (int, float, np.number, np.ndarray))
+        and np.asarray(value).dtype.kind in "biuf"
     }
 
 
@@ -207,7 +235,9 @@ def _names(ranks: list[dict[str, Number]], mine: dict[str, Number]) -> list[str]
 def _captured(model: keras.Model, batches: int) -> Captured:
     results = _results(model)
     kept_apart = {m.name for m in _leaves(model) if not _is_sum(type(m))}
-    summable = frozenset(n for n in results if not any(n == k or n.endswith(f"_{k}") for k in kept_apart))
+    summable = frozenset(
+        n for n in results if not any(n == k or n.endswith(f"_{k}") for k in kept_apart)
+    )
     means = [m for m in _leaves(model) if isinstance(m, keras.metrics.Mean)]
     examples = next((_count(m) for m in means if m.name == "loss"), 0.0)
     weight = Weight(examples, next(map(_count, means), 0.0), float(batches))
@@ -233,9 +263,13 @@ def _summed(state: list[np.ndarray] | None, shapes: list[tuple[int, ...]]) -> li
     """The sums of all ranks' states of these shapes, of which a rank may have none. Collective."""
     state = [np.zeros(shape) for shape in shapes] if state is None else state
     flat = [np.ravel(array).astype(np.float64) for array in state]
-    total = collectives.total(np.concatenate([np.zeros(1), *flat]), "metrics")[1:]  # never of length 0
+    total = collectives.total(np.concatenate([np.zeros(1), *flat]), "metrics")[
+        1:
+    ]  # never of length 0
     ends = np.cumsum([array.size for array in state], dtype=int)
-    return [part.reshape(shape) for part, shape in zip(np.split(total, ends[:-1]), shapes, strict=False)]
+    return [
+        part.reshape(shape) for part, shape in zip(np.split(total, ends[:-1]), shapes, strict=False)
+    ]
 
 
 def _summable_variables(model: keras.Model) -> list:
@@ -266,7 +300,11 @@ def _is_sum(kind: type) -> bool:
         if cls.__module__.split(".")[0] in ("keras", "builtins"):
             return True
         for name, method in vars(cls).items():
-            if not inspect.isfunction(method) or name in ("__init__", "reset_state", "reset_states"):
+            if not inspect.isfunction(method) or name in (
+                "__init__",
+                "reset_state",
+                "reset_states",
+            ):
                 continue
             try:
                 source = textwrap.dedent(inspect.getsource(method))

@@ -53,7 +53,9 @@ class ScheduledRate(keras.callbacks.Callback):
     def _steps(self) -> int:
         steps = self._known_steps()
         if not steps:
-            raise ValueError("the number of steps of an epoch is unknown; pass steps_per_epoch to fit()")
+            raise ValueError(
+                "the number of steps of an epoch is unknown; pass steps_per_epoch to fit()"
+            )
         return steps
 
 
@@ -64,13 +66,17 @@ class GradualWarmup(ScheduledRate):
     set once, where the warmup ends: at the end of its last epoch, so that it is in a checkpoint, and again as the next
     epoch begins, so that a run which is resumed there has it. What other callbacks set later stands."""
 
-    def __init__(self, base_rate: float, k: int, epochs: float = 5.0, *, momentum_correction: bool = True) -> None:
+    def __init__(
+        self, base_rate: float, k: int, epochs: float = 5.0, *, momentum_correction: bool = True
+    ) -> None:
         rate = Rate(start=base_rate, peak=k * base_rate, warmup_epochs=epochs, decay_epochs=())
         super().__init__(rate, momentum_correction=momentum_correction)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         super().on_epoch_begin(epoch, logs)
-        if not is_passing(self.model) and ends_between_epochs(self.rate.warmup_epochs, epoch, self._known_steps()):
+        if not is_passing(self.model) and ends_between_epochs(
+            self.rate.warmup_epochs, epoch, self._known_steps()
+        ):
             self._set(self.rate.peak)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
@@ -94,7 +100,9 @@ class StepDecay(ScheduledRate):
         *,
         momentum_correction: bool = True,
     ) -> None:
-        decay = Rate(start=rate, peak=rate, warmup="none", decay_epochs=tuple(epochs), decay_factor=factor)
+        decay = Rate(
+            start=rate, peak=rate, warmup="none", decay_epochs=tuple(epochs), decay_factor=factor
+        )
         super().__init__(decay, momentum_correction=momentum_correction)
 
     def _before_step(self, batch: int) -> None:
@@ -116,7 +124,9 @@ def in_warmup(end: float, epoch: int, batch: int, steps: Callable[[], int]) -> b
     return epoch < end and (batch == 0 or epoch + (batch - 1) / steps() < end)
 
 
-def set_rate(optimizer: keras.optimizers.Optimizer, rate: float, momentum_correction: bool = True) -> None:
+def set_rate(
+    optimizer: keras.optimizers.Optimizer, rate: float, momentum_correction: bool = True
+) -> None:
     """Sets the optimizer's learning rate; with momentum correction rescales the velocities that hold it (remark 2):
     those of `keras.optimizers.SGD` and of RMSprop with momentum."""
     inner = velocities.innermost(optimizer)

@@ -18,9 +18,15 @@ class BroadcastState(keras.callbacks.Callback):
     `local_variables`, Keras's or the framework's, and their slots keep what each rank has. Random layers get a seed
     of each rank's own, a function of the root's seed and the rank; with `same_seeds` the root's."""
 
-    def __init__(self, root_rank: int = 0, local_variables: Sequence = (), *, same_seeds: bool = False) -> None:
+    def __init__(
+        self, root_rank: int = 0, local_variables: Sequence = (), *, same_seeds: bool = False
+    ) -> None:
         super().__init__()
-        self.root_rank, self.local_variables, self.same_seeds = root_rank, list(local_variables), same_seeds
+        self.root_rank, self.local_variables, self.same_seeds = (
+            root_rank,
+            list(local_variables),
+            same_seeds,
+        )
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
@@ -53,7 +59,9 @@ class BroadcastState(keras.callbacks.Callback):
         return train_function
 
     def _broadcast(self) -> None:
-        state.broadcast_state(self.model, self.root_rank, self.local_variables, same_seeds=self.same_seeds)
+        state.broadcast_state(
+            self.model, self.root_rank, self.local_variables, same_seeds=self.same_seeds
+        )
 
 
 class ReplicaCheck(keras.callbacks.Callback):
@@ -73,7 +81,9 @@ class ReplicaCheck(keras.callbacks.Callback):
         for optimizer in optimizers_of(self.model):
             reduction = reduction_of(optimizer)
             if reduction and reduction.process_set.process_set_id:
-                raise ValueError(f"ReplicaCheck compares all ranks, which {reduction.process_set} does not keep equal")
+                raise ValueError(
+                    f"ReplicaCheck compares all ranks, which {reduction.process_set} does not keep equal"
+                )
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self._steps += 1
@@ -89,7 +99,9 @@ def _comes_later(model: keras.Model) -> bool:
     if backend.FRAMEWORK != "tensorflow":
         return False
     optimizers = [o for o in optimizers_of(model) if is_distributed(o) and o is not model.optimizer]
-    return not all(layer.built for layer in model._flatten_layers()) or not all(o.built for o in optimizers)
+    return not all(layer.built for layer in model._flatten_layers()) or not all(
+        o.built for o in optimizers
+    )
 
 
 def _chained(first: Any, iterator: Any) -> Any:

@@ -26,7 +26,14 @@ ROOT = Path(__file__).parents[3]
 COMING = ROOT / ".cache/coming-keras"
 SETUP, LIMIT = 120.0, 30.0  # seconds until both processes train, and from then on
 TOLERANCE = 1e-4  # of weights around 1: float32's rounding over 32 steps is below 1e-5, a batch too many 1e-2
-MPIRUN = [str(Path(sys.executable).parent / "mpirun"), "-np", "2", "--oversubscribe", "--bind-to", "none"]
+MPIRUN = [
+    str(Path(sys.executable).parent / "mpirun"),
+    "-np",
+    "2",
+    "--oversubscribe",
+    "--bind-to",
+    "none",
+]
 PLAIN = {"OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -35,7 +42,9 @@ class Contender:
     title: str
     name: str  # in contender.py
     backend: str
-    start: Callable[[list[str]], list[tuple[list[str], dict[str, str]]]]  # commands and what each adds to environ
+    start: Callable[
+        [list[str]], list[tuple[list[str], dict[str, str]]]
+    ]  # commands and what each adds to environ
     path: tuple[str, ...] = ()  # before the others on PYTHONPATH
 
 
@@ -55,13 +64,21 @@ def by_mpirun(program: list[str]) -> list[tuple[list[str], dict[str, str]]]:
 
 
 def by_torchrun(program: list[str]) -> list[tuple[list[str], dict[str, str]]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={_port()}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        f"--master-port={_port()}",
+    ]
     return [([*command, *program[1:]], {})]
 
 
 def by_tf_config(program: list[str]) -> list[tuple[list[str], dict[str, str]]]:
     cluster = {"worker": [f"localhost:{_port()}", f"localhost:{_port()}"]}
-    configs = [json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}}) for i in range(2)]
+    configs = [
+        json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}}) for i in range(2)
+    ]
     return [(program, {"TF_CONFIG": config, "TASK": str(i)}) for i, config in enumerate(configs)]
 
 
@@ -80,14 +97,20 @@ def run(contender: Contender, row: str) -> Outcome:
         folder = Path(name)
         log = stack.enter_context((folder / "log").open("w"))
         start = by_mpirun if row == "mpirun" else contender.start
-        environ = os.environ | PLAIN | {"KERAS_BACKEND": contender.backend, "PYTHONPATH": ":".join(contender.path)}
+        environ = (
+            os.environ
+            | PLAIN
+            | {"KERAS_BACKEND": contender.backend, "PYTHONPATH": ":".join(contender.path)}
+        )
         processes = []
         for command, extra in start([sys.executable, CONTENDER, contender.name, row, name]):
             options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
             processes.append(subprocess.Popen(command, env=environ | extra, **options))
         outcome = _waited(processes, folder)
         outcome.found = [json.loads(path.read_text()) for path in sorted(folder.glob("found*"))]
-        outcome.errors = {int(path.name[-1]): path.read_text() for path in sorted(folder.glob("error*"))}
+        outcome.errors = {
+            int(path.name[-1]): path.read_text() for path in sorted(folder.glob("error*"))
+        }
         outcome.output = (folder / "log").read_text(errors="replace")
         return outcome
 
@@ -198,7 +221,9 @@ def overlap(contender: Contender) -> str:
     """How much of the reduction begins beside backprop: by Horovod's timeline for us, PyTorch's hook for Keras."""
     if contender.name == "keras":
         outcome = run(contender, "overlap")
-        return failed(outcome) or "{before} of {all} buckets begin before its end".format(**outcome.found[0])
+        return failed(outcome) or "{before} of {all} buckets begin before its end".format(
+            **outcome.found[0]
+        )
     if contender.name != "ours":
         return "not run"
     said = subprocess.run(

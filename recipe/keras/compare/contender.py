@@ -27,7 +27,9 @@ class Keras:
 
     def __init__(self) -> None:
         keras.distribution.initialize()
-        keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
+        keras.distribution.set_distribution(
+            keras.distribution.DataParallel(auto_shard_dataset=False)
+        )
         import torch.distributed
 
         self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -62,7 +64,11 @@ class Mirrored(Keras):
 
         options = tf.data.Options()
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-        return {"x": tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH * self.size).with_options(options)}
+        return {
+            "x": tf.data.Dataset.from_tensor_slices((x, y))
+            .batch(BATCH * self.size)
+            .with_options(options)
+        }
 
 
 class Horovod(Keras):
@@ -74,7 +80,10 @@ class Horovod(Keras):
         hvd.init()
         self.hvd, self.rank, self.size = hvd, hvd.rank(), hvd.size()
         self.scope = contextlib.nullcontext
-        self.first = [hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.MetricAverageCallback()]
+        self.first = [
+            hvd.callbacks.BroadcastGlobalVariablesCallback(0),
+            hvd.callbacks.MetricAverageCallback(),
+        ]
 
     def optimizer(self, optimizer: Any) -> Any:
         return self.hvd.DistributedOptimizer(optimizer)
@@ -96,7 +105,12 @@ class Ours(Keras):
         return self.hvd.callbacks.BackupAndRestore(FOLDER / "backup")
 
 
-CONTENDERS: dict[str, type] = {"keras": Keras, "mirrored": Mirrored, "horovod": Horovod, "ours": Ours}
+CONTENDERS: dict[str, type] = {
+    "keras": Keras,
+    "mirrored": Mirrored,
+    "horovod": Horovod,
+    "ours": Ours,
+}
 
 
 class OwnStep(keras.Sequential):
@@ -104,7 +118,11 @@ class OwnStep(keras.Sequential):
 
     def train_step(self, data: tuple) -> dict:
         x, y = data
-        loss = self._torch_step(x, y) if keras.backend.backend() == "torch" else self._tensorflow_step(x, y)
+        loss = (
+            self._torch_step(x, y)
+            if keras.backend.backend() == "torch"
+            else self._tensorflow_step(x, y)
+        )
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(loss)
@@ -163,17 +181,23 @@ class On(keras.callbacks.Callback):
             self._epoch(self.model, epoch)
 
 
-def fit(way: Any, *callbacks: Any, kind: type = keras.Sequential, batches: int = BATCHES, **options: Any) -> dict:
+def fit(
+    way: Any, *callbacks: Any, kind: type = keras.Sequential, batches: int = BATCHES, **options: Any
+) -> dict:
     """Trains a linear model from zeros on this rank's examples; what became of it."""
     epochs = options.pop("epochs", 1)
     with way.scope():
-        model = kind([keras.Input((4,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
+        model = kind(
+            [keras.Input((4,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")]
+        )
         optimizer = way.optimizer(keras.optimizers.SGD(RATE, momentum=MOMENTUM))
         model.compile(optimizer, "mse", jit_compile=False, **options)
     (FOLDER / f"began{way.rank}").touch()
     callbacks = [*way.first, *callbacks, seen := On()]
     data = way.data(*examples(way.rank, batches))
-    history = model.fit(**data, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks).history
+    history = model.fit(
+        **data, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks
+    ).history
     weights = keras.ops.convert_to_numpy(model.trainable_weights[0].value)
     return {"weights": np.ravel(weights).tolist(), "epochs": seen.epochs, "logs": history}
 
@@ -235,7 +259,9 @@ class CountBuckets(keras.callbacks.Callback):
         import torch
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-        def hook(group: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        def hook(
+            group: Any, bucket: torch.distributed.GradBucket
+        ) -> torch.futures.Future[torch.Tensor]:
             self.last.append(bucket.is_last())
             return allreduce_hook(group, bucket)
 
@@ -264,7 +290,12 @@ def reported(rank: int) -> Iterator[None]:
 
 
 def main() -> None:
-    number = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("RANK") or os.environ.get("TASK") or 0)
+    number = int(
+        os.environ.get("OMPI_COMM_WORLD_RANK")
+        or os.environ.get("RANK")
+        or os.environ.get("TASK")
+        or 0
+    )
     with reported(number):
         way = CONTENDERS[CONTENDER]()
         found = globals()[ROW](way)

@@ -20,7 +20,9 @@ def photo(height: int, width: int, seed: int) -> bytes:
     """A JPEG with gradients, edges and noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
-    gradients = np.stack([255 * x / width, 255 * y / height, 255 * (x + y) / (height + width)], axis=-1)
+    gradients = np.stack(
+        [255 * x / width, 255 * y / height, 255 * (x + y) / (height + width)], axis=-1
+    )
     patches = np.kron(rng.normal(0, 40, (height // 8 + 1, width // 8 + 1, 3)), np.ones((8, 8, 1)))
     pixels = gradients + patches[:height, :width] + rng.normal(0, 10, (height, width, 3))
     out = io.BytesIO()
@@ -56,15 +58,21 @@ def photos() -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def small_imagenet(tmp_path_factory: pytest.TempPathFactory, photos: dict[str, bytes]) -> tfds.core.DatasetBuilder:
+def small_imagenet(
+    tmp_path_factory: pytest.TempPathFactory, photos: dict[str, bytes]
+) -> tfds.core.DatasetBuilder:
     """ImageNet's own builder, run on two tars of its form with ten training and four validation images."""
     folder = tmp_path_factory.mktemp("imagenet")
     inner = {
-        f"{synset}.tar": tar_of({name: jpeg for name, jpeg in photos.items() if name.startswith(synset)})
+        f"{synset}.tar": tar_of(
+            {name: jpeg for name, jpeg in photos.items() if name.startswith(synset)}
+        )
         for synset in SYNSETS
     }
     Path(folder / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
-    validation = {f"ILSVRC2012_val_{i:08d}.JPEG": photo(375, 500, seed=1000 + i) for i in range(1, 5)}
+    validation = {
+        f"ILSVRC2012_val_{i:08d}.JPEG": photo(375, 500, seed=1000 + i) for i in range(1, 5)
+    }
     Path(folder / "ILSVRC2012_img_val.tar").write_bytes(tar_of(validation))
     builder = tfds.builder("imagenet2012", data_dir=folder / "data")
     builders.run_builder(builder, folder)

@@ -21,7 +21,10 @@ def small() -> None:
     """The numbers of this ImageNet in place of the real one's."""
     shard_utils.ShardConfig.min_shard_size = FILE_BYTES
     builders.IMAGENET_EXAMPLES = {"train": 3 * CLASS_IMAGES, "validation": VALIDATION_IMAGES}
-    verify.CLASSES = {"train": (3, CLASS_IMAGES, CLASS_IMAGES), "validation": (VALIDATION_IMAGES, 1, 1)}
+    verify.CLASSES = {
+        "train": (3, CLASS_IMAGES, CLASS_IMAGES),
+        "validation": (VALIDATION_IMAGES, 1, 1),
+    }
 
 
 def slow(seconds: float) -> None:

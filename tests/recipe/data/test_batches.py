@@ -15,7 +15,9 @@ from recipe.data.batches import AHEAD, Batch, Batches, Jobs
 COUNT, PARTS = 40, 3
 
 
-def made(threads: int, job: Callable[[int, int], None] = lambda position, part: None, first: int = 0) -> Batches:
+def made(
+    threads: int, job: Callable[[int, int], None] = lambda position, part: None, first: int = 0
+) -> Batches:
     """COUNT batches; each says its position, part by part."""
 
     def make(position: int) -> tuple[Batch, Jobs]:
@@ -38,7 +40,9 @@ def threads_of_images() -> list[str]:
 def test_the_order_is_that_of_the_positions(threads: int) -> None:
     slow = np.random.default_rng(threads).random((COUNT, PARTS)) / 500
     batches = made(threads, lambda position, part: time.sleep(slow[position, part]))
-    assert [batch.tolist() for (batch,) in batches] == [[position] * PARTS for position in range(COUNT)]
+    assert [batch.tolist() for (batch,) in batches] == [
+        [position] * PARTS for position in range(COUNT)
+    ]
     assert threads_of_images() == []
 
 
@@ -47,14 +51,18 @@ def test_a_part_of_them() -> None:
     assert len(batches) == COUNT
     assert [batch[0] for (batch,) in batches.take(3)] == [5, 6, 7]
     assert len(batches.take(COUNT + 1)) == COUNT
-    assert [batch[0] for (batch,) in batches] == list(range(5, 5 + COUNT)), "each iterator begins anew"
+    assert [batch[0] for (batch,) in batches] == list(range(5, 5 + COUNT)), (
+        "each iterator begins anew"
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_what_is_made_ahead_is_bounded(threads: int) -> None:
     begun, batches = set(), made(threads)
     make = batches.make
-    batches.make = lambda position: begun.add(position) or make(position)  # in this thread: nothing to wait for
+    batches.make = lambda position: (
+        begun.add(position) or make(position)
+    )  # in this thread: nothing to wait for
     ahead = max(AHEAD, -(-2 * threads // PARTS))
     for used, _ in enumerate(batches):
         assert begun == set(range(min(used + 1 + ahead, COUNT)))

@@ -25,10 +25,17 @@ ONE = np.zeros(1, dtype=bool)
 def jpegs(draw: st.DrawFn) -> bytes:
     """Of all the forms that Pillow writes, from one pixel on."""
     height, width = draw(st.integers(1, 150)), draw(st.integers(1, 150))
-    mode, grain = draw(st.sampled_from(["RGB", "RGB", "RGB", "L", "CMYK"])), draw(st.sampled_from([1, 4, 16]))
+    mode, grain = (
+        draw(st.sampled_from(["RGB", "RGB", "RGB", "L", "CMYK"])),
+        draw(st.sampled_from([1, 4, 16])),
+    )
     noise = np.random.default_rng(draw(st.integers(0, 99)))
     pixels = noise.integers(0, 256, (height // grain + 1, width // grain + 1, 4)).astype(np.uint8)
-    image = Image.fromarray(pixels, "CMYK").convert(mode).resize((width, height), Image.Resampling.BILINEAR)
+    image = (
+        Image.fromarray(pixels, "CMYK")
+        .convert(mode)
+        .resize((width, height), Image.Resampling.BILINEAR)
+    )
     kinds = {"progressive": draw(st.booleans()), "optimize": draw(st.booleans())}
     if mode == "RGB":
         kinds["subsampling"] = draw(st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]))
@@ -36,7 +43,9 @@ def jpegs(draw: st.DrawFn) -> bytes:
         kinds["restart_marker_blocks"] = draw(st.integers(1, 8))
     jpeg = encoded(image, "JPEG", quality=draw(st.integers(20, 100)), **kinds)
     later_scans = [found.start() for found in re.finditer(b"\xff\xda", jpeg)][1:]
-    end = draw(st.sampled_from([len(jpeg), *later_scans]))  # without the last scans blocks are smoothed
+    end = draw(
+        st.sampled_from([len(jpeg), *later_scans])
+    )  # without the last scans blocks are smoothed
     return jpeg[:end] + b"\xff\xd9"
 
 
@@ -71,22 +80,31 @@ def test_crops_are_exact(image: bytes, data: st.DataObject) -> None:
     height, width, _ = whole(image).shape
     y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     box = y, x, data.draw(st.integers(1, height - y)), data.draw(st.integers(1, width - x))
-    kind, size = data.draw(st.sampled_from([decode.BILINEAR, decode.SMOOTH])), data.draw(st.integers(1, 40))
+    kind, size = (
+        data.draw(st.sampled_from([decode.BILINEAR, decode.SMOOTH])),
+        data.draw(st.integers(1, 40)),
+    )
     mirrored = data.draw(st.booleans())
-    scale = next(s for s in (8, 4, 2, 1) if s == 1 or (kind == decode.BILINEAR and min(box[2:]) >= s * size))
+    scale = next(
+        s for s in (8, 4, 2, 1) if s == 1 or (kind == decode.BILINEAR and min(box[2:]) >= s * size)
+    )
     expected = decode.resized(whole(image, scale), np.array(box) / scale, mirrored, size, kind)
     assert np.array_equal(decoded(image, box, size, kind, mirrored), expected)
 
 
 def photo(height: int = 60, width: int = 80, mode: str = "RGB") -> Image.Image:
     y, x = np.mgrid[0:height, 0:width] / 8
-    pixels = [128 + 100 * np.sin(y * a + x * b) for a, b in ((1, 0.3), (0.2, 1), (0.7, 0.6), (0.1, 0.1))]
+    pixels = [
+        128 + 100 * np.sin(y * a + x * b) for a, b in ((1, 0.3), (0.2, 1), (0.7, 0.6), (0.1, 0.1))
+    ]
     return Image.fromarray(np.stack(pixels, axis=-1).astype(np.uint8), "CMYK").convert(mode)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("kind", [decode.BILINEAR, decode.SMOOTH])
-def test_pillow_and_numpy_give_the_same_pixels(mode: str, kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pillow_and_numpy_give_the_same_pixels(
+    mode: str, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = encoded(photo(mode=mode), "JPEG")
     cases = [
         ((5, 7, 31, 33), 24),
@@ -108,9 +126,15 @@ def test_png_among_jpegs(mode: str, library: bool, monkeypatch: pytest.MonkeyPat
     """ImageNet has one, under the name of a JPEG."""
     if not library:
         monkeypatch.setattr(decode, "_library", lambda: None)
-    images = [encoded(photo(mode="RGB").convert(mode), "PNG"), encoded(photo(), "JPEG"), encoded(photo(), "PNG")]
+    images = [
+        encoded(photo(mode="RGB").convert(mode), "PNG"),
+        encoded(photo(), "JPEG"),
+        encoded(photo(), "PNG"),
+    ]
     boxes, out = np.tile((10, 20, 32, 32), (3, 1)), np.zeros((3, 32, 32, 3), np.uint8)
-    assert decode.decode(images, boxes, np.array([False, True, True]), 32, decode.BILINEAR, out) == {}
+    assert (
+        decode.decode(images, boxes, np.array([False, True, True]), 32, decode.BILINEAR, out) == {}
+    )
     for image, pixels, step in zip(images, out, (1, -1, -1), strict=True):
         assert np.array_equal(pixels[:, ::step], whole(image)[10:42, 20:52])
 
@@ -130,11 +154,16 @@ def test_a_halved_image_is_as_good_as_a_low_pass() -> None:
     image, box = encoded(photo(400, 400), "JPEG", quality=95), (0, 0, 400, 400)
     smooth = decoded(image, box, 50, decode.SMOOTH).astype(int)
     assert np.abs(decoded(image, box, 50, decode.BILINEAR) - smooth).mean() < 2
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3)).astype(np.uint8))
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (400, 400, 3)).astype(np.uint8)
+    )
     image = encoded(noise, "JPEG", quality=95)
     smooth = decoded(image, box, 50, decode.SMOOTH).astype(int)
     unscaled = decode.resized(whole(image), np.array(box), False, 50, decode.BILINEAR).astype(int)
-    assert np.abs(decoded(image, box, 50, decode.BILINEAR) - smooth).mean() < np.abs(unscaled - smooth).mean() / 2
+    assert (
+        np.abs(decoded(image, box, 50, decode.BILINEAR) - smooth).mean()
+        < np.abs(unscaled - smooth).mean() / 2
+    )
 
 
 def without_palette(png: bytes) -> bytes:
@@ -167,7 +196,9 @@ def test_what_is_wrong_is_said_of_the_image_that_is_wrong(kind: str) -> None:
     bad, message = damaged()[kind]
     good = encoded(photo(), "JPEG")
     out, boxes = np.zeros((4, 32, 32, 3), np.uint8), np.tile((0, 0, 60, 80), (4, 1))
-    problems = decode.decode([good, bad, good, bad], boxes, np.zeros(4, bool), 32, decode.BILINEAR, out)
+    problems = decode.decode(
+        [good, bad, good, bad], boxes, np.zeros(4, bool), 32, decode.BILINEAR, out
+    )
     assert sorted(problems) == [1, 3]
     (said,) = set(problems.values())
     assert any(part in said for part in message.split("|")), said
@@ -180,7 +211,9 @@ def test_damage_below_the_box_is_not_read() -> None:
     bad, _ = damaged()["cut"]
     good = encoded(photo(), "JPEG", quality=95)
     box = (0, 0, 8, 80)
-    assert np.array_equal(decoded(bad, box, 8, decode.BILINEAR), decoded(good, box, 8, decode.BILINEAR))
+    assert np.array_equal(
+        decoded(bad, box, 8, decode.BILINEAR), decoded(good, box, 8, decode.BILINEAR)
+    )
 
 
 @pytest.mark.parametrize("way", ["fast", "pillow"])
@@ -198,7 +231,9 @@ def test_a_box_outside_of_the_image_is_refused(way: str, monkeypatch: pytest.Mon
 # --- building it
 
 
-def test_a_changed_source_or_libjpeg_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_source_or_libjpeg_is_another_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = [decode_build.library(tmp_path)]
     (tmp_path / "pillow.libs").mkdir()
     (tmp_path / "pillow.libs" / "libjpeg-1.so.62.4.0").touch()
@@ -218,13 +253,15 @@ def test_it_is_built_with_what_the_environment_has(tmp_path: Path) -> None:
     (tmp_path / "pillow.libs").mkdir()
     shutil.copy(decode_build.bundled(site), tmp_path / "pillow.libs")
     shutil.copytree(site / decode_build.HEADERS, tmp_path / decode_build.HEADERS)
-    program = (
-        "import sys; from recipe.data import decode_build as b; from pathlib import Path; b.build(Path(sys.argv[1]))"
-    )
+    program = "import sys; from recipe.data import decode_build as b; from pathlib import Path; b.build(Path(sys.argv[1]))"
     command = [sys.executable, "-c", program, str(tmp_path)]
-    failed = subprocess.run(command, env={**os.environ, "CC": "cc -include nothing.h"}, capture_output=True, text=True)
+    failed = subprocess.run(
+        command, env={**os.environ, "CC": "cc -include nothing.h"}, capture_output=True, text=True
+    )
     assert "RunError: the image decoder can't be built" in failed.stderr
-    absent = subprocess.run(command, env={**os.environ, "CC": "no-such-compiler"}, capture_output=True, text=True)
+    absent = subprocess.run(
+        command, env={**os.environ, "CC": "no-such-compiler"}, capture_output=True, text=True
+    )
     assert "No such file or directory: 'no-such-compiler'" in absent.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pillow.libs", "tensorflow"]
     subprocess.run(command, check=True)
@@ -233,7 +270,9 @@ def test_it_is_built_with_what_the_environment_has(tmp_path: Path) -> None:
     assert ctypes.CDLL(str(decode_build.library(tmp_path))).recipe_decode
 
 
-def test_the_user_hears_how_to_get_the_fast_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_user_hears_how_to_get_the_fast_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert decode.why_slow() == ""
     monkeypatch.setattr(decode_build, "site_packages", lambda: tmp_path)
     assert "python -m recipe.data.decode_build" in decode.why_slow()
@@ -251,5 +290,7 @@ def test_the_orientation_of_exif_is_ignored() -> None:
     assert Image.open(io.BytesIO(turned)).getexif()[0x0112] == 6
     out = np.empty((2, 8, 8, 3), dtype=np.uint8)
     boxes = np.array([[0.0, 0.0, 40.0, 56.0]] * 2)
-    assert decode.decode([plain, turned], boxes, np.zeros(2, dtype=bool), 8, decode.SMOOTH, out) == {}
+    assert (
+        decode.decode([plain, turned], boxes, np.zeros(2, dtype=bool), 8, decode.SMOOTH, out) == {}
+    )
     assert np.array_equal(out[0], out[1])

@@ -68,7 +68,9 @@ def test_imagenet_s_labels_are_tfds_s() -> None:
     assert names == sorted(names)
 
 
-def test_the_list_is_kept_until_a_folder_changes(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_list_is_kept_until_a_folder_changes(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sources.prepare(data_of(tree))
     with monkeypatch.context() as patch:
         patch.setattr(folders, "_files", lambda folder: pytest.fail("listed again"))
@@ -88,21 +90,29 @@ def test_what_is_no_image_is_left_out_and_said(tree: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("name", [".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found"])
 @pytest.mark.parametrize("place", ["train", f"train/{CLASSES[1]}"])
-def test_folders_that_tools_make_are_left_out_and_said(tree: Path, name: str, place: str, capsys) -> None:
+def test_folders_that_tools_make_are_left_out_and_said(
+    tree: Path, name: str, place: str, capsys
+) -> None:
     (tree / place / name).mkdir()
     (tree / place / name / "thumb.jpg").write_bytes(b"small")
     source = sources.open_source(data_of(tree), "train")
     assert (len(source), source.num_classes) == (24, 3)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: 1 files or folders in ") and line.endswith(f"such as {tree / place / name}")
+    assert line.startswith("warning: 1 files or folders in ") and line.endswith(
+        f"such as {tree / place / name}"
+    )
 
 
-def test_an_image_beside_the_class_folders_is_said(tree: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_image_beside_the_class_folders_is_said(
+    tree: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tree / "train" / ".hidden").touch()
     (tree / "train" / "unsorted.jpg").write_bytes(photo(40, 40, seed=1))
     assert len(sources.open_source(data_of(tree), "train")) == 24
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: 2 files or folders") and line.endswith(f"such as {tree}/train/unsorted.jpg")
+    assert line.startswith("warning: 2 files or folders") and line.endswith(
+        f"such as {tree}/train/unsorted.jpg"
+    )
 
 
 def test_a_class_folder_that_is_a_dead_link_is_refused(tree: Path) -> None:
@@ -110,7 +120,9 @@ def test_a_class_folder_that_is_a_dead_link_is_refused(tree: Path) -> None:
     for split in ("train", "val"):
         shutil.rmtree(tree / split / CLASSES[1])
         (tree / split / CLASSES[1]).symlink_to(tree / "gone")
-    with pytest.raises(UsageError, match=rf"^{tree}/train/{CLASSES[1]} is a link that leads nowhere"):
+    with pytest.raises(
+        UsageError, match=rf"^{tree}/train/{CLASSES[1]} is a link that leads nowhere"
+    ):
         sources.prepare(data_of(tree))
 
 
@@ -129,7 +141,9 @@ def test_classes_that_look_alike_are_said_and_between_splits_refused(tree: Path,
     alike = [line for line in capsys.readouterr().err.splitlines() if "look alike" in line]
     assert len(alike) == 2 and all("'Cat' and 'cat'" in line for line in alike)
     (tree / "val" / one).rename(tree / "val" / other)
-    with pytest.raises(UsageError, match=r"such as 'Cafe\\u0301', which has 'Caf\\xe9': rename one of the two"):
+    with pytest.raises(
+        UsageError, match=r"such as 'Cafe\\u0301', which has 'Caf\\xe9': rename one of the two"
+    ):
         sources.prepare(data_of(tree))
 
 
@@ -161,16 +175,34 @@ def flat(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (empty_class, r"train/n00000000 has no images: delete that folder in all splits, or fill it"),
-        (flat, r"val has 6 files and no folders: move each image into a folder of its class's name"),
-        (lambda tree: shutil.rmtree(tree / "val"), r"tree has no folder validation or val with a folder of images"),
+        (
+            empty_class,
+            r"train/n00000000 has no images: delete that folder in all splits, or fill it",
+        ),
+        (
+            flat,
+            r"val has 6 files and no folders: move each image into a folder of its class's name",
+        ),
+        (
+            lambda tree: shutil.rmtree(tree / "val"),
+            r"tree has no folder validation or val with a folder of images",
+        ),
         (
             lambda tree: shutil.rmtree(tree / "val" / CLASSES[2]),
             r"train has 1 classes that .*val lacks, such as n014848",
         ),
-        (lambda tree: (tree / "val" / "other").mkdir(), r"val has 1 classes that .*train lacks, such as other"),
-        (lambda tree: (tree / "val" / CLASSES[0] / "a\nb.JPEG").touch(), r"a\\nb.JPEG' has a line break in its name"),
-        (lambda tree: (tree / "train" / CLASSES[0] / "sub").mkdir(), r"sub is a folder within a class's"),
+        (
+            lambda tree: (tree / "val" / "other").mkdir(),
+            r"val has 1 classes that .*train lacks, such as other",
+        ),
+        (
+            lambda tree: (tree / "val" / CLASSES[0] / "a\nb.JPEG").touch(),
+            r"a\\nb.JPEG' has a line break in its name",
+        ),
+        (
+            lambda tree: (tree / "train" / CLASSES[0] / "sub").mkdir(),
+            r"sub is a folder within a class's",
+        ),
     ],
 )
 def test_another_form_of_tree_is_refused(tree: Path, damage: object, message: str) -> None:
@@ -182,24 +214,37 @@ def test_another_form_of_tree_is_refused(tree: Path, damage: object, message: st
 def test_a_link_that_leads_nowhere_is_named(tree: Path) -> None:
     link = tree / "train" / CLASSES[0] / "more.JPEG"
     link.symlink_to(tree / "gone.JPEG")
-    with pytest.raises(RunError, match=rf"^{link} can't be read: No such file or directory: mend the link or"):
+    with pytest.raises(
+        RunError, match=rf"^{link} can't be read: No such file or directory: mend the link or"
+    ):
         sources.prepare(data_of(tree))
 
 
 def test_a_tree_needs_its_place() -> None:
-    with pytest.raises(UsageError, match=r"needs the folder of train/ and val/ in config\.data\.data_dir"):
+    with pytest.raises(
+        UsageError, match=r"needs the folder of train/ and val/ in config\.data\.data_dir"
+    ):
         sources.prepare(Data(name="folder"))
 
 
 def test_the_command_verifies_a_tree(tree: Path) -> None:
     (tree / "train" / CLASSES[0] / f"{CLASSES[0]}_3.JPEG").write_bytes(photo(40, 40, seed=1)[:-300])
     (tree / "val" / CLASSES[1] / f"{CLASSES[1]}_0.JPEG").write_bytes(b"")
-    words = [sys.executable, "-m", "recipe.data.prepare", "folder", f"--data_dir={tree}", "--verify"]
+    words = [
+        sys.executable,
+        "-m",
+        "recipe.data.prepare",
+        "folder",
+        f"--data_dir={tree}",
+        "--verify",
+    ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "train: 23 good images in 3 classes of 7 to 8: 23 JPEG RGB" in done.stdout
     one, other, last = done.stderr.splitlines()
-    assert one.startswith(f"bad: {tree}/train/{CLASSES[0]}/{CLASSES[0]}_3.JPEG: Premature end of JPEG file")
+    assert one.startswith(
+        f"bad: {tree}/train/{CLASSES[0]}/{CLASSES[0]}_3.JPEG: Premature end of JPEG file"
+    )
     assert other == f"bad: {tree}/val/{CLASSES[1]}/{CLASSES[1]}_0.JPEG: it is neither JPEG nor PNG"
     assert "2 bad images or files" in last
     assert not verify.verified(tree)
@@ -214,11 +259,15 @@ def test_digests_of_names_that_are_not_utf_8_and_damaged_digests(tree: Path) -> 
     assert (tree / verify.SUMS).read_bytes() == b"0" * 64 + b"  val/\xff.JPEG\n"
     with (tree / verify.SUMS).open("ab") as file:
         file.write(b"half a line")
-    with pytest.raises(RunError, match=rf"line 2 of {tree}/{verify.SUMS} is no .*: delete it and verify again"):
+    with pytest.raises(
+        RunError, match=rf"line 2 of {tree}/{verify.SUMS} is no .*: delete it and verify again"
+    ):
         verify.verify("folder", tree, source.parts())
 
 
-def test_a_file_that_is_away_for_a_moment_is_waited_for(tree: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_file_that_is_away_for_a_moment_is_waited_for(
+    tree: Path, capsys: pytest.CaptureFixture
+) -> None:
     source = sources.open_source(data_of(tree), "train")
     expected, folder = source.read(np.arange(3))[0], tree / "train" / CLASSES[0]
     folder.rename(tree / "away")
@@ -227,7 +276,10 @@ def test_a_file_that_is_away_for_a_moment_is_waited_for(tree: Path, capsys: pyte
     assert source.read(np.arange(3))[0] == expected
     back.join()
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"warning: {folder}/{CLASSES[0]}_0.JPEG can't be read (No such file or directory): trying for 30 s"
+    assert (
+        line
+        == f"warning: {folder}/{CLASSES[0]}_0.JPEG can't be read (No such file or directory): trying for 30 s"
+    )
 
 
 def test_patience_ends_with_the_path(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +309,9 @@ def test_another_file_in_its_place_is_named(tree: Path) -> None:
     source = sources.open_source(data_of(tree), "train")
     path = tree / "train" / CLASSES[0] / f"{CLASSES[0]}_0.JPEG"
     path.write_bytes(photo(41, 41, seed=5))
-    with pytest.raises(RunError, match=rf"example 0 \({path}\) is another file than when its folder was listed"):
+    with pytest.raises(
+        RunError, match=rf"example 0 \({path}\) is another file than when its folder was listed"
+    ):
         first(source)
 
 
@@ -280,7 +334,9 @@ def in_sorted_order(tree: Path, data_dir: Path) -> Data:
 
         def _generate_examples(self, folder: Path) -> list:
             paths = sorted(folder.rglob("*.JPEG"))
-            return [(i, {"image": str(path), "label": path.parent.name}) for i, path in enumerate(paths)]
+            return [
+                (i, {"image": str(path), "label": path.parent.name}) for i, path in enumerate(paths)
+            ]
 
     builders.run_builder(TreeInOrder(data_dir=data_dir), data_dir)
     return Data(name="tree_in_order", data_dir=str(data_dir), eval_split="val")
@@ -289,15 +345,28 @@ def in_sorted_order(tree: Path, data_dir: Path) -> Data:
 @pytest.mark.ranks
 def test_two_ranks_learn_the_same_from_a_tree_as_from_tfds(tree: Path, tmp_path: Path) -> None:
     """Law 1: where the images lie is no part of the recipe; equal to the bit, on the same ranks."""
-    sizes = {"k": 2, "n": 4, "epochs": 1, "data.image_size": 32, "data.remainder": "drop", "data.train_examples": 0}
+    sizes = {
+        "k": 2,
+        "n": 4,
+        "epochs": 1,
+        "data.image_size": 32,
+        "data.remainder": "drop",
+        "data.train_examples": 0,
+    }
     sizes |= {"schedule.decay_epochs": "()", "schedule.warmup_epochs": 0.5, "data.eval_examples": 0}
     sizes |= {"model.blocks": "(1,)", "model.width": 4, "run.deterministic": True}
     small = ["--config=quick", *(f"--config.{name}={value}" for name, value in sizes.items())]
     weights = []
     for data in (data_of(tree, eval_split="val"), in_sorted_order(tree, tmp_path / "tfds")):
-        assert sources.open_source(data, "train").read(np.arange(24))[1].tolist() == [0] * 8 + [1] * 8 + [2] * 8
+        assert (
+            sources.open_source(data, "train").read(np.arange(24))[1].tolist()
+            == [0] * 8 + [1] * 8 + [2] * 8
+        )
         run_dir = tmp_path / f"run-{data.name}"
-        of_data = [f"--config.data.{name}={getattr(data, name)}" for name in ("name", "data_dir", "eval_split")]
+        of_data = [
+            f"--config.data.{name}={getattr(data, name)}"
+            for name in ("name", "data_dir", "eval_split")
+        ]
         done = launch(2, ["-m", "recipe.train", *small, *of_data, f"--run_dir={run_dir}"])
         assert done.returncode == 0, done.stdout[-3000:]
         weights.append(checkpoint.load(checkpoint.checkpoints(run_dir / "checkpoints")[-1])[0])
@@ -314,12 +383,22 @@ def test_a_rank_with_other_data_ends_the_job(tree: Path, made: Path, tmp_path: P
     program = "import os, sys; folder = os.environ['DATA' + os.environ['OMPI_COMM_WORLD_RANK']]; "
     program += "sys.argv.append(f'--config.data.data_dir={folder}'); "
     program += "from recipe import cli, train; cli.run(train.main, train.VALUES)"
-    options = ["--config=quick", "--config.n=4", "--config.data.name=folder", "--config.framework=torch"]
-    options += ["--config.data.train_examples=0", "--config.data.eval_examples=0", f"--run_dir={tmp_path}/run"]
+    options = [
+        "--config=quick",
+        "--config.n=4",
+        "--config.data.name=folder",
+        "--config.framework=torch",
+    ]
+    options += [
+        "--config.data.train_examples=0",
+        "--config.data.eval_examples=0",
+        f"--run_dir={tmp_path}/run",
+    ]
     done = launch(2, ["-c", program, *options], DATA0=str(other), DATA1=str(tree))
     assert done.returncode == 1, done.stdout
     (said,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert (
-        "rank 1 has other data than rank 0: (examples, classes) [(23, 3), (6, 3)] instead of [(24, 3), (6, 3)]" in said
+        "rank 1 has other data than rank 0: (examples, classes) [(23, 3), (6, 3)] instead of [(24, 3), (6, 3)]"
+        in said
     )
     assert not (tmp_path / "run").exists()

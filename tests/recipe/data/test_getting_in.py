@@ -42,8 +42,13 @@ def images() -> dict[str, dict[str, bytes]]:
     found = {}
     for c, synset in enumerate(SYNSETS):
         names = [f"{synset}_{i}.JPEG" for i in range(prepare_program.CLASS_IMAGES)]
-        found[synset] = {name: photo(90 + 10 * c, 120 + i, seed=100 * c + i) for i, name in enumerate(names)}
-    for synset, name, mode, kind in ((SYNSETS[1], CMYK, "CMYK", "JPEG"), (SYNSETS[2], PNG, "RGB", "PNG")):
+        found[synset] = {
+            name: photo(90 + 10 * c, 120 + i, seed=100 * c + i) for i, name in enumerate(names)
+        }
+    for synset, name, mode, kind in (
+        (SYNSETS[1], CMYK, "CMYK", "JPEG"),
+        (SYNSETS[2], PNG, "RGB", "PNG"),
+    ):
         found[synset].popitem()
         found[synset][name] = converted(photo(80, 80, seed=7), mode, kind)
     return found
@@ -56,7 +61,9 @@ def manual_dir(tmp_path_factory: pytest.TempPathFactory, images: dict) -> Path:
     train = {f"{synset}.tar": tar_of(members) for synset, members in images.items()}
     (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_of(train))
     count = prepare_program.VALIDATION_IMAGES
-    validation = {f"ILSVRC2012_val_{i:08d}.JPEG": photo(90, 120, seed=1000 + i) for i in range(1, count + 1)}
+    validation = {
+        f"ILSVRC2012_val_{i:08d}.JPEG": photo(90, 120, seed=1000 + i) for i in range(1, count + 1)
+    }
     (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_of(validation))
     return folder
 
@@ -67,13 +74,17 @@ def expected(tmp_path_factory: pytest.TempPathFactory, manual_dir: Path) -> dict
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_utils.ShardConfig, "min_shard_size", prepare_program.FILE_BYTES)
         builder = tfds.builder("imagenet2012", data_dir=tmp_path_factory.mktemp("tfds"))
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
+        )
     files = {path.name: path.read_bytes() for path in Path(builder.data_dir).iterdir()}
     assert len([name for name in files if "train.tfrecord" in name]) == 4
     return files
 
 
-def command(seconds: float, data_dir: Path, manual_dir: Path, *arguments: str, name: str = "imagenet2012") -> list[str]:
+def command(
+    seconds: float, data_dir: Path, manual_dir: Path, *arguments: str, name: str = "imagenet2012"
+) -> list[str]:
     folders = [f"--data_dir={data_dir}", f"--manual_dir={manual_dir}"]
     return [sys.executable, str(PROGRAM), str(seconds), name, *folders, *arguments]
 
@@ -81,7 +92,9 @@ def command(seconds: float, data_dir: Path, manual_dir: Path, *arguments: str, n
 def run(*arguments: str | Path | float, **options: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[3])}
     words = command(*arguments, **options)
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    return subprocess.run(
+        words, capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +103,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, manual_dir: Path) -> tupl
     data_dir = tmp_path_factory.mktemp("prepared")
     unfinished = data_dir / "imagenet2012" / "unfinished.5.1.0"
     environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[3])}
-    first = subprocess.Popen(command(0.05, data_dir, manual_dir), stdout=subprocess.DEVNULL, env=environment)
+    first = subprocess.Popen(
+        command(0.05, data_dir, manual_dir), stdout=subprocess.DEVNULL, env=environment
+    )
     deadline = time.monotonic() + 120
     while len(done := list(unfinished.glob("imagenet2012-*"))) < 2:
         assert first.poll() is None
@@ -107,15 +122,23 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, manual_dir: Path) -> tupl
     return data_dir, second.stdout
 
 
-def test_a_killed_preparation_goes_on_to_tfds_s_own_files(prepared: tuple, expected: dict[str, bytes]) -> None:
+def test_a_killed_preparation_goes_on_to_tfds_s_own_files(
+    prepared: tuple, expected: dict[str, bytes]
+) -> None:
     """To the byte, but for the order of the features within an example: TFDS leaves that to the process."""
     data_dir, printed = prepared
     assert [path.name for path in (data_dir / "imagenet2012").iterdir()] == ["5.1.0"]
-    found = {path.name: path.read_bytes() for path in (data_dir / "imagenet2012" / "5.1.0").iterdir()}
+    found = {
+        path.name: path.read_bytes() for path in (data_dir / "imagenet2012" / "5.1.0").iterdir()
+    }
     assert found.keys() - expected.keys() == {"records.npz", verify.SUMS}
     for name, content in expected.items():
         assert len(found[name]) == len(content)
-        assert examples(found[name]) == examples(content) if "tfrecord" in name else found[name] == content
+        assert (
+            examples(found[name]) == examples(content)
+            if "tfrecord" in name
+            else found[name] == content
+        )
     assert " of 4 files are there already" in printed
     assert "ILSVRC2012_img_train.tar" not in printed  # its heads were kept
 
@@ -130,7 +153,9 @@ def examples(content: bytes) -> list[tf_example_pb2.Example]:
     return found
 
 
-def test_two_preparations_are_the_same_to_the_byte(prepared: tuple, tmp_path: Path, manual_dir: Path) -> None:
+def test_two_preparations_are_the_same_to_the_byte(
+    prepared: tuple, tmp_path: Path, manual_dir: Path
+) -> None:
     """One was killed, another not, and has files of a tar that was damaged: the digests, by which copies are compared,
     are equal."""
     unfinished = tmp_path / "imagenet2012" / "unfinished.5.1.0"
@@ -139,7 +164,9 @@ def test_two_preparations_are_the_same_to_the_byte(prepared: tuple, tmp_path: Pa
         (unfinished / name).touch()
     done = run(0, tmp_path, manual_dir)
     assert done.returncode == 0, done.stderr
-    one, other = (folder / "imagenet2012" / "5.1.0" / verify.SUMS for folder in (prepared[0], tmp_path))
+    one, other = (
+        folder / "imagenet2012" / "5.1.0" / verify.SUMS for folder in (prepared[0], tmp_path)
+    )
     assert one.read_text() == other.read_text()
 
 
@@ -149,7 +176,10 @@ def test_it_is_verified_at_the_end(prepared: tuple) -> None:
     assert "train: 36 good images in 3 classes of 12 to 12: 36 JPEG RGB; digest " in printed
     assert "validation: 6 good images in 6 classes of 1 to 1: 6 JPEG RGB" in printed
     folder = data_dir / "imagenet2012" / "5.1.0"
-    assert f"digest of the files {hashlib.sha256((folder / verify.SUMS).read_bytes()).hexdigest()};" in printed
+    assert (
+        f"digest of the files {hashlib.sha256((folder / verify.SUMS).read_bytes()).hexdigest()};"
+        in printed
+    )
     subprocess.run(["sha256sum", "--check", "--quiet", verify.SUMS], cwd=folder, check=True)
 
 
@@ -160,7 +190,9 @@ def test_one_preparation_at_a_time(tmp_path: Path, manual_dir: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = run(0, tmp_path, manual_dir)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"{unfinished}, where a data set is prepared, is in use by another process" in done.stderr
+    assert (
+        f"{unfinished}, where a data set is prepared, is in use by another process" in done.stderr
+    )
 
 
 def test_too_small_a_disk_is_refused_before_it_starts(tmp_path: Path) -> None:
@@ -168,10 +200,21 @@ def test_too_small_a_disk_is_refused_before_it_starts(tmp_path: Path) -> None:
     for name, size in builders.IMAGENET_TARS.items():
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
-    words = ["-m", "recipe.data.prepare", "imagenet2012", f"--manual_dir={tmp_path}", "--data_dir=/proc/data"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, check=False)
+    words = [
+        "-m",
+        "recipe.data.prepare",
+        "imagenet2012",
+        f"--manual_dir={tmp_path}",
+        "--data_dir=/proc/data",
+    ]
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=120, check=False
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "154.6 GB are needed in /proc, and 0.0 GB are free: make room, or name another disk's" in done.stderr
+    assert (
+        "154.6 GB are needed in /proc, and 0.0 GB are free: make room, or name another disk's"
+        in done.stderr
+    )
 
 
 def test_a_damaged_tar_is_named(tmp_path: Path, manual_dir: Path) -> None:
@@ -227,14 +270,23 @@ def test_each_kind_of_damage_is_named_and_all_is_counted(copied: Path, manual_di
     done = run(0, copied, manual_dir, "--verify")
     assert done.returncode == 1
     lines = done.stderr.splitlines()
-    assert lines[0] == f"bad: {first}: example 2 (byte {starts[0][2]}): its checksum is not that of its bytes"
+    assert (
+        lines[0]
+        == f"bad: {first}: example 2 (byte {starts[0][2]}): its checksum is not that of its bytes"
+    )
     left = len(starts[1]) - 1 - 4
-    assert lines[1].startswith(f"bad: {second}: at byte {starts[1][4]} the checksum of its length is not")
+    assert lines[1].startswith(
+        f"bad: {second}: at byte {starts[1][4]} the checksum of its length is not"
+    )
     assert f"its {left} examples from number 4 on can't be found" in lines[1]
-    assert lines[2].startswith(f"bad: {third}: it ends within the record at byte {starts[2][-2]}; its 1 examples")
+    assert lines[2].startswith(
+        f"bad: {third}: it ends within the record at byte {starts[2][-2]}; its 1 examples"
+    )
     lost = len(starts[3]) - 1
     assert lines[3] == f"bad: {fourth} is missing, with its {lost} examples"
-    assert f"train has {36 - 2 - left - lost} good images in 3 classes instead of 36 in 3" in lines[4]
+    assert (
+        f"train has {36 - 2 - left - lost} good images in 3 classes instead of 36 in 3" in lines[4]
+    )
     assert f"is not whole: {2 + left + lost} bad images or files" in lines[-1]
     assert "Traceback" not in done.stderr
     assert not (copied / "imagenet2012" / "5.1.0" / verify.SUMS).exists()
@@ -296,7 +348,9 @@ def test_deep_pixels_are_refused() -> None:
             action(out.getvalue())
 
 
-def test_a_copy_of_smaller_images(copied: Path, manual_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_of_smaller_images(
+    copied: Path, manual_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the original's order, by a name that the recipe reads; an image that is small enough keeps its bytes. What a
     killed process was writing is removed, and what it made of files that were here before."""
     leftover = (
@@ -317,7 +371,9 @@ def test_a_copy_of_smaller_images(copied: Path, manual_dir: Path, monkeypatch: p
     monkeypatch.setattr(builders, "IMAGENET_EXAMPLES", {"train": 36, "validation": 6})
     small = sources.open_source(Data(name=name, data_dir=str(copied)), "train")
     original = sources.open_source(Data(name="imagenet2012", data_dir=str(copied)), "train")
-    (ours, labels), (theirs, their_labels) = (source.read(np.arange(36)) for source in (small, original))
+    (ours, labels), (theirs, their_labels) = (
+        source.read(np.arange(36)) for source in (small, original)
+    )
     assert labels.tolist() == their_labels.tolist()
     for one, other in zip(ours, theirs, strict=True):
         before, after = Image.open(io.BytesIO(other)), Image.open(io.BytesIO(one))
@@ -325,15 +381,21 @@ def test_a_copy_of_smaller_images(copied: Path, manual_dir: Path, monkeypatch: p
             assert one == other
             continue
         assert min(after.size) == 90
-        assert after.width / after.height == pytest.approx(before.width / before.height, rel=0.5 / 90)
+        assert after.width / after.height == pytest.approx(
+            before.width / before.height, rel=0.5 / 90
+        )
         expected = np.asarray(before.resize(after.size, Image.Resampling.BICUBIC), dtype=int)
         assert np.abs(np.asarray(after, dtype=int) - expected).mean() < 8  # quality 80 on noise
     info = builders.find_builder(Data(name=name, data_dir=str(copied))).info
     assert "shorter side at most 90, JPEG quality 80" in info.description
-    assert info.splits["train"].num_bytes == sum(p.stat().st_size - 16 * n for p, n in sizes(info.splits["train"]))
+    assert info.splits["train"].num_bytes == sum(
+        p.stat().st_size - 16 * n for p, n in sizes(info.splits["train"])
+    )
     assert (
         info.splits["train"].num_bytes
-        < builders.find_builder(Data(name="imagenet2012", data_dir=str(copied))).info.splits["train"].num_bytes
+        < builders.find_builder(Data(name="imagenet2012", data_dir=str(copied)))
+        .info.splits["train"]
+        .num_bytes
     )
 
 
@@ -355,5 +417,8 @@ def test_a_tar_that_shrinks_meanwhile_is_named(tmp_path: Path, manual_dir: Path)
     shutil.copyfile(manual_dir / "ILSVRC2012_img_val.tar", tar)
     images = np.array(list(tars._heads(tar)), dtype=tars.IMAGE)
     os.truncate(tar, 2000)
-    with tar.open("rb") as file, pytest.raises(tars.RunError, match=f"{tar} ends within ILSVRC2012_val_00000001"):
+    with (
+        tar.open("rb") as file,
+        pytest.raises(tars.RunError, match=f"{tar} ends within ILSVRC2012_val_00000001"),
+    ):
         list(tars._archive(file.fileno(), images, tar))

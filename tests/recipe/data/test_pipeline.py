@@ -53,12 +53,16 @@ def test_batches_are_the_workers_shares(source: sources.TFDSSource, data: Data) 
     recipe = recipe_of(data, k=3, n=32)
     batches = collected(pipeline.train_batches(source, recipe, [0, 1, 2]))
     assert [len(images) for images, _, _ in batches] == ([32] * 6 + [20, 19, 19]) * 2
-    assert all(images.dtype == np.uint8 and images.shape[1:] == (28, 28, 3) for images, _, _ in batches)
+    assert all(
+        images.dtype == np.uint8 and images.shape[1:] == (28, 28, 3) for images, _, _ in batches
+    )
     all_labels = source.read(np.arange(250))[1]
     for position, (_, labels, weights) in enumerate(batches):
         epoch, step, worker = position // 9, position % 9 // 3, position % 3
         order = sharding.permutation(250, 5, epoch)
-        assert np.array_equal(labels, all_labels[sharding.worker_indices(order, step, worker, 3, 32)])
+        assert np.array_equal(
+            labels, all_labels[sharding.worker_indices(order, step, worker, 3, 32)]
+        )
         assert weights.dtype == np.float32
         assert np.allclose(weights, sharding.worker_weight(250, step, worker, 3, 32))
 
@@ -77,20 +81,28 @@ def test_the_division_among_ranks_changes_nothing(source: sources.TFDSSource, da
     assert_equal(both[1::2], collected(pipeline.train_batches(source, recipe, [1])))
     single = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=96), [0]))
     joined = [
-        tuple(map(np.concatenate, zip(a[:2], b[:2], strict=True))) for a, b in zip(both[::2], both[1::2], strict=True)
+        tuple(map(np.concatenate, zip(a[:2], b[:2], strict=True)))
+        for a, b in zip(both[::2], both[1::2], strict=True)
     ]
     assert_equal(joined, [batch[:2] for batch in single])
 
 
-def test_several_workers_at_once_are_the_same_workers(source: sources.TFDSSource, data: Data) -> None:
+def test_several_workers_at_once_are_the_same_workers(
+    source: sources.TFDSSource, data: Data
+) -> None:
     recipe = recipe_of(dataclasses.replace(data, remainder="drop"), k=6, n=16)
     apart = collected(pipeline.train_batches(source, recipe, range(6)))
     together = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, workers_at_once=3))
-    joined = [tuple(map(np.concatenate, zip(*apart[i : i + 3], strict=True))) for i in range(0, len(apart), 3)]
+    joined = [
+        tuple(map(np.concatenate, zip(*apart[i : i + 3], strict=True)))
+        for i in range(0, len(apart), 3)
+    ]
     assert_equal(collected(pipeline.train_batches(source, together, range(6))), joined)
 
 
-def test_networks_with_dropout_get_the_examples_keys(source: sources.TFDSSource, data: Data) -> None:
+def test_networks_with_dropout_get_the_examples_keys(
+    source: sources.TFDSSource, data: Data
+) -> None:
     recipe = recipe_of(data, k=1, n=250)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dropout=0.5))
     for epoch, (*_, keys) in enumerate(collected(pipeline.train_batches(source, recipe, [0]))):
@@ -99,14 +111,21 @@ def test_networks_with_dropout_get_the_examples_keys(source: sources.TFDSSource,
 
 
 @pytest.mark.parametrize("first_step", [1, 3, 4])
-def test_resume_continues_the_stream(source: sources.TFDSSource, data: Data, first_step: int) -> None:
+def test_resume_continues_the_stream(
+    source: sources.TFDSSource, data: Data, first_step: int
+) -> None:
     """Trap 10: after a resume, in an epoch or between two, comes what would have come, not epoch 0 again."""
     recipe = recipe_of(data, k=2, n=48)
     whole = collected(pipeline.train_batches(source, recipe, [0, 1]))
-    assert_equal(collected(pipeline.train_batches(source, recipe, [0, 1], first_step)), whole[2 * first_step :])
+    assert_equal(
+        collected(pipeline.train_batches(source, recipe, [0, 1], first_step)),
+        whole[2 * first_step :],
+    )
 
 
-def test_threads_change_nothing(source: sources.TFDSSource, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_change_nothing(
+    source: sources.TFDSSource, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = recipe_of(data, k=2, n=8)
     streams = []
     for threads, part in ((1, 32), (7, 32), (3, 1)):
@@ -120,7 +139,9 @@ def test_threads_change_nothing(source: sources.TFDSSource, data: Data, monkeypa
 
 def test_epochs_and_seeds_differ(source: sources.TFDSSource, data: Data) -> None:
     first, second = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=250), [0]))
-    other = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=250, epochs=1, seed=6), [0]))[0]
+    other = collected(
+        pipeline.train_batches(source, recipe_of(data, k=1, n=250, epochs=1, seed=6), [0])
+    )[0]
     assert not np.array_equal(first[1], second[1])
     assert not np.array_equal(first[1], other[1])
     assert np.bincount(first[1]).tolist() == np.bincount(second[1]).tolist()
@@ -140,7 +161,9 @@ def test_evaluation_has_every_example_once(data: Data, ranks: int) -> None:
     batches = [
         batch
         for rank in range(ranks)
-        for batch in collected(pipeline.eval_batches(source, recipe, sharding.eval_indices(99, rank, ranks), 16))
+        for batch in collected(
+            pipeline.eval_batches(source, recipe, sharding.eval_indices(99, rank, ranks), 16)
+        )
     ]
     assert np.array_equal(np.concatenate([labels for _, labels in batches]), labels)
     assert sum(len(images) for images, _ in batches) == len(images)
@@ -163,7 +186,9 @@ def test_evaluation_pixels_are_pil_s(small_imagenet: tfds.core.DatasetBuilder) -
     ):
         image = Image.open(io.BytesIO(jpeg)).convert("RGB")
         short = min(image.size)
-        image = image.resize([256 * side // short for side in image.size], Image.Resampling.BILINEAR)
+        image = image.resize(
+            [256 * side // short for side in image.size], Image.Resampling.BILINEAR
+        )
         left, top = (round((side - 224) / 2) for side in image.size)
         expected = np.asarray(image.crop((left, top, left + 224, top + 224)), dtype=int)
         difference = np.abs(pixels.astype(int) - expected)
@@ -214,7 +239,9 @@ def test_png_data_sets(tmp_path: Path) -> None:
                 "image": tfds.features.Image(shape=(32, 32, 3)),
                 "label": tfds.features.ClassLabel(num_classes=20),
             }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
 
         def _split_generators(self, dl_manager: object) -> dict:
             return {"train": self._generate_examples(), "validation": self._generate_examples()}
@@ -225,13 +252,17 @@ def test_png_data_sets(tmp_path: Path) -> None:
     data = Data(name="tiny_png", data_dir=str(tmp_path), image_size=32)
     sources.prepare(data)
     source = sources.open_source(data, "train")
-    images, labels, _ = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=20), [0]))[0]
+    images, labels, _ = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=20), [0]))[
+        0
+    ]
     indices = sharding.permutation(20, 5, 0)
     boxes, flips = augment.crop_boxes(np.full((20, 2), 32), indices, 5, 0)
     for image, label, (y, x, h, w), flip in zip(images, labels, boxes, flips, strict=True):
         expected = interpolated(pixels[label, y : y + h, x : x + w], 32)
         assert np.abs((image[:, ::-1] if flip else image) - expected).max() <= 0.5 + 1e-3
-    (evaluated, _), *_ = collected(pipeline.eval_batches(source, recipe_of(data, k=1, n=1), np.arange(20), 20))
+    (evaluated, _), *_ = collected(
+        pipeline.eval_batches(source, recipe_of(data, k=1, n=1), np.arange(20), 20)
+    )
     assert evaluated.shape == (20, 32, 32, 3)
 
 
@@ -243,7 +274,9 @@ def overwrite(data: Data, example: int, replace: dict[bytes, bytes]) -> str:
     for old, new in replace.items():
         at = content.index(old, start, end)
         content[at : at + len(new)] = new
-    content[end - records.TAIL : end] = records.checksum(bytes(content[start + records.HEAD : end - records.TAIL]))
+    content[end - records.TAIL : end] = records.checksum(
+        bytes(content[start + records.HEAD : end - records.TAIL])
+    )
     path.write_bytes(content)
     return str(path)
 
@@ -258,7 +291,9 @@ def overwrite(data: Data, example: int, replace: dict[bytes, bytes]) -> str:
     ],
 )
 @pytest.mark.parametrize("n", [1, 64])
-def test_a_bad_image_is_named(fashion: Data, tmp_path: Path, replace: dict, message: str, n: int) -> None:
+def test_a_bad_image_is_named(
+    fashion: Data, tmp_path: Path, replace: dict, message: str, n: int
+) -> None:
     shutil.copytree(fashion.data_dir, tmp_path, dirs_exist_ok=True)
     data = dataclasses.replace(fashion, data_dir=str(tmp_path), train_examples=64)
     path = overwrite(data, 5, replace)
@@ -276,9 +311,14 @@ def test_a_bad_image_is_replaced_in_all_divisions_by_the_same(
 ) -> None:
     """Two bad ones, of which the first may be drawn to replace the second; with any number of ranks and threads."""
     shutil.copytree(fashion.data_dir, tmp_path, dirs_exist_ok=True)
-    data = dataclasses.replace(fashion, data_dir=str(tmp_path), train_examples=16, bad_images="replace")
+    data = dataclasses.replace(
+        fashion, data_dir=str(tmp_path), train_examples=16, bad_images="replace"
+    )
     good = sources.open_source(dataclasses.replace(data, data_dir=fashion.data_dir), "train")
-    for example, replace in ((5, {b"\xff\xda": b"\xff\xd9"}), (9, {b"\xff\xd8\xff": b"\x00\x00\x00"})):
+    for example, replace in (
+        (5, {b"\xff\xda": b"\xff\xd9"}),
+        (9, {b"\xff\xd8\xff": b"\x00\x00\x00"}),
+    ):
         path = overwrite(data, example, replace)
     source, recipe = sources.open_source(data, "train"), recipe_of(data, k=1, n=16)
     pipeline.replaced.clear()
@@ -290,7 +330,11 @@ def test_a_bad_image_is_replaced_in_all_divisions_by_the_same(
     ]
     assert len(pipeline.replaced) == 2
     for batch in (1, 4):
-        apart = collected(pipeline.train_batches(source, recipe_of(data, k=16 // batch, n=batch), range(16 // batch)))
+        apart = collected(
+            pipeline.train_batches(
+                source, recipe_of(data, k=16 // batch, n=batch), range(16 // batch)
+            )
+        )
         for part in (0, 1):
             joined = np.concatenate([element[part] for element in apart])
             assert np.array_equal(joined, np.concatenate([element[part] for element in whole]))
@@ -307,7 +351,9 @@ def test_a_bad_image_is_replaced_in_all_divisions_by_the_same(
 
 
 def test_synthetic_batches() -> None:
-    data = Data(name="synthetic", train_examples=70, eval_examples=10, image_size=32, remainder="short")
+    data = Data(
+        name="synthetic", train_examples=70, eval_examples=10, image_size=32, remainder="short"
+    )
     source = sources.open_source(data, "train", 5)
     recipe = recipe_of(data, k=2, n=16)
     batches = collected(pipeline.train_batches(source, recipe, [0, 1]))
@@ -340,22 +386,30 @@ def test_frameworks_share_the_images_memory(source: sources.TFDSSource, data: Da
     from recipe.keras import backend_tensorflow
     from recipe.torch import device
 
-    images, labels, weights = next(iter(pipeline.train_batches(source, recipe_of(data, k=1, n=64), [0])))
+    images, labels, weights = next(
+        iter(pipeline.train_batches(source, recipe_of(data, k=1, n=64), [0]))
+    )
     for on_device in (backend_tensorflow.on_device, device.on_device):
         tensor, *others = on_device((images, labels, weights))
         for value in (3, 4):
             images[0] = value
             assert (tensor[0].numpy() == value).all()
         assert np.array_equal(others[0].numpy(), labels)
-        assert np.array_equal(on_device((images[1:],))[0].numpy(), images[1:]), "not where TensorFlow wants it"
+        assert np.array_equal(on_device((images[1:],))[0].numpy(), images[1:]), (
+            "not where TensorFlow wants it"
+        )
 
 
 def test_keras_can_train_on_the_batches(source: sources.TFDSSource, data: Data) -> None:
     """The element's form is that of model.fit: inputs, targets, sample weights."""
     import keras
 
-    model = keras.Sequential([keras.Input((28, 28, 3), dtype="uint8"), keras.layers.Flatten(), keras.layers.Dense(10)])
+    model = keras.Sequential(
+        [keras.Input((28, 28, 3), dtype="uint8"), keras.layers.Flatten(), keras.layers.Dense(10)]
+    )
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     recipe = recipe_of(data, k=2, n=48)
-    history = model.fit(iter(pipeline.train_batches(source, recipe, [1])), epochs=2, steps_per_epoch=3, verbose=0)
+    history = model.fit(
+        iter(pipeline.train_batches(source, recipe, [1])), epochs=2, steps_per_epoch=3, verbose=0
+    )
     assert len(history.history["loss"]) == 2

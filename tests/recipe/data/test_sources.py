@@ -71,7 +71,10 @@ def test_parts_of_splits(fashion: Data) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_split": "trian"}, r"'trian' is not a split of fashion_photos .*did you mean 'train'"),
+        (
+            {"train_split": "trian"},
+            r"'trian' is not a split of fashion_photos .*did you mean 'train'",
+        ),
         ({"train_examples": 9000}, r"config\.data\.train_examples=9000 is more than the 8000"),
         (
             {"train_split": "train[:0]"},
@@ -85,7 +88,10 @@ def test_parts_of_splits(fashion: Data) -> None:
             {"name": "mnist:9.9.9"},
             r"'mnist:9\.9\.9' .*: Dataset mnist cannot be loaded at version 9\.9\.9, only: 3\.0\.1$",
         ),
-        ({"name": "fashion_photo"}, r"config\.data\.name='fashion_photo' .*did you mean 'fashion_photos'"),
+        (
+            {"name": "fashion_photo"},
+            r"config\.data\.name='fashion_photo' .*did you mean 'fashion_photos'",
+        ),
     ],
 )
 def test_wrong_fields_are_named(fashion: Data, changes: dict, message: str) -> None:
@@ -95,7 +101,9 @@ def test_wrong_fields_are_named(fashion: Data, changes: dict, message: str) -> N
 
 def test_unprepared_data_names_the_command(tmp_path: Path) -> None:
     data = Data(name="fashion_photos", data_dir=str(tmp_path))
-    with pytest.raises(UsageError, match=f"recipe.data.prepare fashion_photos --data_dir={tmp_path}"):
+    with pytest.raises(
+        UsageError, match=f"recipe.data.prepare fashion_photos --data_dir={tmp_path}"
+    ):
         sources.open_source(data, "train")
 
 
@@ -114,16 +122,22 @@ def test_missing_imagenet_names_files_sizes_place_and_command(tmp_path: Path) ->
 def test_a_tar_of_wrong_size_is_named(tmp_path: Path) -> None:
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"half")
     with pytest.raises(
-        UsageError, match=r"img_train\.tar has 4 bytes instead of 147,897,477,120 and .*val\.tar is miss"
+        UsageError,
+        match=r"img_train\.tar has 4 bytes instead of 147,897,477,120 and .*val\.tar is miss",
     ):
         builders.check_tars(tmp_path)
 
 
-def test_whole_tars_are_not_prepared_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_tars_are_not_prepared_in_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(builders, "IMAGENET_TARS", {"ILSVRC2012_img_train.tar": 3})
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"tar")
     data = Data(name="imagenet2012", data_dir=str(tmp_path / "data"), manual_dir=str(tmp_path))
-    with pytest.raises(UsageError, match=f"run: python -m recipe.data.prepare imagenet2012 .*--manual_dir={tmp_path}"):
+    with pytest.raises(
+        UsageError,
+        match=f"run: python -m recipe.data.prepare imagenet2012 .*--manual_dir={tmp_path}",
+    ):
         sources.prepare(data)
 
 
@@ -141,7 +155,9 @@ def test_imagenet_s_own_builder_on_a_small_tar_tree(
 
 def test_an_incomplete_imagenet_is_refused(small_imagenet: tfds.core.DatasetBuilder) -> None:
     data = Data(name="imagenet2012", data_dir=str(small_imagenet.data_dir_root))
-    with pytest.raises(RunError, match=r"has 10 examples in split 'train', and imagenet2012 has 1,281,167"):
+    with pytest.raises(
+        RunError, match=r"has 10 examples in split 'train', and imagenet2012 has 1,281,167"
+    ):
         sources.open_source(data, "train")
 
 
@@ -170,7 +186,10 @@ def test_without_a_place_for_the_index_it_is_scanned(fashion: Data, tmp_path: Pa
 def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "loop"
     path.symlink_to(path)
-    with pytest.raises(RunError, match=f"^{path} can't be read: Too many levels .*: mend the link or its permissions"):
+    with pytest.raises(
+        RunError,
+        match=f"^{path} can't be read: Too many levels .*: mend the link or its permissions",
+    ):
         records.read_index([str(path)], tmp_path / "records.npz")
 
 
@@ -200,12 +219,15 @@ def test_a_shard_with_too_few_records_is_named(copied: Data) -> None:
     ],
     ids=["shorter", "as long", "longer"],
 )
-def test_a_file_that_changes_during_a_run_is_named(copied: Data, change: Callable[[Path], object]) -> None:
+def test_a_file_that_changes_during_a_run_is_named(
+    copied: Data, change: Callable[[Path], object]
+) -> None:
     source = sources.open_source(copied, "train")
     change(shard(copied))
     last = int(source._file.searchsorted(1)) - 1
     with pytest.raises(
-        RunError, match=rf"example {last} \(byte \d+ of {shard(copied)}\) is damaged: the file has changed"
+        RunError,
+        match=rf"example {last} \(byte \d+ of {shard(copied)}\) is damaged: the file has changed",
     ):
         source.read(np.array([last]))
 
@@ -261,7 +283,9 @@ def test_a_file_that_stays_away_is_named(copied: Data, monkeypatch: pytest.Monke
     source, path = sources.open_source(copied, "train"), shard(copied)
     path.unlink()
     fail(source._fds[0])
-    with pytest.raises(RunError, match=rf"example 0 \(byte 0 of {path}\) can't be read: No such file"):
+    with pytest.raises(
+        RunError, match=rf"example 0 \(byte 0 of {path}\) can't be read: No such file"
+    ):
         source.read(np.array([0]))
 
 
@@ -282,7 +306,9 @@ def test_a_damaged_record_is_named(copied: Data) -> None:
     with shard(copied).open("r+b") as file:
         file.seek(start + records.HEAD)
         file.write(b"\xff" * 50)
-    with pytest.raises(RunError, match=rf"example 3 \(byte {start} of {shard(copied)}\) is damaged"):
+    with pytest.raises(
+        RunError, match=rf"example 3 \(byte {start} of {shard(copied)}\) is damaged"
+    ):
         sources.open_source(copied, "train").read(np.array([2, 3]))
 
 
@@ -304,7 +330,9 @@ def test_data_without_image_and_label_is_refused(tmp_path: Path) -> None:
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self) -> tfds.core.DatasetInfo:
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"number": tf.int64}))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"number": tf.int64})
+            )
 
         def _split_generators(self, dl_manager: object) -> dict:
             return {"train": self._generate_examples()}
@@ -316,7 +344,8 @@ def test_data_without_image_and_label_is_refused(tmp_path: Path) -> None:
     words = ["numbers_only", f"--data_dir={tmp_path}", "--shorter_side=32"]
     for action in (lambda: sources.prepare(data), lambda: prepare.main(words)):
         with pytest.raises(
-            UsageError, match=r"'numbers_only' has the features number: the recipe needs an image and a label"
+            UsageError,
+            match=r"'numbers_only' has the features number: the recipe needs an image and a label",
         ):
             action()
     assert not list(tmp_path.glob("*_short32*"))
@@ -360,7 +389,10 @@ def test_the_command_prepares_and_says_so(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "8,000 in train and 2,000 in validation" in done.stdout
     assert not done.stderr.strip()
-    assert len(sources.open_source(Data(name="fashion_photos", data_dir=str(tmp_path)), "eval")) == 2000
+    assert (
+        len(sources.open_source(Data(name="fashion_photos", data_dir=str(tmp_path)), "eval"))
+        == 2000
+    )
 
 
 def test_the_command_ends_with_one_sentence(tmp_path: Path) -> None:
@@ -386,7 +418,10 @@ def labelled(data_dir: Path, **splits: list[int]) -> Data:
             return {name: self._generate_examples(labels) for name, labels in splits.items()}
 
         def _generate_examples(self, labels: list[int]) -> list:
-            return [(i, {"image": np.full((8, 8, 3), i, np.uint8), "label": label}) for i, label in enumerate(labels)]
+            return [
+                (i, {"image": np.full((8, 8, 3), i, np.uint8), "label": label})
+                for i, label in enumerate(labels)
+            ]
 
     builders.run_builder(Labelled(data_dir=data_dir), data_dir)
     return Data(name="labelled", data_dir=str(data_dir))
@@ -396,7 +431,10 @@ def test_a_split_without_labels_is_refused_and_verified_as_such(tmp_path: Path, 
     """As TFDS's imagenet2012 has its test images: -1."""
     data = labelled(tmp_path, train=[0, 1, 2], test=[-1, -1])
     assert sources.open_source(data, "train").read(np.arange(3))[1].tolist() == [0, 1, 2]
-    with pytest.raises(UsageError, match=r"the split 'test' of labelled can't be used: .* has the label -1, which is"):
+    with pytest.raises(
+        UsageError,
+        match=r"the split 'test' of labelled can't be used: .* has the label -1, which is",
+    ):
         sources.open_source(dataclasses.replace(data, eval_split="test"), "eval")
     verify.verify("labelled", tmp_path, verify.tfds_parts(builders.find_builder(data)))
     printed = capsys.readouterr().out
@@ -407,7 +445,9 @@ def test_a_split_without_labels_is_refused_and_verified_as_such(tmp_path: Path, 
 def test_an_example_whose_label_is_no_class_is_named(tmp_path: Path, capsys) -> None:
     data = labelled(tmp_path, train=[0, -1, 2])
     source = sources.open_source(data, "train")
-    with pytest.raises(RunError, match=r"^example 1 \(byte .*\) has the label -1, which is none of the 3 classes'"):
+    with pytest.raises(
+        RunError, match=r"^example 1 \(byte .*\) has the label -1, which is none of the 3 classes'"
+    ):
         source.read(np.arange(3))
     with pytest.raises(RunError, match="is not whole"):
         verify.verify("labelled", tmp_path, verify.tfds_parts(builders.find_builder(data)))
@@ -420,4 +460,7 @@ def test_commands_that_are_printed_can_be_pasted(tmp_path: Path) -> None:
         sources.prepare(data)
     words = shlex.split(str(refused.value).partition("run: ")[2])
     assert words[:4] == ["python", "-m", "recipe.data.prepare", "imagenet2012"]
-    assert words[4:] == [f"--manual_dir={tmp_path}/my data/downloads/manual", f"--data_dir={tmp_path}/my data"]
+    assert words[4:] == [
+        f"--manual_dir={tmp_path}/my data/downloads/manual",
+        f"--data_dir={tmp_path}/my data",
+    ]

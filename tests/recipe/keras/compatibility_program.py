@@ -54,7 +54,9 @@ def small(optimizer=None, *layers, **settings) -> keras.Model:
     for layer in (*layers, keras.layers.Dense(4), keras.layers.Dense(1, name="last")):
         outputs = layer(outputs)
     model = keras.Model(inputs, outputs)
-    model.compile(optimizer or optimizers.SGD(0.1, 0.9), **({"loss": "mse", "jit_compile": False} | settings))
+    model.compile(
+        optimizer or optimizers.SGD(0.1, 0.9), **({"loss": "mse", "jit_compile": False} | settings)
+    )
     model.train_on_batch(X, Y)
     return model
 
@@ -73,7 +75,9 @@ def refused(action) -> str:
 
 
 def multi(for_biases: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    return optimizers.MultiOptimizer(optimizers.OptimizerMap(optimizers.Adam(0.01), {".*bias": for_biases}))
+    return optimizers.MultiOptimizer(
+        optimizers.OptimizerMap(optimizers.Adam(0.01), {".*bias": for_biases})
+    )
 
 
 def every_kind() -> dict:
@@ -86,7 +90,9 @@ def every_kind() -> dict:
         "Lamb": lambda: optimizers.Lamb(0.01),
         "accumulating": lambda: optimizers.Adam(0.01, gradient_accumulation_steps=2),
         "scheduled": lambda: optimizers.SGD(optimizers.schedules.CosineDecay(0.1, 50), 0.9),
-        "LossScaleOptimizer": lambda: optimizers.LossScaleOptimizer(optimizers.Adam(0.01), dynamic_growth_steps=2),
+        "LossScaleOptimizer": lambda: optimizers.LossScaleOptimizer(
+            optimizers.Adam(0.01), dynamic_growth_steps=2
+        ),
         "MultiOptimizer": lambda: optimizers.MultiOptimizer(
             optimizers.OptimizerMap(optimizers.Adam(0.01), {".*bias": optimizers.SGD(0.01, 0.9)})
         ),
@@ -107,12 +113,16 @@ def going_on() -> dict:
             loaded = {}
             for extension in EXTENSIONS:
                 model.save(path(f"model.{extension}"))
-                loaded[extension] = hvd.load_model(path(f"model.{extension}"), compression=hvd.Compression.fp16)
+                loaded[extension] = hvd.load_model(
+                    path(f"model.{extension}"), compression=hvd.Compression.fp16
+                )
                 assert loaded[extension].jit_compile is False
             outcome = {"before": values(state.everything(model)), "after": []}
             outcome["loaded"] = {e: values(state.everything(m)) for e, m in loaded.items()}
             outcome["distributed"] = [is_distributed(m.optimizer) for m in loaded.values()]
-            outcome["compression"] = [reduction_of(m.optimizer).compression.__name__ for m in loaded.values()]
+            outcome["compression"] = [
+                reduction_of(m.optimizer).compression.__name__ for m in loaded.values()
+            ]
             for m in loaded.values():
                 reduction_of(m.optimizer).compression = hvd.Compression.none
                 for _ in range(3):
@@ -133,10 +143,17 @@ def kinds_of_files() -> dict:
     metrics = keras.metrics
     settings = {
         "names": {"loss": "mse", "metrics": ["mae", "accuracy"], "weighted_metrics": ["mse"]},
-        "objects": {"loss": keras.losses.Huber(0.5), "metrics": [metrics.RootMeanSquaredError(name="root")]},
+        "objects": {
+            "loss": keras.losses.Huber(0.5),
+            "metrics": [metrics.RootMeanSquaredError(name="root")],
+        },
         "own": {"loss": own_loss, "metrics": [own_loss]},
         "registered": {"loss": OwnLoss()},
-        "by output": {"loss": {"last": "mae"}, "metrics": {"last": ["mse"]}, "loss_weights": {"last": 0.5}},
+        "by output": {
+            "loss": {"last": "mae"},
+            "metrics": {"last": ["mse"]},
+            "loss_weights": {"last": 0.5},
+        },
     }
     for name, chosen in settings.items():
         model, losses = small(**chosen), []
@@ -146,7 +163,9 @@ def kinds_of_files() -> dict:
                 compile_config = model._compile_config.config.copy()
         model._compile_config.config |= compile_config
         for extension in EXTENSIONS:
-            loaded = hvd.load_model(path(f"kinds.{extension}"), custom_objects={"own_loss": own_loss})
+            loaded = hvd.load_model(
+                path(f"kinds.{extension}"), custom_objects={"own_loss": own_loss}
+            )
             result = loaded.train_on_batch(X, Y, return_dict=True)
             losses.append(sorted((k, float(v)) for k, v in result.items()))
         found[name] = losses
@@ -157,7 +176,9 @@ def kinds_of_files() -> dict:
     for extension in EXTENSIONS:
         plain = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
         plain.save(path(f"plain.{extension}"))
-        found["uncompiled", extension] = getattr(hvd.load_model(path(f"plain.{extension}")), "optimizer", None)
+        found["uncompiled", extension] = getattr(
+            hvd.load_model(path(f"plain.{extension}")), "optimizer", None
+        )
         plain.compile(optimizers.Adam(0.25), "mse", jit_compile=False)
         plain.save(path(f"new.{extension}"))
         with warnings.catch_warnings():
@@ -192,8 +213,14 @@ def functions() -> dict:
         "compressed": (Mine(0.1, 0.9), {"custom_objects": {"Mine": wrapped}} | half),
         "partial": (Mine(0.1, 0.9), {"custom_objects": {"Mine": functools.partial(Mine)}}),
         "custom_optimizers": (Mine(0.1, 0.9), {"custom_optimizers": [plain]} | half),
-        "schedule": (Mine(optimizers.schedules.CosineDecay(0.1, 50), 0.9), {"custom_objects": {"Mine": wrapped}}),
-        "inside": (optimizers.LossScaleOptimizer(Mine(0.1, 0.9)), {"custom_objects": {"Mine": plain}}),
+        "schedule": (
+            Mine(optimizers.schedules.CosineDecay(0.1, 50), 0.9),
+            {"custom_objects": {"Mine": wrapped}},
+        ),
+        "inside": (
+            optimizers.LossScaleOptimizer(Mine(0.1, 0.9)),
+            {"custom_objects": {"Mine": plain}},
+        ),
         "among": (multi(Mine(0.01, 0.9)), {"custom_objects": {"Mine": plain}}),
         "Adam": (optimizers.Adam(0.1), {"custom_objects": {"Adam": adam}}),
         "adam": (optimizers.Adam(0.1), {"custom_objects": {"adam": adam}}),
@@ -208,11 +235,15 @@ def functions() -> dict:
             found[name, extension] = {
                 "op": reduction.op == hvd.Sum,
                 "half": reduction.compression is hvd.Compression.fp16,
-                "kept": reduction_of(loaded.optimizer.from_config(loaded.optimizer.get_config())).compression
+                "kept": reduction_of(
+                    loaded.optimizer.from_config(loaded.optimizer.get_config())
+                ).compression
                 is reduction.compression
                 if name == "compressed"
                 else True,
-                "same": all(map(np.array_equal, *(values(state.everything(m)) for m in (model, loaded)))),
+                "same": all(
+                    map(np.array_equal, *(values(state.everything(m)) for m in (model, loaded)))
+                ),
                 "trains": bool(np.isfinite(loaded.train_on_batch(X, Y))),
             }
     return found
@@ -231,11 +262,16 @@ def not_loaded() -> dict:
         whole = Path(saved(f"whole.{extension}")).read_bytes()
         for name, content in {"empty": b"", "text": b"hello", "cut": whole[:3000]}.items():
             Path(path(f"{name}.{extension}")).write_bytes(content)
-            found[name, extension] = refused(lambda name=name, e=extension: load(path(f"{name}.{e}")))
+            found[name, extension] = refused(
+                lambda name=name, e=extension: load(path(f"{name}.{e}"))
+            )
         found["missing.", extension] = refused(lambda e=extension: load(path(f"missing.{e}")))
 
         # Optimizers and functions for them
-        mine, scaled = saved(f"mine.{extension}", Mine(0.1, 0.9)), optimizers.LossScaleOptimizer(Mine(0.1, 0.9))
+        mine, scaled = (
+            saved(f"mine.{extension}", Mine(0.1, 0.9)),
+            optimizers.LossScaleOptimizer(Mine(0.1, 0.9)),
+        )
         inner = saved(f"inner.{extension}", scaled)
         objects = {
             "returned None": lambda **_: None,
@@ -244,16 +280,24 @@ def not_loaded() -> dict:
             "doesn't fit SGD": lambda **_: optimizers.SGD(),
         }
         for words, function in objects.items():
-            found[words, extension] = refused(lambda f=function, p=mine: load(p, custom_objects={"Mine": f}))
+            found[words, extension] = refused(
+                lambda f=function, p=mine: load(p, custom_objects={"Mine": f})
+            )
         outer = {"Mine": lambda **settings: hvd.DistributedOptimizer(Mine(**settings))}
-        found["must be outermost", extension] = refused(lambda p=inner, o=outer: load(p, custom_objects=o))
+        found["must be outermost", extension] = refused(
+            lambda p=inner, o=outer: load(p, custom_objects=o)
+        )
         found["'Mine'; give it to load_model", extension] = refused(lambda p=mine: load(p))
-        found["has no name", extension] = refused(lambda p=mine: load(p, custom_optimizers=[lambda **_: None]))
+        found["has no name", extension] = refused(
+            lambda p=mine: load(p, custom_optimizers=[lambda **_: None])
+        )
         own = saved(f"own.{extension}", loss=own_loss)
         found["'own_loss'; give it to load_model", extension] = refused(lambda p=own: load(p))
 
         # Python code in a file is not run.
-        layer = saved(f"lambda.{extension}", None, keras.layers.Lambda(lambda x: touch(x), output_shape=(3,)))
+        layer = saved(
+            f"lambda.{extension}", None, keras.layers.Lambda(lambda x: touch(x), output_shape=(3,))
+        )
         TOUCHED.unlink(missing_ok=True)
         found["lambda, which may do anything", extension] = refused(lambda p=layer: load(p))
         found["run", extension] = TOUCHED.exists()
@@ -283,7 +327,10 @@ def loaded_on_root() -> dict:
     return {"weights": again.get_weights(), "iterations": int(again.optimizer.iterations)}
 
 
-HOOKS = [f"on_{when}" for when in ("train_begin", "epoch_begin", "batch_begin", "batch_end", "epoch_end", "train_end")]
+HOOKS = [
+    f"on_{when}"
+    for when in ("train_begin", "epoch_begin", "batch_begin", "batch_end", "epoch_end", "train_end")
+]
 
 
 def counting(kind: type, *methods: str) -> type:
@@ -297,7 +344,9 @@ def counting(kind: type, *methods: str) -> type:
 
         return called
 
-    cls = type(f"Counting{kind.__name__}", (kind,), {method: overridden(method) for method in methods})
+    cls = type(
+        f"Counting{kind.__name__}", (kind,), {method: overridden(method) for method in methods}
+    )
     return cls
 
 
@@ -305,18 +354,26 @@ def overriding() -> dict:
     """Two epochs of four batches with callbacks and a state whose public methods are all overridden."""
     model = compiled(network(), nesterov())
     held = counting(hvd.elastic.KerasState, "commit", "save")(model, batch=0, epoch=0)
-    names, elastic, batches = hvd.callbacks, hvd.elastic, [*HOOKS, "on_train_batch_begin", "on_train_batch_end"]
+    names, elastic, batches = (
+        hvd.callbacks,
+        hvd.elastic,
+        [*HOOKS, "on_train_batch_begin", "on_train_batch_end"],
+    )
     first, second = model.trainable_variables[:2]
     made = {
-        "broadcast": counting(names.BroadcastGlobalVariablesCallback, "register_local_var", *batches)(
-            0, local_variables=first
-        ),
+        "broadcast": counting(
+            names.BroadcastGlobalVariablesCallback, "register_local_var", *batches
+        )(0, local_variables=first),
         "average": counting(names.MetricAverageCallback, *batches)(),
-        "schedule": counting(names.LearningRateScheduleCallback, *batches)(0.1, 1.0, staircase=False),
+        "schedule": counting(names.LearningRateScheduleCallback, *batches)(
+            0.1, 1.0, staircase=False
+        ),
         "warmup": counting(names.LearningRateWarmupCallback, *batches)(0.1, 1),
         "batch": counting(elastic.UpdateBatchStateCallback, *batches)(held),
         "epoch": counting(elastic.UpdateEpochStateCallback, *batches)(held),
-        "commit": counting(elastic.CommitStateCallback, "commit", *batches)(held, batches_per_commit=3),
+        "commit": counting(elastic.CommitStateCallback, "commit", *batches)(
+            held, batches_per_commit=3
+        ),
     }
     made["broadcast"].register_local_var(second.value)
     for v in (first, second, *model.trainable_variables[2:]):
@@ -357,7 +414,10 @@ def replaced() -> dict:
     rate = float(model.optimizer.learning_rate)
     held = counting(hvd.elastic.KerasState, "commit")(model, batch=0, epoch=0)
     fit(model, 1, Never(held), Constant(rate, 0.5))
-    return {"commits": getattr(held, "calls", {}), "rate": [rate, float(model.optimizer.learning_rate)]}
+    return {
+        "commits": getattr(held, "calls", {}),
+        "rate": [rate, float(model.optimizer.learning_rate)],
+    }
 
 
 class Net(keras.Model):
@@ -376,7 +436,11 @@ class Built(Net):
 
 def advice() -> dict:
     """Models without variables: KerasState says what to do, and that works."""
-    made = {"subclass": Net, "built": Built, "sequential": lambda: keras.Sequential([keras.layers.Dense(1)])}
+    made = {
+        "subclass": Net,
+        "built": Built,
+        "sequential": lambda: keras.Sequential([keras.layers.Dense(1)]),
+    }
     found = {}
     for name, make in made.items():
         model = make()
@@ -389,8 +453,13 @@ def advice() -> dict:
         held = hvd.elastic.KerasState(model, batch=0)
         held.sync()
         before = values(state.everything(model))
-        model.fit(X, Y, batch_size=4, verbose=0, callbacks=[hvd.elastic.UpdateBatchStateCallback(held)])
-        changed = any(not np.array_equal(a, b) for a, b in zip(before, values(state.everything(model)), strict=True))
+        model.fit(
+            X, Y, batch_size=4, verbose=0, callbacks=[hvd.elastic.UpdateBatchStateCallback(held)]
+        )
+        changed = any(
+            not np.array_equal(a, b)
+            for a, b in zip(before, values(state.everything(model)), strict=True)
+        )
         held.restore()
         after = values(state.everything(model))
         same = len(before) == len(after) and all(map(np.array_equal, before, after))

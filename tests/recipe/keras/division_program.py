@@ -87,7 +87,9 @@ def kinds() -> dict[str, Callable]:
         "batches": lambda **how: hvd.divide(examples.batch(4), **how),
         "PyDataset": lambda **how: hvd.divide(Batches(), **how),
         "threads": lambda **how: hvd.divide(Batches(workers=2, max_queue_size=3), **how),
-        "loader": lambda **how: hvd.divide(torch.utils.data.DataLoader(Pairs(), n, shuffle=True), **how),
+        "loader": lambda **how: hvd.divide(
+            torch.utils.data.DataLoader(Pairs(), n, shuffle=True), **how
+        ),
     }
 
 
@@ -96,8 +98,12 @@ def trained(data: Any, first: int = 0, epochs: int = 3, **options: Any) -> list:
     tf.random.set_seed(100 + hvd.rank())  # ranks that draw as they like
     model = recorder()
     options = {"shuffle": False, "verbose": 0} | options
-    model.fit(data, initial_epoch=first, epochs=epochs, callbacks=[BroadcastState(), Epochs()], **options)
-    return [[list(step) for step in epoch] for epoch in model.seen]  # Keras made lists of its own of these
+    model.fit(
+        data, initial_epoch=first, epochs=epochs, callbacks=[BroadcastState(), Epochs()], **options
+    )
+    return [
+        [list(step) for step in epoch] for epoch in model.seen
+    ]  # Keras made lists of its own of these
 
 
 def division() -> dict:
@@ -124,10 +130,20 @@ def hooks() -> dict:
     divided = hvd.divide(own)
     divided.on_epoch_end()
     settings = {"num_workers": 2, "prefetch_factor": 3, "timeout": 9, "persistent_workers": True}
-    settings |= {"collate_fn": len, "worker_init_fn": abs, "generator": torch.Generator(), "pin_memory": True}
+    settings |= {
+        "collate_fn": len,
+        "worker_init_fn": abs,
+        "generator": torch.Generator(),
+        "pin_memory": True,
+    }
     loader = hvd.divide(torch.utils.data.DataLoader(Pairs(), 4, **settings))
     return {
-        "PyDataset": (divided.workers, divided.use_multiprocessing, divided.max_queue_size, own.shift),
+        "PyDataset": (
+            divided.workers,
+            divided.use_multiprocessing,
+            divided.max_queue_size,
+            own.shift,
+        ),
         "loader": [name for name, value in settings.items() if getattr(loader, name) != value],
     }
 
@@ -165,8 +181,12 @@ def refusals() -> dict:
         "pass batch_size": refused(lambda: hvd.divide(tf.data.Dataset.range(9))),
         "batch_size=4: a PyDataset": refused(lambda: hvd.divide(Batches(), 4)),
         "IterableDataset": refused(lambda: hvd.divide(data.DataLoader(Endless()))),
-        "WeightedRandomSampler": refused(lambda: hvd.divide(data.DataLoader(Pairs(), sampler=weighted))),
-        "one example": refused(lambda: list(hvd.divide(tf.data.Dataset.from_tensor_slices(X[:3]).batch(1)))),
+        "WeightedRandomSampler": refused(
+            lambda: hvd.divide(data.DataLoader(Pairs(), sampler=weighted))
+        ),
+        "one example": refused(
+            lambda: list(hvd.divide(tf.data.Dataset.from_tensor_slices(X[:3]).batch(1)))
+        ),
     }
 
 
@@ -197,7 +217,9 @@ def random_network() -> keras.Model:
     ]
     outputs = keras.layers.Concatenate()([layer(inputs) for layer in layers])
     model = keras.Model(inputs, [outputs, keras.layers.Dense(1)(keras.layers.Flatten()(outputs))])
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), [None, "mse"], jit_compile=False)
+    model.compile(
+        hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), [None, "mse"], jit_compile=False
+    )
     return model
 
 
@@ -225,7 +247,9 @@ def randomness() -> dict:
         state.from_arrays(resumed, saved)
     x, y = np.ones((4, 4, 4, 1), np.float32), np.ones((4, 1), np.float32)
     checked = begun(BroadcastState(), random_network())
-    checked.fit(x, [np.zeros((4, 4, 4, 5), np.float32), y], verbose=0, callbacks=[ReplicaCheck(every=1)])
+    checked.fit(
+        x, [np.zeros((4, 4, 4, 5), np.float32), y], verbose=0, callbacks=[ReplicaCheck(every=1)]
+    )
     elastic = random_network()
     dropping = dataclasses.replace(quick.RECIPE.model, dropout=0.5)
     hvd.elastic.KerasState(elastic).sync()
@@ -237,10 +261,17 @@ def randomness() -> dict:
         "resumed": masks(begun(BroadcastState(), resumed), 2),
         "again": masks(begun(BroadcastState(), begun(BroadcastState(), random_network())), 3),
         "same": masks(begun(BroadcastState(same_seeds=True), random_network()), 3),
-        "same, Horovod's": masks(begun(BroadcastGlobalVariablesCallback(0, same_seeds=True), random_network()), 3),
+        "same, Horovod's": masks(
+            begun(BroadcastGlobalVariablesCallback(0, same_seeds=True), random_network()), 3
+        ),
         "last is root": masks(begun(BroadcastState(hvd.size() - 1), random_network()), 3),
         "elastic": masks(elastic, 3),
-        "recipe's": [v.path for v in seeds.states(resnet.build(dataclasses.replace(quick.RECIPE, model=dropping), 10))],
+        "recipe's": [
+            v.path
+            for v in seeds.states(
+                resnet.build(dataclasses.replace(quick.RECIPE, model=dropping), 10)
+            )
+        ],
         "unbroadcast": [keras.ops.convert_to_numpy(v) for v in seeds.states(random_network())],
         "in the checkpoint": sum("seed_generator" in name for name in saved),
     }

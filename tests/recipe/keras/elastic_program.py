@@ -9,7 +9,15 @@ from pathlib import Path
 import keras
 
 import recipe.keras as hvd
-from tests.recipe.keras.program import EXAMPLES, LABELS, MINIBATCH, compiled, nesterov, network, share
+from tests.recipe.keras.program import (
+    EXAMPLES,
+    LABELS,
+    MINIBATCH,
+    compiled,
+    nesterov,
+    network,
+    share,
+)
 
 FOLDER = Path(sys.argv[1])
 

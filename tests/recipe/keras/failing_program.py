@@ -46,7 +46,14 @@ def main():
             model.train_on_batch(*data)
         waits_for_something_else()
     try:
-        model.fit(*data, batch_size=32, epochs=2, verbose=0, callbacks=[Trouble()], validation_data=validation)
+        model.fit(
+            *data,
+            batch_size=32,
+            epochs=2,
+            verbose=0,
+            callbacks=[Trouble()],
+            validation_data=validation,
+        )
     except KeyError:
         time.sleep(100)  # a script that goes on with something else
     print("rank", rank, "has ended", flush=True)

@@ -54,7 +54,9 @@ def adam() -> keras.optimizers.Optimizer:
 
 
 def network(*more: layers.Layer, outputs: int = 1, inputs: int = WIDTH) -> keras.Sequential:
-    return keras.Sequential([keras.Input((inputs,)), *more, layers.Dense(5, activation="tanh"), layers.Dense(outputs)])
+    return keras.Sequential(
+        [keras.Input((inputs,)), *more, layers.Dense(5, activation="tanh"), layers.Dense(outputs)]
+    )
 
 
 def minimise(optimizer, variables: list, loss_of: Callable, method: str = "apply") -> object:
@@ -132,7 +134,9 @@ class CustomLoss(keras.Model):
 
 def custom_loss(wrap: Wrap) -> keras.Model:
     inputs = keras.Input((WIDTH,))
-    hidden = layers.Dense(5, activation="tanh", kernel_regularizer=keras.regularizers.L2(0.1))(inputs)
+    hidden = layers.Dense(5, activation="tanh", kernel_regularizer=keras.regularizers.L2(0.1))(
+        inputs
+    )
     model = CustomLoss(inputs, layers.Dense(1)(hidden))
     model.compile(wrap(momentum()))
     return model
@@ -191,7 +195,10 @@ class Autoencoder(keras.Model):
 def vae(wrap: Wrap) -> keras.Model:
     inputs = keras.Input((WIDTH,))
     hidden = layers.Dense(5, activation="tanh")(inputs)
-    mean, log_variance = layers.Dense(2, name="mean")(hidden), layers.Dense(2, name="log_variance")(hidden)
+    mean, log_variance = (
+        layers.Dense(2, name="mean")(hidden),
+        layers.Dense(2, name="log_variance")(hidden),
+    )
     encoder = keras.Model(inputs, [mean, log_variance, Sampling()([mean, log_variance])])
     model = Autoencoder(encoder, network(inputs=2, outputs=WIDTH))
     model.compile(wrap(adam()))
@@ -205,7 +212,10 @@ class Adversaries(keras.Model):
         super().__init__()
         self.critic, self.generator = critic, generator
         self.seed_generator = keras.random.SeedGenerator(11)
-        self.d_tracker, self.g_tracker = keras.metrics.Mean(name="d_loss"), keras.metrics.Mean(name="g_loss")
+        self.d_tracker, self.g_tracker = (
+            keras.metrics.Mean(name="d_loss"),
+            keras.metrics.Mean(name="g_loss"),
+        )
 
     def compile(self, d_optimizer, g_optimizer):
         super().compile()
@@ -262,7 +272,11 @@ class Wasserstein(Adversaries):
             fake = self.fake(rows)
             between = x + drawn(keras.random.uniform, rows, 1, self.seed_generator) * (fake - x)
             norm = ops.sqrt(ops.sum(ops.square(self.slope(between)), axis=1) + 1e-6)
-            return ops.mean(self.critic(fake)) - ops.mean(self.critic(x)) + 10 * ops.mean((norm - 1) ** 2)
+            return (
+                ops.mean(self.critic(fake))
+                - ops.mean(self.critic(x))
+                + 10 * ops.mean((norm - 1) ** 2)
+            )
 
         def g_loss():
             return -ops.mean(self.critic(self.fake(rows)))
@@ -302,11 +316,19 @@ class Contrastive(keras.Model):
         return self.head(self.encoder(x))
 
     def contrast(self, one, other):
-        one, other = (z / ops.sqrt(ops.sum(ops.square(z), axis=1, keepdims=True)) for z in (one, other))
+        one, other = (
+            z / ops.sqrt(ops.sum(ops.square(z), axis=1, keepdims=True)) for z in (one, other)
+        )
         alike = ops.matmul(one, ops.transpose(other)) / 0.5
         own = ops.arange(BATCH // 2)
         both = (alike, ops.transpose(alike))
-        return sum(ops.mean(keras.losses.sparse_categorical_crossentropy(own, a, from_logits=True)) for a in both) / 2
+        return (
+            sum(
+                ops.mean(keras.losses.sparse_categorical_crossentropy(own, a, from_logits=True))
+                for a in both
+            )
+            / 2
+        )
 
     def train_step(self, x):
         def loss_of():
@@ -387,7 +409,9 @@ def mixed_float16(wrap: Wrap) -> keras.Model:
     keras.config.set_dtype_policy("mixed_float16")
     try:
         outputs = layers.Dense(1, dtype="float32")
-        model = keras.Sequential([keras.Input((WIDTH,)), layers.Dense(5, activation="tanh"), outputs])
+        model = keras.Sequential(
+            [keras.Input((WIDTH,)), layers.Dense(5, activation="tanh"), outputs]
+        )
         model.compile(wrap(momentum()), "mse", metrics=["mae"])
     finally:
         keras.config.set_dtype_policy("float32")
@@ -396,7 +420,12 @@ def mixed_float16(wrap: Wrap) -> keras.Model:
 
 def fit(model: keras.Model, data: tuple, hooks: list) -> dict:
     return model.fit(
-        *data, batch_size=BATCH // hvd.size(), epochs=EPOCHS, shuffle=False, verbose=0, callbacks=hooks
+        *data,
+        batch_size=BATCH // hvd.size(),
+        epochs=EPOCHS,
+        shuffle=False,
+        verbose=0,
+        callbacks=hooks,
     ).history
 
 
@@ -436,7 +465,12 @@ def own_loop(method: str, traced: bool) -> Callable:
         hvd.broadcast_variables(model.variables + optimizer.variables, 0)
 
         def step(x, y):
-            return minimise(optimizer, model.trainable_variables, lambda: ops.mean(ops.square(model(x) - y)), method)
+            return minimise(
+                optimizer,
+                model.trainable_variables,
+                lambda: ops.mean(ops.square(model(x) - y)),
+                method,
+            )
 
         step = tf.function(step) if traced and TENSORFLOW else step
         x, y = (ops.convert_to_tensor(array) for array in regression())

@@ -11,7 +11,14 @@ import numpy as np
 import recipe.keras as hvd
 from recipe.errors import RunError
 from recipe.keras import state
-from recipe.keras.callbacks import BroadcastState, GradualWarmup, MetricSums, ReplicaCheck, ScheduledRate, set_rate
+from recipe.keras.callbacks import (
+    BroadcastState,
+    GradualWarmup,
+    MetricSums,
+    ReplicaCheck,
+    ScheduledRate,
+    set_rate,
+)
 from recipe.keras.distributed import is_distributed
 from recipe.schedule import Rate
 from tests.ranks import report
@@ -28,7 +35,10 @@ def network(normalised: bool = False) -> keras.Model:
     layers = [keras.layers.Conv2D(4, 3, strides=2, padding="same", activation="relu")]
     if normalised:
         layers.append(keras.layers.BatchNormalization(momentum=0.9))
-    layers += [keras.layers.Flatten(), keras.layers.Dense(3, kernel_regularizer=keras.regularizers.L2(0.01))]
+    layers += [
+        keras.layers.Flatten(),
+        keras.layers.Dense(3, kernel_regularizer=keras.regularizers.L2(0.01)),
+    ]
     return keras.Sequential([keras.Input((8, 8, 2)), *layers])
 
 
@@ -48,7 +58,9 @@ def share(array: np.ndarray, size: int, rank: int) -> np.ndarray:
     return parts[:, rank].reshape(-1, *array.shape[1:])
 
 
-def fit(model: keras.Model, epochs: int, *callbacks: keras.callbacks.Callback) -> keras.callbacks.History:
+def fit(
+    model: keras.Model, epochs: int, *callbacks: keras.callbacks.Callback
+) -> keras.callbacks.History:
     size, rank = hvd.size(), hvd.rank()
     return model.fit(
         share(EXAMPLES, size, rank),
@@ -99,7 +111,8 @@ def worker_statistics() -> dict:
     state.broadcast_state(model)
     start = model.get_weights()
     model.train_on_batch(
-        share(EXAMPLES, size, rank)[: MINIBATCH // size], share(LABELS, size, rank)[: MINIBATCH // size]
+        share(EXAMPLES, size, rank)[: MINIBATCH // size],
+        share(LABELS, size, rank)[: MINIBATCH // size],
     )
     together = model.get_weights()
 
@@ -120,8 +133,12 @@ def unequal_shards() -> dict:
     mine = slice(end - sizes[hvd.rank()], end)
     model = compiled(network(), hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)))
     state.broadcast_state(model)
-    whole = model.evaluate(EXAMPLES[: sizes.sum()], LABELS[: sizes.sum()], verbose=0, return_dict=True)
-    part = model.evaluate(EXAMPLES[mine], LABELS[mine], verbose=0, return_dict=True, callbacks=[MetricSums()])
+    whole = model.evaluate(
+        EXAMPLES[: sizes.sum()], LABELS[: sizes.sum()], verbose=0, return_dict=True
+    )
+    part = model.evaluate(
+        EXAMPLES[mine], LABELS[mine], verbose=0, return_dict=True, callbacks=[MetricSums()]
+    )
     validation = (EXAMPLES[mine], LABELS[mine])
     history = model.fit(
         EXAMPLES[mine],
@@ -139,7 +156,9 @@ class Poison(keras.callbacks.Callback):
         if batch == 2 and hvd.rank() == hvd.size() - 1:
             kernel = self.model.layers[-1].kernel
             changed = keras.ops.convert_to_numpy(kernel).copy()
-            changed[0, 0] = np.nextafter(changed[0, 0], np.float32(np.inf))  # the smallest change there is
+            changed[0, 0] = np.nextafter(
+                changed[0, 0], np.float32(np.inf)
+            )  # the smallest change there is
             kernel.assign(changed)
 
 
@@ -166,7 +185,9 @@ def different_models() -> dict:
 
 def overflow() -> dict:
     """The last rank's gradient overflows in the first step: every rank skips it, and the next one counts."""
-    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1, momentum=0.9), initial_scale=1024.0)
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.1, momentum=0.9), initial_scale=1024.0
+    )
     model = compiled(network(), hvd.DistributedOptimizer(optimizer))
     state.broadcast_state(model)
     x, y = share(EXAMPLES, hvd.size(), hvd.rank()), share(LABELS, hvd.size(), hvd.rank())
@@ -177,7 +198,12 @@ def overflow() -> dict:
     model.train_on_batch(poisoned, y)
     skipped = model.get_weights()
     model.train_on_batch(x, y)
-    return {"start": start, "skipped": skipped, "after": model.get_weights(), "scale": float(optimizer.dynamic_scale)}
+    return {
+        "start": start,
+        "skipped": skipped,
+        "after": model.get_weights(),
+        "scale": float(optimizer.dynamic_scale),
+    }
 
 
 def mixed_policy() -> dict:
@@ -187,7 +213,9 @@ def mixed_policy() -> dict:
         wrapped = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
         model = network()
         model.compile(optimizer=wrapped, loss="mse")
-        kept = model.optimizer is wrapped and isinstance(wrapped, keras.optimizers.LossScaleOptimizer)
+        kept = model.optimizer is wrapped and isinstance(
+            wrapped, keras.optimizers.LossScaleOptimizer
+        )
     finally:
         keras.config.set_dtype_policy("float32")
     return {"kept": kept}
@@ -197,7 +225,9 @@ def compression() -> dict:
     """The mean of 1/7, 2/7, … with and without fp16 on the wire."""
     found = {}
     for name in ("none", "fp16"):
-        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), compression=getattr(hvd.Compression, name))
+        optimizer = hvd.DistributedOptimizer(
+            keras.optimizers.SGD(1.0), compression=getattr(hvd.Compression, name)
+        )
         v = keras.Variable(np.zeros(3, np.float32))
         gradient = np.full(3, (hvd.rank() + 1) / 7, np.float32)
         optimizer.apply([keras.ops.convert_to_tensor(gradient)], [v])
@@ -214,7 +244,8 @@ def saved_models() -> dict:
     loaded = keras.models.load_model(path)
     slots = [keras.ops.convert_to_numpy(v) for v in model.optimizer.variables]
     return {
-        "plain": isinstance(loaded.optimizer, keras.optimizers.SGD) and not is_distributed(loaded.optimizer),
+        "plain": isinstance(loaded.optimizer, keras.optimizers.SGD)
+        and not is_distributed(loaded.optimizer),
         "weights": [model.get_weights(), loaded.get_weights()],
         "slots": [slots, [keras.ops.convert_to_numpy(v) for v in loaded.optimizer.variables]],
     }
@@ -228,7 +259,9 @@ def gradual_warmup() -> dict:
         def on_train_batch_end(self, batch, logs=None):
             rates.append(float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)))
             if len(rates) == 8:
-                self.model.optimizer.learning_rate = 0.01  # another callback's wish, after the warmup
+                self.model.optimizer.learning_rate = (
+                    0.01  # another callback's wish, after the warmup
+                )
 
     fit(compiled(network(), nesterov()), 3, GradualWarmup(base_rate=0.1, k=4, epochs=1.5), Rates())
     return {"rates": rates}
@@ -239,7 +272,9 @@ def momentum() -> dict:
     found = {}
     gradients = np.random.default_rng(2).normal(size=(12, 5)).astype(np.float32)
     rates = [0.1 * (t + 1) for t in range(6)] + [0.06] * 3 + [0.006] * 3
-    for nesterov_, corrected, scaled in itertools.product((False, True), (True, False), (False, True)):
+    for nesterov_, corrected, scaled in itertools.product(
+        (False, True), (True, False), (False, True)
+    ):
         optimizer = keras.optimizers.SGD(0.1, momentum=0.9, nesterov=nesterov_)
         scale = 8.0 if scaled else 1.0
         if scaled:
@@ -256,7 +291,11 @@ def momentum() -> dict:
 
 def main() -> None:
     hvd.init()
-    report(hvd.rank(), {name: globals()[name]() for name in sys.argv[1:]} | {"rank": hvd.rank(), "size": hvd.size()})
+    report(
+        hvd.rank(),
+        {name: globals()[name]() for name in sys.argv[1:]}
+        | {"rank": hvd.rank(), "size": hvd.size()},
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,16 @@ import numpy as np
 import recipe.keras as hvd
 from recipe.keras.callbacks import GradualWarmup, ScheduledRate, StepDecay
 from tests.ranks import report
-from tests.recipe.keras.program import EXAMPLES, LABELS, MINIBATCH, BroadcastState, compiled, nesterov, network, share
+from tests.recipe.keras.program import (
+    EXAMPLES,
+    LABELS,
+    MINIBATCH,
+    BroadcastState,
+    compiled,
+    nesterov,
+    network,
+    share,
+)
 
 STEPS = 4  # of an epoch
 
@@ -23,7 +32,9 @@ class Noted(keras.callbacks.Callback):
         self.rates, self.factors, self.ends = [], [], []
 
     def velocity(self):
-        return np.concatenate([np.ravel(keras.ops.convert_to_numpy(v)) for v in self.model.optimizer.momentums])
+        return np.concatenate(
+            [np.ravel(keras.ops.convert_to_numpy(v)) for v in self.model.optimizer.momentums]
+        )
 
     def rate(self):
         return float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
@@ -69,7 +80,12 @@ def fit(model, epochs, *callbacks, first=0):
         verbose=0,
         callbacks=[BroadcastState(), *callbacks, noted],
     )
-    return {"rates": noted.rates, "factors": noted.factors, "ends": noted.ends, "logs": history.history}
+    return {
+        "rates": noted.rates,
+        "factors": noted.factors,
+        "ends": noted.ends,
+        "logs": history.history,
+    }
 
 
 def fresh():
@@ -97,7 +113,12 @@ def resumed_after() -> dict:
         first = fit(model, 2, callback)
         model.optimizer.learning_rate = 0.01
         same, other = fit(model, 3, callback, first=2), fit(model, 4, kind(1), first=3)
-        found[name] = {"first": first, "same": same, "other": other, "anew": fit(model, 2, callback)}
+        found[name] = {
+            "first": first,
+            "same": same,
+            "other": other,
+            "anew": fit(model, 2, callback),
+        }
     return found
 
 
@@ -154,7 +175,9 @@ def decay_resumed() -> dict:
 def options() -> dict:
     """Horovod's old numbers, resumed within and after their epochs."""
     model = fresh()
-    power = hvd.callbacks.LearningRateScheduleCallback(0.4, 0.5, start_epoch=1, end_epoch=3, compounding=True)
+    power = hvd.callbacks.LearningRateScheduleCallback(
+        0.4, 0.5, start_epoch=1, end_epoch=3, compounding=True
+    )
     found = {"compounding": fit(model, 3, power, first=2), "over": fit(model, 4, power, first=3)}
     model = fresh()
     early = horovods(1, one_step_early=True)

@@ -22,20 +22,35 @@ RATE = 0.05
 
 def examples(seed: int = 0) -> tuple:
     """This rank's own."""
-    x = np.random.default_rng(10 * seed + hvd.rank()).normal(size=(BATCH * STEPS, 5)).astype(np.float32)
+    x = (
+        np.random.default_rng(10 * seed + hvd.rank())
+        .normal(size=(BATCH * STEPS, 5))
+        .astype(np.float32)
+    )
     return x, np.abs(x.sum(axis=1)).astype(np.int64) % 3
 
 
 def network(width: int = 8, dropped: float = 0.3) -> keras.Model:
     """Every rank draws other weights, and has other moving statistics."""
     keras.utils.set_random_seed(100 + hvd.rank())
-    hidden = [keras.layers.Dense(width), keras.layers.BatchNormalization(momentum=0.8), keras.layers.Dropout(dropped)]
+    hidden = [
+        keras.layers.Dense(width),
+        keras.layers.BatchNormalization(momentum=0.8),
+        keras.layers.Dropout(dropped),
+    ]
     return keras.Sequential([keras.Input((5,)), *hidden, keras.layers.Dense(3)])
 
 
-def compiled(model: keras.Model, optimizer: keras.optimizers.Optimizer, **options: object) -> keras.Model:
+def compiled(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer, **options: object
+) -> keras.Model:
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(hvd.DistributedOptimizer(optimizer, **options), loss, metrics=["accuracy"], jit_compile=False)
+    model.compile(
+        hvd.DistributedOptimizer(optimizer, **options),
+        loss,
+        metrics=["accuracy"],
+        jit_compile=False,
+    )
     return model
 
 
@@ -46,7 +61,10 @@ def sgd() -> keras.optimizers.Optimizer:
 def models() -> dict:
     """(a model, the arguments of BackupAndRestore). The first is backed up in the middle of its two passes, too."""
     return {
-        "batches": lambda: (compiled(network(), sgd(), backward_passes_per_step=2), {"save_freq": 5}),
+        "batches": lambda: (
+            compiled(network(), sgd(), backward_passes_per_step=2),
+            {"save_freq": 5},
+        ),
         "epochs": lambda: (compiled(network(), sgd()), {"double_checkpoint": True}),
     }
 
@@ -66,7 +84,9 @@ class Logged(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         with self.path.open("a") as file:
-            file.write(json.dumps([epoch, {k: float(v) for k, v in logs.items()}, self.batches]) + "\n")
+            file.write(
+                json.dumps([epoch, {k: float(v) for k, v in logs.items()}, self.batches]) + "\n"
+            )
         if epoch in (1, 2):
             self.model.optimizer.learning_rate = 0.01
 
@@ -129,11 +149,20 @@ def train(folder: Path, kind: str, plan: dict) -> None:
         ],
     )
     variables = model.variables + model.optimizer.variables
-    report(hvd.rank(), {"state": [keras.ops.convert_to_numpy(v) for v in variables], "epochs": history.epoch})
+    report(
+        hvd.rank(),
+        {"state": [keras.ops.convert_to_numpy(v) for v in variables], "epochs": history.epoch},
+    )
 
 
 def refused(model: keras.Model, folder: Path, **options: object) -> str:
-    given = {"batch_size": BATCH, "shuffle": False, "verbose": 0, "epochs": 2, "steps_per_epoch": STEPS} | options
+    given = {
+        "batch_size": BATCH,
+        "shuffle": False,
+        "verbose": 0,
+        "epochs": 2,
+        "steps_per_epoch": STEPS,
+    } | options
     try:
         model.fit(*examples(), callbacks=[BackupAndRestore(folder)], **given)
     except (ValueError, RunError) as error:
@@ -158,8 +187,15 @@ def backed_up(folder: Path, place: tuple = (1, 4), **options: object) -> keras.M
     """A model whose training was interrupted on all ranks in this epoch and batch."""
     model = compiled(network(), sgd())
     with contextlib.suppress(KeyboardInterrupt):
-        callbacks = [BroadcastState(), MetricSums(), Stop(*place), BackupAndRestore(folder, **options)]
-        model.fit(*examples(), batch_size=BATCH, epochs=3, shuffle=False, verbose=0, callbacks=callbacks)
+        callbacks = [
+            BroadcastState(),
+            MetricSums(),
+            Stop(*place),
+            BackupAndRestore(folder, **options),
+        ]
+        model.fit(
+            *examples(), batch_size=BATCH, epochs=3, shuffle=False, verbose=0, callbacks=callbacks
+        )
     return model
 
 
@@ -184,7 +220,9 @@ def refusals(folder: Path) -> dict:
         unbuilt = keras.Sequential([keras.layers.Dense(3)])
         built["no variables yet"] = refused(compiled(unbuilt, sgd()), folder / "unbuilt")
     return built | {
-        "keras/latest.weights.h5 is a backup of keras.callbacks": refused(compiled(network(), sgd()), folder / "keras"),
+        "keras/latest.weights.h5 is a backup of keras.callbacks": refused(
+            compiled(network(), sgd()), folder / "keras"
+        ),
         "is damaged": refused(compiled(network(), sgd()), folder / "damaged"),
         "is no backup": refused(compiled(network(), sgd()), folder / "foreign"),
         "(5, 8) float32 where this one has model/0000/sequential/dense/kernel (5, 9)": refused(
@@ -193,7 +231,9 @@ def refusals(folder: Path) -> dict:
         "this one has optimizer/0000/adam/iteration": refused(
             compiled(network(), keras.optimizers.Adam()), folder / "epoch"
         ),
-        "after batch 2 of 6, but an epoch now has 3": refused(compiled(network(), sgd()), folder / "batch", **half),
+        "after batch 2 of 6, but an epoch now has 3": refused(
+            compiled(network(), sgd()), folder / "batch", **half
+        ),
         "fit() in epoch 1; leave initial_epoch out": refused(
             compiled(network(), sgd()), folder / "first", initial_epoch=1
         ),
@@ -229,7 +269,9 @@ def in_one_process(folder: Path) -> dict:
     # Not in the order that the page asks for: the moving statistics must still be each rank's own.
     callbacks = [BackupAndRestore(folder / "again", save_freq=4), BroadcastState()]
     history = model.fit(**fit, epochs=3, callbacks=callbacks)
-    same = all(np.array_equal(a, b) for a, b in zip(model.get_weights(), whole.get_weights(), strict=True))
+    same = all(
+        np.array_equal(a, b) for a, b in zip(model.get_weights(), whole.get_weights(), strict=True)
+    )
     again = model.fit(**fit, epochs=1, callbacks=callbacks)
     left = sorted(p.name for p in (folder / "again").iterdir())
     return {"same": same, "epochs": history.epoch, "again": again.epoch, "left": left}
@@ -242,7 +284,13 @@ def due(folder: Path) -> dict:
         if interrupted:
             backed_up(folder / "due", (1, 0), save_freq=3)
         callbacks = [BroadcastState(), MetricSums(), BackupAndRestore(folder / "due", save_freq=3)]
-        fit = {"batch_size": BATCH, "shuffle": False, "verbose": 0, "epochs": 3, "callbacks": callbacks}
+        fit = {
+            "batch_size": BATCH,
+            "shuffle": False,
+            "verbose": 0,
+            "epochs": 3,
+            "callbacks": callbacks,
+        }
         model = compiled(network(), sgd())
         found.append([model.fit(*examples(), **fit).history["loss"], model.get_weights()])
     (whole, weights), (resumed, others) = found

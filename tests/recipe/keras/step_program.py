@@ -44,9 +44,17 @@ def one_step(together: int) -> dict:
     state.broadcast_state(model)
     workers = sharding.own_workers(K, collectives.rank(), collectives.size())
     step = Step(model, K, workers, together, fit.signature(recipe(together)))
-    losses, hits, stop = step(iter(elements(workers, together)), stop=collectives.rank() == collectives.size() - 1)()
+    losses, hits, stop = step(
+        iter(elements(workers, together)), stop=collectives.rank() == collectives.size() - 1
+    )()
     again = step(iter(elements(workers, together)), stop=False)()
-    return {"weights": state.to_arrays(model), "losses": losses, "hits": hits, "stop": stop, "again": again}
+    return {
+        "weights": state.to_arrays(model),
+        "losses": losses,
+        "hits": hits,
+        "stop": stop,
+        "again": again,
+    }
 
 
 def by_hand() -> dict:
@@ -93,14 +101,21 @@ def dropout() -> dict:
     output = layer(features, keras.ops.convert_to_tensor(keys), training=True)
     drawn = augment.uniforms(indices, 3, 7, 1000, first=augment.DROPOUT)
     plain = layer(features, keras.ops.convert_to_tensor(keys), training=False)
-    return {"output": keras.ops.convert_to_numpy(output), "drawn": drawn, "plain": keras.ops.convert_to_numpy(plain)}
+    return {
+        "output": keras.ops.convert_to_numpy(output),
+        "drawn": drawn,
+        "plain": keras.ops.convert_to_numpy(plain),
+    }
 
 
 def main() -> None:
     fit.start(deterministic=True)
     together = [t for t in (1, 2, 4) if K // collectives.size() % t == 0]
     found = {f"together {t}": one_step(t) for t in together}
-    report(collectives.rank(), found | {name: globals()[name]() for name in itertools.chain(sys.argv[1:])})
+    report(
+        collectives.rank(),
+        found | {name: globals()[name]() for name in itertools.chain(sys.argv[1:])},
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,16 @@ from recipe.keras.callbacks import BroadcastState, ReplicaCheck, ScheduledRate
 from recipe.keras.distributed import is_distributed, reduction_of
 from recipe.schedule import Rate
 from tests.ranks import ROOT, report
-from tests.recipe.keras.program import EXAMPLES, LABELS, MINIBATCH, compiled, fit, nesterov, network, share
+from tests.recipe.keras.program import (
+    EXAMPLES,
+    LABELS,
+    MINIBATCH,
+    compiled,
+    fit,
+    nesterov,
+    network,
+    share,
+)
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
 SIZE = int(os.environ["OMPI_COMM_WORLD_SIZE"])
@@ -73,7 +82,9 @@ def reductions() -> dict:
         optimizer = hvd.DistributedOptimizer(sums_up(), **chosen)
         for v in variables:
             v.assign(0 * v)
-        gradients = [tensor(np.full(v.shape, 10.0**i * (hvd.rank() + 1))) for i, v in enumerate(variables)]
+        gradients = [
+            tensor(np.full(v.shape, 10.0**i * (hvd.rank() + 1))) for i, v in enumerate(variables)
+        ]
         optimizer.apply(gradients, variables)
         found[name] = [value(v)[0] for v in variables]
     return found
@@ -87,7 +98,9 @@ def process_sets() -> dict:
     unknown = hvd.DistributedOptimizer(sums_up(), process_set=hvd.ProcessSet([0, 1, 5]))
     return {
         "value": value(v)[0],
-        "allreduce": float(hvd.allreduce(hvd.rank() + 1.0, process_set=PAIR)) if PAIR.included() else None,
+        "allreduce": float(hvd.allreduce(hvd.rank() + 1.0, process_set=PAIR))
+        if PAIR.included()
+        else None,
         "unknown": refused(lambda: unknown.apply([tensor([1.0])], [variable(1)])),
     }
 
@@ -114,7 +127,9 @@ def passes() -> dict:
 
 def stepper(optimizer, variables: list, number: float):
     def step():
-        optimizer.apply([tensor([number]), sparse(number), tensor([number]), sparse(number)], variables)
+        optimizer.apply(
+            [tensor([number]), sparse(number), tensor([number]), sparse(number)], variables
+        )
 
     if TENSORFLOW:
         import tensorflow as tf
@@ -128,7 +143,9 @@ def sparse(number: float) -> object:
     if TENSORFLOW:
         import tensorflow as tf
 
-        return tf.IndexedSlices(tf.constant([-number, -number]), tf.constant([1, 1]), tf.constant([2]))
+        return tf.IndexedSlices(
+            tf.constant([-number, -number]), tf.constant([1, 1]), tf.constant([2])
+        )
     import torch
 
     return torch.sparse_coo_tensor([[1, 1]], [-number, -number], [2])
@@ -144,7 +161,11 @@ def overflowing_passes() -> dict:
         scale = value(optimizer.dynamic_scale) if optimizer.built else 4.0
         optimizer.apply([tensor([np.inf if bad else scale])], [v])
         path.append(float(value(v)[0]))
-    return {"path": path, "scale": float(value(optimizer.dynamic_scale)), "iterations": int(optimizer.iterations)}
+    return {
+        "path": path,
+        "scale": float(value(optimizer.dynamic_scale)),
+        "iterations": int(optimizer.iterations),
+    }
 
 
 def local_overflow() -> dict:
@@ -188,15 +209,23 @@ def every_optimizer() -> dict:
 
 def optimizers() -> dict:
     """Every optimizer class of keras.optimizers, by name."""
-    kinds = {n: k for n, k in vars(keras.optimizers).items() if isinstance(k, type) and not n.startswith("_")}
+    kinds = {
+        n: k
+        for n, k in vars(keras.optimizers).items()
+        if isinstance(k, type) and not n.startswith("_")
+    }
     kinds = {n: k for n, k in kinds.items() if issubclass(k, keras.optimizers.Optimizer)}
     for abstract in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer"):
         kinds.pop(abstract, None)
     made = {name: (lambda kind=kind: kind(learning_rate=0.01)) for name, kind in kinds.items()}
-    made["LossScaleOptimizer"] = lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01))
+    made["LossScaleOptimizer"] = lambda: keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(0.01)
+    )
     if hasattr(keras.optimizers, "MultiOptimizer"):
         made["MultiOptimizer"] = lambda: keras.optimizers.MultiOptimizer(
-            keras.optimizers.OptimizerMap(keras.optimizers.Adam(0.01), {".*bias": keras.optimizers.SGD(0.01)})
+            keras.optimizers.OptimizerMap(
+                keras.optimizers.Adam(0.01), {".*bias": keras.optimizers.SGD(0.01)}
+            )
         )
     return made
 
@@ -208,14 +237,22 @@ def on_the_averaged_gradient() -> dict:
         "clipnorm": train(lambda: sgd(0.1, 0.9, clipnorm=0.1)),
         "clipvalue": train(lambda: sgd(0.1, 0.9, clipvalue=0.01)),
         "global_clipnorm": train(lambda: sgd(0.1, 0.9, global_clipnorm=0.1)),
-        "ema": train(lambda: sgd(0.1, 0.9, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2)),
+        "ema": train(
+            lambda: sgd(0.1, 0.9, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2)
+        ),
         "weight_decay": train(lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1)),
-        "keras accumulation": train(lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)),
+        "keras accumulation": train(
+            lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)
+        ),
         "scaled accumulation": train(
-            lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01, gradient_accumulation_steps=3))
+            lambda: keras.optimizers.LossScaleOptimizer(
+                keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)
+            )
         ),
         "horovod accumulation": train(
-            lambda: keras.optimizers.Adam(0.01), backward_passes_per_step=3, average_aggregated_gradients=True
+            lambda: keras.optimizers.Adam(0.01),
+            backward_passes_per_step=3,
+            average_aggregated_gradients=True,
         ),
     }
 
@@ -236,7 +273,11 @@ def embeddings() -> dict:
     for name, chosen in options.items():
         model = keras.Sequential([keras.Input((5,), dtype="int32"), keras.layers.Embedding(7, 3)])
         keras.utils.set_random_seed(hvd.rank())
-        model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.05), **chosen), "mse", jit_compile=False)
+        model.compile(
+            hvd.DistributedOptimizer(keras.optimizers.Adam(0.05), **chosen),
+            "mse",
+            jit_compile=False,
+        )
         state.broadcast_state(model)
         model.layers[-1].embeddings.assign(np.linspace(-1, 1, 21).reshape(7, 3))
         for x, y in zip(words, targets, strict=True):
@@ -250,10 +291,14 @@ def local_layers() -> dict:
     found = {}
     for count in range(3):
         for scaled in (True, False):
-            model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(3)])
+            model = keras.Sequential(
+                [keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(3)]
+            )
             local = model.layers[:count] if count != 1 else model.layers[0]
             optimizer = hvd.PartialDistributedOptimizer(
-                keras.optimizers.SGD(1.0, momentum=0.9), local_layers=local, scale_local_gradients=scaled
+                keras.optimizers.SGD(1.0, momentum=0.9),
+                local_layers=local,
+                scale_local_gradients=scaled,
             )
             model.compile(optimizer, "mse", jit_compile=False)
             model.set_weights([np.zeros(w.shape) for w in model.get_weights()])
@@ -264,8 +309,12 @@ def local_layers() -> dict:
             found[count, scaled] = [-float(w.flat[0]) for w in model.get_weights()]
     unbuilt = keras.layers.Dense(2, name="unbuilt")
     return found | {
-        "unbuilt": refused(lambda: hvd.PartialDistributedOptimizer(keras.optimizers.SGD(), local_layers=[unbuilt])),
-        "no layer": refused(lambda: hvd.PartialDistributedOptimizer(keras.optimizers.SGD(), local_layers=["a"])),
+        "unbuilt": refused(
+            lambda: hvd.PartialDistributedOptimizer(keras.optimizers.SGD(), local_layers=[unbuilt])
+        ),
+        "no layer": refused(
+            lambda: hvd.PartialDistributedOptimizer(keras.optimizers.SGD(), local_layers=["a"])
+        ),
     }
 
 
@@ -294,7 +343,9 @@ def uneven_creation() -> dict:
         for _ in range(3):
             hvd.DistributedOptimizer(keras.optimizers.SGD())
             hvd.SyncBatchNormalization()
-    model = keras.Sequential([keras.Input((8, 8, 2)), hvd.SyncBatchNormalization(), keras.layers.Flatten()])
+    model = keras.Sequential(
+        [keras.Input((8, 8, 2)), hvd.SyncBatchNormalization(), keras.layers.Flatten()]
+    )
     model.add(keras.layers.Dense(3))
     fit(compiled(model, nesterov()), 1, ReplicaCheck())
     return {"weights": [value(v) for v in model.trainable_variables]}
@@ -319,13 +370,16 @@ def saving() -> dict:
         path = folder / f"{kind.__name__}{hvd.rank()}.keras"
         model.save(path)
         names = {"custom_optimizers": [kind]} if kind is Unregistered else {}
-        plain = keras.models.load_model(path, custom_objects={kind.__name__: kind} if names else None)
+        plain = keras.models.load_model(
+            path, custom_objects={kind.__name__: kind} if names else None
+        )
         loaded = hvd.load_model(path, compression=hvd.Compression.fp16, **names)
         by_objects = hvd.load_model(path, custom_objects={kind.__name__: kind})
         found[kind.__name__] = {
             "plain": isinstance(plain.optimizer, kind) and not is_distributed(plain.optimizer),
             "distributed": [
-                is_distributed(m.optimizer) and isinstance(m.optimizer, kind) for m in (loaded, by_objects)
+                is_distributed(m.optimizer) and isinstance(m.optimizer, kind)
+                for m in (loaded, by_objects)
             ],
             "compression": reduction_of(loaded.optimizer).compression is hvd.Compression.fp16,
             "same": all(
@@ -374,8 +428,12 @@ def refusals() -> dict:
     return {
         "Adasum": refused(lambda: wrap(sgd(), op=hvd.Adasum)),
         "op=": refused(lambda: wrap(sgd(), op=hvd.Max)),
-        "gradient_predivide_factor=": refused(lambda: wrap(sgd(), op=hvd.Sum, gradient_predivide_factor=2.0)),
-        "gradient_predivide_factor=-1": refused(lambda: wrap(sgd(), gradient_predivide_factor=-1.0)),
+        "gradient_predivide_factor=": refused(
+            lambda: wrap(sgd(), op=hvd.Sum, gradient_predivide_factor=2.0)
+        ),
+        "gradient_predivide_factor=-1": refused(
+            lambda: wrap(sgd(), gradient_predivide_factor=-1.0)
+        ),
         "backward_passes_per_step=0": refused(lambda: wrap(sgd(), backward_passes_per_step=0)),
         "groups=0": refused(lambda: wrap(sgd(), groups=0)),
         "groups=[1": refused(lambda: wrap(sgd(), groups=[1, 2])),
@@ -386,13 +444,19 @@ def refusals() -> dict:
         "average=True": refused(lambda: hvd.allreduce(1.0, average=True, op=hvd.Sum)),
         "fused=True": refused(lambda: hvd.SyncBatchNormalization(fused=True)),
         "initial_lr=None": refused(lambda: callbacks.LearningRateScheduleCallback(None, 1.0)),
-        "device='/gpu:0'": refused(lambda: callbacks.BroadcastGlobalVariablesCallback(0, device="/gpu:0")),
+        "device='/gpu:0'": refused(
+            lambda: callbacks.BroadcastGlobalVariablesCallback(0, device="/gpu:0")
+        ),
         "device='/cpu:0'": refused(lambda: callbacks.MetricAverageCallback("/cpu:0")),
-        "local_variables": refused(lambda: callbacks.BroadcastGlobalVariablesCallback(0, local_variables=["w"])),
+        "local_variables": refused(
+            lambda: callbacks.BroadcastGlobalVariablesCallback(0, local_variables=["w"])
+        ),
         "no filepath": refused(lambda: callbacks.BestModelCheckpoint().on_train_begin()),
         "steps_per_epoch=0": refused(lambda: hvd.RateSchedule(Rate(0.1, 0.1), 0)),
         "steps_per_execution=2": refused(several_steps_per_execution),
-        "model(x[:1])": refused(lambda: hvd.elastic.KerasState(keras.Sequential([keras.layers.Dense(1)]), sgd())),
+        "model(x[:1])": refused(
+            lambda: hvd.elastic.KerasState(keras.Sequential([keras.layers.Dense(1)]), sgd())
+        ),
         "device_dense='/cpu:0'": refused(lambda: wrap(sgd(), device_dense="/cpu:0"))
         if not TENSORFLOW
         else "TensorFlow takes device_dense='/cpu:0'",
@@ -423,9 +487,15 @@ def usual_rates(compatible: bool = False) -> list[float]:
     callbacks = [
         names.LearningRateScheduleCallback(lr, 1e-1, start_epoch=3, end_epoch=6, **constant),
         names.LearningRateScheduleCallback(lr, 1e-2, start_epoch=6, end_epoch=9, **constant),
-        names.LearningRateScheduleCallback(lr, lambda epoch: epoch / 10, start_epoch=9, end_epoch=11),
-        names.LearningRateScheduleCallback(lr, lambda epoch: epoch / 10, start_epoch=11, staircase=False),
-        names.LearningRateWarmupCallback(initial_lr=lr, warmup_epochs=3, one_step_early=compatible, verbose=1),
+        names.LearningRateScheduleCallback(
+            lr, lambda epoch: epoch / 10, start_epoch=9, end_epoch=11
+        ),
+        names.LearningRateScheduleCallback(
+            lr, lambda epoch: epoch / 10, start_epoch=11, staircase=False
+        ),
+        names.LearningRateWarmupCallback(
+            initial_lr=lr, warmup_epochs=3, one_step_early=compatible, verbose=1
+        ),
         rates := Rates(),
     ]
     history = fit(compiled(network(), nesterov()), 12, *callbacks)
@@ -460,7 +530,11 @@ def metric_averages() -> dict:
     mine = slice(end - sizes[hvd.rank()], end)
     model = compiled(network(), hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)))
     state.broadcast_state(model)
-    found = {"whole": model.evaluate(EXAMPLES[: sizes.sum()], LABELS[: sizes.sum()], verbose=0, return_dict=True)}
+    found = {
+        "whole": model.evaluate(
+            EXAMPLES[: sizes.sum()], LABELS[: sizes.sum()], verbose=0, return_dict=True
+        )
+    }
     found["mine"] = model.evaluate(EXAMPLES[mine], LABELS[mine], verbose=0, return_dict=True)
     for name, options in {"weighted": {}, "unweighted": {"unweighted": True}}.items():
         history = model.fit(
@@ -482,7 +556,12 @@ def best_checkpoint() -> dict:
     best.filepath = str(path)
     history = fit(compiled(network(), nesterov()), 3, hvd.callbacks.MetricAverageCallback(), best)
     loaded = keras.models.load_model(path) if path.exists() else None
-    return {"written": path.exists(), "loads": loaded is not None, "best": best.best, "loss": history.history["loss"]}
+    return {
+        "written": path.exists(),
+        "loads": loaded is not None,
+        "best": best.best,
+        "loss": history.history["loss"],
+    }
 
 
 RATE = Rate(0.02, 0.1, warmup_epochs=1.1, decay_epochs=(2.0, 2.3))
@@ -492,7 +571,9 @@ def schedules() -> dict:
     """Callback with Keras's SGD and its correction; schedule with recipe.keras.SGD, also several steps at a time."""
     found = {}
     for nesterov_ in (False, True):
-        model = compiled(network(), hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, 0.9, nesterov_)))
+        model = compiled(
+            network(), hvd.DistributedOptimizer(keras.optimizers.SGD(0.1, 0.9, nesterov_))
+        )
         fit(model, 3, ScheduledRate(RATE), rates := Rates())
         found["callback", nesterov_] = model.get_weights()
         for steps in (1, 4) if TENSORFLOW else (1,):  # Keras has no others with PyTorch
@@ -506,17 +587,28 @@ def schedules() -> dict:
             )
             fit(model, 3)
             found["schedule", nesterov_, steps] = model.get_weights()
-    return {"weights": found, "callback": rates.rates, "schedule": [float(value(schedule(t))) for t in range(12)]}
+    return {
+        "weights": found,
+        "callback": rates.rates,
+        "schedule": [float(value(schedule(t))) for t in range(12)],
+    }
 
 
 def synchronised_normalisation() -> dict:
     """Two steps of a network with SyncBatchNormalization; unequal shares need the sums to be weighted."""
     keras.utils.set_random_seed(100 + hvd.rank())
-    layers = [keras.layers.Conv2D(4, 3, activation="relu"), hvd.SyncBatchNormalization(momentum=0.5)]
-    model = keras.Sequential([keras.Input((8, 8, 2)), *layers, keras.layers.Flatten(), keras.layers.Dense(3)])
+    layers = [
+        keras.layers.Conv2D(4, 3, activation="relu"),
+        hvd.SyncBatchNormalization(momentum=0.5),
+    ]
+    model = keras.Sequential(
+        [keras.Input((8, 8, 2)), *layers, keras.layers.Flatten(), keras.layers.Dense(3)]
+    )
     # The sum over examples, so that ranks with unequal numbers of them weigh right.
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.003), op=hvd.Sum), loss, jit_compile=False)
+    model.compile(
+        hvd.DistributedOptimizer(keras.optimizers.SGD(0.003), op=hvd.Sum), loss, jit_compile=False
+    )
     state.broadcast_state(model)
     ends = np.cumsum(np.arange(1, hvd.size() + 1) * 24 // (hvd.size() * (hvd.size() + 1) // 2))
     ends[-1] = 24
@@ -546,12 +638,19 @@ def operations() -> dict:
     return {
         "allreduce": float(hvd.allreduce(np.float32(rank + 1))),
         "sum": float(hvd.allreduce(np.float32(rank + 1), average=False)),
-        "scaled": float(hvd.allreduce(np.float32(rank + 1), op=hvd.Sum, prescale_factor=2.0, postscale_factor=3.0)),
+        "scaled": float(
+            hvd.allreduce(
+                np.float32(rank + 1), op=hvd.Sum, prescale_factor=2.0, postscale_factor=3.0
+            )
+        ),
         "min": float(hvd.allreduce(np.float32(rank + 1), op=hvd.Min)),
         "max": float(hvd.allreduce(np.float32(rank + 1), op=hvd.Max)),
         "product": float(hvd.allreduce(np.float32(rank + 1), op=hvd.Product)),
         "fp16": float(hvd.allreduce(np.float32(rank + 1), compression=hvd.Compression.fp16)),
-        "grouped": [float(value(g)[0]) for g in hvd.grouped_allreduce([np.ones(1, "f"), np.full(2, rank, "f")])],
+        "grouped": [
+            float(value(g)[0])
+            for g in hvd.grouped_allreduce([np.ones(1, "f"), np.full(2, rank, "f")])
+        ],
         "allgather": value(hvd.allgather(np.full((rank + 1, 2), rank, "f"))),
         "broadcast": value(hvd.broadcast(np.full(2, rank, "f"), root_rank=size - 1)),
         "reducescatter": value(hvd.reducescatter(np.arange(size, dtype="f"), op=hvd.Sum)),
@@ -560,7 +659,10 @@ def operations() -> dict:
         "object": hvd.broadcast_object({"rank": rank}, root_rank=size - 1),
         "objects": hvd.allgather_object(rank),
         "variables": [float(value(v)[0]), int(value(counter))],
-        "built": [bool(getattr(hvd, f"{library}_built")()) for library in ("mpi", "gloo", "nccl", "ddl", "ccl")],
+        "built": [
+            bool(getattr(hvd, f"{library}_built")())
+            for library in ("mpi", "gloo", "nccl", "ddl", "ccl")
+        ],
         "enabled": hvd.mpi_enabled() + hvd.gloo_enabled(),
         "places": [hvd.local_rank(), hvd.local_size(), hvd.cross_rank(), hvd.cross_size()],
     }
@@ -575,7 +677,12 @@ def elastic_state() -> dict:
     found = {}
 
     def note(name):
-        found[name] = [float(model.get_weights()[0].flat[0]), held.batch, held.epoch, int(optimizer.iterations)]
+        found[name] = [
+            float(model.get_weights()[0].flat[0]),
+            held.batch,
+            held.epoch,
+            int(optimizer.iterations),
+        ]
 
     def change():
         model.set_weights([np.full((2, 2), 7.0), np.full(2, 7.0)])
@@ -599,7 +706,10 @@ def elastic_state() -> dict:
 def elastic_callbacks() -> dict:
     """A run that is taken up after 2 of 4 batches of its second epoch, by both conventions for fit()."""
     found = {}
-    for name, epochs in {"from zero": {"epochs": 2}, "initial_epoch": {"initial_epoch": 1, "epochs": 3}}.items():
+    for name, epochs in {
+        "from zero": {"epochs": 2},
+        "initial_epoch": {"initial_epoch": 1, "epochs": 3},
+    }.items():
         model = compiled(network(), nesterov())
         held = hvd.elastic.KerasState(model, batch=2, epoch=1)
         seen, commits = [], []
@@ -630,13 +740,29 @@ def elastic_callbacks() -> dict:
 
 def fifteen_lines() -> dict:
     """The page's own script, for two epochs."""
-    code = (ROOT / "docs/keras.md").read_text().split("```python\n")[1].split("```")[0].replace("epochs=90", "epochs=2")
+    code = (
+        (ROOT / "docs/keras.md")
+        .read_text()
+        .split("```python\n")[1]
+        .split("```")[0]
+        .replace("epochs=90", "epochs=2")
+    )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    given = {"x": EXAMPLES, "y": LABELS, "model": network(), "loss": loss, "metrics": ["accuracy"], "batch": 12}
+    given = {
+        "x": EXAMPLES,
+        "y": LABELS,
+        "model": network(),
+        "loss": loss,
+        "metrics": ["accuracy"],
+        "batch": 12,
+    }
     os.chdir(os.environ["RESULTS"])
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(code, "docs/keras.md", "exec"), given)
-    return {"weights": given["model"].get_weights(), "rate": float(value(given["optimizer"].learning_rate))}
+    return {
+        "weights": given["model"].get_weights(),
+        "rate": float(value(given["optimizer"].learning_rate)),
+    }
 
 
 def main() -> None:

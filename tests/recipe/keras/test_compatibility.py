@@ -48,13 +48,17 @@ def test_training_goes_on_from_either_file_as_if_it_had_not_stopped(run, backend
     for found in run("going_on", backend, size):
         assert len(found) == 20
         for case, outcome in found.items():
-            assert all(outcome["distributed"]) and outcome["compression"] == ["FP16Compressor"] * 2, case
+            assert (
+                all(outcome["distributed"]) and outcome["compression"] == ["FP16Compressor"] * 2
+            ), case
             for extension, loaded in outcome["loaded"].items():
                 assert len(loaded) == len(outcome["before"]), (case, extension)
                 for a, b in zip(outcome["before"], loaded, strict=True):
                     np.testing.assert_array_equal(a, b, err_msg=f"{case} {extension}")
             whole, *others = outcome["after"]
-            assert any(not np.array_equal(a, b) for a, b in zip(whole, outcome["before"], strict=True))
+            assert any(
+                not np.array_equal(a, b) for a, b in zip(whole, outcome["before"], strict=True)
+            )
             for other in others:
                 for a, b in zip(whole, other, strict=True):
                     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6, err_msg=str(case))
@@ -76,8 +80,13 @@ def test_functions_for_optimizers_are_taken_and_keep_the_saved_state(run, backen
     for found in run("functions", backend):
         for (name, extension), outcome in found.items():
             assert outcome["same"] and outcome["trains"] and outcome["kept"], (name, extension)
-            assert outcome["op"] == (name in ("wrapped", "compressed", "schedule", "Adam", "adam")), (name, extension)
-            assert outcome["half"] == (name in ("plain", "compressed", "custom_optimizers")), (name, extension)
+            assert outcome["op"] == (
+                name in ("wrapped", "compressed", "schedule", "Adam", "adam")
+            ), (name, extension)
+            assert outcome["half"] == (name in ("plain", "compressed", "custom_optimizers")), (
+                name,
+                extension,
+            )
 
 
 def test_what_cannot_be_loaded_whole_is_refused_in_a_sentence(run, backend):
@@ -119,7 +128,12 @@ def test_every_overridden_method_is_called(run, backend):
         assert found["calls"]["commit"]["commit"] == 2 + 2
         assert found["state"] == {"commit": 2 + 2, "save": 2 + 2}
         assert found["local"] == [True, True] + [rank == 0] * 2
-        read = {"batches_remaining": 1, "steps_per_epoch": 4, "initial_epoch": 0, "current_epoch": 1}
+        read = {
+            "batches_remaining": 1,
+            "steps_per_epoch": 4,
+            "initial_epoch": 0,
+            "current_epoch": 1,
+        }
         assert found["read"] == read and found["held"] == [0, 2]
 
 

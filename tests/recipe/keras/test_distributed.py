@@ -81,14 +81,26 @@ def test_epoch_metrics_are_those_of_the_whole_minibatch(run, backend, several):
     (alone,) = run("equality", backend, 1)
     for found in run("equality", backend, *several):
         assert found["history"]["loss"] == pytest.approx(alone["history"]["loss"], rel=1e-5)
-        assert found["history"]["accuracy"] == pytest.approx(alone["history"]["accuracy"], abs=1.01 / 96)
+        assert found["history"]["accuracy"] == pytest.approx(
+            alone["history"]["accuracy"], abs=1.01 / 96
+        )
 
 
 def test_all_state_is_rank_0s_before_step_1(run, backend, several):
     """Trap 4: weights, moving statistics, optimizer slots, iteration counter, learning rate."""
     ranks = run("initial_state", backend, *several)
     root = ranks[0]["before"]
-    assert len({found["before"][name].tobytes() for found in ranks for name in root if name.endswith("iteration")}) > 1
+    assert (
+        len(
+            {
+                found["before"][name].tobytes()
+                for found in ranks
+                for name in root
+                if name.endswith("iteration")
+            }
+        )
+        > 1
+    )
     for found in ranks:
         assert found["at step 1"].keys() == root.keys()
         for name, value in root.items():
@@ -101,7 +113,12 @@ def test_batch_norm_statistics_are_per_worker(run, backend, several):
     mean = [np.mean(weights, axis=0) for weights in zip(*ranks[0]["alone"], strict=True)]
     for found in ranks:
         trained = [i for i in range(len(mean)) if i not in (4, 5)]
-        assert_same([found["together"][i] for i in trained], [mean[i] for i in trained], rtol=1e-4, atol=1e-6)
+        assert_same(
+            [found["together"][i] for i in trained],
+            [mean[i] for i in trained],
+            rtol=1e-4,
+            atol=1e-6,
+        )
 
 
 def test_metrics_of_unequal_shards_are_those_of_the_whole(run, backend, several):
@@ -161,7 +178,9 @@ def test_gradual_warmup_reaches_k_times_the_base_rate_and_lets_go(run, backend):
     assert run("gradual_warmup", backend, 2)[0]["rates"] == pytest.approx(expected, rel=1e-6)
 
 
-def reference_path(gradients: np.ndarray, rates: list[float], nesterov: bool, corrected: bool) -> list[np.ndarray]:
+def reference_path(
+    gradients: np.ndarray, rates: list[float], nesterov: bool, corrected: bool
+) -> list[np.ndarray]:
     """The paper's equation (9), whose velocity knows no η; uncorrected: equation (10), whose velocity holds it."""
     w, u, path = np.zeros(5), np.zeros(5), []
     for g, rate in zip(gradients.astype(np.float64), rates, strict=True):
@@ -177,5 +196,9 @@ def test_momentum_correction_is_the_papers(run, backend):
     (found,) = run("momentum", backend, 1)
     for (nesterov, corrected, _scaled), path in found["paths"].items():
         expected = reference_path(found["gradients"], found["rates"], nesterov, corrected)
-        np.testing.assert_allclose(path, expected, rtol=1e-4, atol=1e-5)  # float32 sums of 12 steps of size ≈ 1
-    assert not np.allclose(found["paths"][True, True, False], found["paths"][True, False, False], rtol=1e-2)
+        np.testing.assert_allclose(
+            path, expected, rtol=1e-4, atol=1e-5
+        )  # float32 sums of 12 steps of size ≈ 1
+    assert not np.allclose(
+        found["paths"][True, True, False], found["paths"][True, False, False], rtol=1e-2
+    )

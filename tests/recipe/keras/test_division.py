@@ -13,7 +13,17 @@ from tests.ranks import ROOT, results
 PROGRAM = str(ROOT / "tests/recipe/keras/division_program.py")
 ON_TWO = ("division", "halves_of_an_epoch", "hooks", "refusals", "randomness")
 COUNT = 43
-KINDS = ("arrays", "weighted", "tensors", "stream", "uncounted", "batches", "PyDataset", "threads", "loader")
+KINDS = (
+    "arrays",
+    "weighted",
+    "tensors",
+    "stream",
+    "uncounted",
+    "batches",
+    "PyDataset",
+    "threads",
+    "loader",
+)
 BY_EXAMPLE = ("arrays", "weighted", "tensors", "stream", "uncounted", "loader")
 
 pytestmark = pytest.mark.ranks
@@ -76,8 +86,22 @@ def test_minibatches_are_those_of_one_rank(run, kind):
 def test_batches_are_dealt_out_and_the_last_shared(run, kind):
     """Eleven batches of four, the last of three: five to a rank, of which the fifth goes with half of the last."""
     first, second = (found[kind]["in order"][0] for found in run("division", 2))
-    assert first == [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19], [24, 25, 26, 27], [32, 33], [34, 35, 40]]
-    assert second == [[4, 5, 6, 7], [12, 13, 14, 15], [20, 21, 22, 23], [28, 29, 30, 31], [36, 37, 38], [39, 41, 42]]
+    assert first == [
+        [0, 1, 2, 3],
+        [8, 9, 10, 11],
+        [16, 17, 18, 19],
+        [24, 25, 26, 27],
+        [32, 33],
+        [34, 35, 40],
+    ]
+    assert second == [
+        [4, 5, 6, 7],
+        [12, 13, 14, 15],
+        [20, 21, 22, 23],
+        [28, 29, 30, 31],
+        [36, 37, 38],
+        [39, 41, 42],
+    ]
     (alone,) = run("division", 1)
     order = [batch[0] for batch in alone[kind]["seen"][0]]
     ours = minibatches([found[kind]["seen"] for found in run("division", 2)])[0]

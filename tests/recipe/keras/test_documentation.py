@@ -25,7 +25,9 @@ MADE_WITH = {
 ITS_OWN_NOTES = {"backend", "broadcast_done", "variables", "allreduce_ops", "restore_momentum"}
 IMPORTED = {"K", "inspect", "is_version_greater_equal_than", "keras", "tf", "version", "warnings"}
 
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Horovod's Keras modules need it")
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="Horovod's Keras modules need it"
+)
 
 
 def public(module: str) -> dict:
@@ -59,7 +61,9 @@ def test_every_public_name_of_horovod_is_in_the_table_and_exists(module, name):
     assert counterpart(module, name) is not None
 
 
-@pytest.mark.parametrize(("module", "name"), [case for case in cases() if case[0].startswith("horovod.tensorflow")])
+@pytest.mark.parametrize(
+    ("module", "name"), [case for case in cases() if case[0].startswith("horovod.tensorflow")]
+)
 def test_signatures_begin_with_horovods(module, name):
     theirs, ours = public(module)[name], counterpart(module, name)
     if not callable(theirs) or theirs is ours or name in ("Compression", "ProcessSet"):
@@ -72,7 +76,9 @@ def test_signatures_begin_with_horovods(module, name):
     assert len(parameters(ours)) >= len(parameters(theirs))
 
 
-@pytest.mark.parametrize("name", ["DistributedOptimizer", "PartialDistributedOptimizer", "allreduce", "load_model"])
+@pytest.mark.parametrize(
+    "name", ["DistributedOptimizer", "PartialDistributedOptimizer", "allreduce", "load_model"]
+)
 def test_horovod_keras_takes_the_same_keywords(name):
     """`horovod.keras` lacks some arguments in the middle; its `average=True` is our None, the mean."""
     ours = {p.name: p.default for p in parameters(counterpart("horovod.keras", name))}
@@ -88,14 +94,20 @@ def classes() -> list:
 @pytest.mark.parametrize(("module", "name"), classes())
 def test_every_public_method_of_horovods_classes_exists_and_takes_its_arguments(module, name):
     theirs, ours = public(module)[name], counterpart(module, name)
-    for method in [m for m in dir(theirs) if not m.startswith("_") and callable(getattr(theirs, m))]:
+    for method in [
+        m for m in dir(theirs) if not m.startswith("_") and callable(getattr(theirs, m))
+    ]:
         expected, found = (parameters(getattr(cls, method)) for cls in (theirs, ours))
-        assert [(p.name, p.default) for p in found[: len(expected)]] == [(p.name, p.default) for p in expected], method
+        assert [(p.name, p.default) for p in found[: len(expected)]] == [
+            (p.name, p.default) for p in expected
+        ], method
 
 
 @pytest.mark.parametrize(("module", "name"), [case for case in classes() if case[1] in MADE_WITH])
 def test_every_public_attribute_of_horovods_callbacks_exists(module, name):
-    theirs, ours = (cls(*MADE_WITH[name]) for cls in (public(module)[name], counterpart(module, name)))
+    theirs, ours = (
+        cls(*MADE_WITH[name]) for cls in (public(module)[name], counterpart(module, name))
+    )
     for attribute in [a for a in vars(theirs) if not a.startswith("_") and a not in ITS_OWN_NOTES]:
         assert hasattr(ours, attribute), attribute
 
@@ -105,11 +117,18 @@ def test_every_public_name_of_horovods_distributed_optimizer_exists():
         hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
         for hvd in map(importlib.import_module, ("horovod.tensorflow.keras", "recipe.keras"))
     )
-    for name in [n for n in vars(type(theirs)) if not n.startswith("_")] + ["process_set", "scale_local_gradients"]:
+    for name in [n for n in vars(type(theirs)) if not n.startswith("_")] + [
+        "process_set",
+        "scale_local_gradients",
+    ]:
         assert hasattr(ours, name), name
         expected = inspect.getattr_static(theirs, name, None)
-        if inspect.isfunction(expected) and name != "apply_gradients":  # Horovod's is (*args, **kwargs)
-            assert [p.name for p in parameters(getattr(ours, name))] == [p.name for p in parameters(expected)]
+        if (
+            inspect.isfunction(expected) and name != "apply_gradients"
+        ):  # Horovod's is (*args, **kwargs)
+            assert [p.name for p in parameters(getattr(ours, name))] == [
+                p.name for p in parameters(expected)
+            ]
     assert ours.variables() == ours.variables
 
 
@@ -126,5 +145,7 @@ def test_every_argument_of_distributed_optimizer_is_in_the_table():
 
 def test_jax_is_refused_in_one_sentence(monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    with pytest.raises(ImportError, match=r"no binding for Keras's 'jax' backend; set KERAS_BACKEND="):
+    with pytest.raises(
+        ImportError, match=r"no binding for Keras's 'jax' backend; set KERAS_BACKEND="
+    ):
         runpy.run_path(str(ROOT / "recipe/keras/backend.py"))

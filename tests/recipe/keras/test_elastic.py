@@ -15,7 +15,9 @@ pytestmark = pytest.mark.ranks
 def test_a_killed_rank_is_survived(tmp_path, backend):
     """The other goes on alone from the last commit: every one of the 12 steps is done, none twice."""
     hosts = tmp_path / "hosts"
-    hosts.write_text("#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n")  # two names, as a kill blacklists one
+    hosts.write_text(
+        "#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n"
+    )  # two names, as a kill blacklists one
     hosts.chmod(0o755)
     elastic = ["-np", "2", "--min-np", "1", "--max-np", "2", "--host-discovery-script", str(hosts)]
     done = subprocess.run(
@@ -33,7 +35,11 @@ def test_a_killed_rank_is_survived(tmp_path, backend):
     )
     assert (tmp_path / "0.json").exists(), done.stdout[-4000:]
     found = json.loads((tmp_path / "0.json").read_text())
-    steps = [step for i, (*_, step) in enumerate(found["path"]) if i == 0 or step != found["path"][i - 1][3]]
+    steps = [
+        step
+        for i, (*_, step) in enumerate(found["path"])
+        if i == 0 or step != found["path"][i - 1][3]
+    ]
     assert steps == list(range(1, 13))
     assert [size for size, *_ in found["path"]][:6] == [2] * 6
     assert found["path"][-1] == [1, 2, 3, 12]

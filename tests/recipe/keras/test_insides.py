@@ -56,4 +56,6 @@ INSIDES = {
 def test_what_recipe_keras_needs_of_keras_is_there(make, names):
     thing = make()
     missing = [name for name in names if not hasattr(thing, name)]
-    assert not missing, f"Keras {keras.__version__} has changed: {type(thing).__name__} lacks {', '.join(missing)}"
+    assert not missing, (
+        f"Keras {keras.__version__} has changed: {type(thing).__name__} lacks {', '.join(missing)}"
+    )

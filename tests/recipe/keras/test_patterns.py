@@ -100,10 +100,14 @@ def test_nothing_is_said(run, pattern, backend, size):
     Keras's variables."""
     plain = run(pattern, backend, 1)[0]["plain"]["warnings"]
     for found in run(pattern, backend, size):
-        assert not [w for w in found["wrapped"]["warnings"] if w not in plain and "__array__" not in w]
+        assert not [
+            w for w in found["wrapped"]["warnings"] if w not in plain and "__array__" not in w
+        ]
 
 
 def test_what_is_compared_has_been_trained(run, pattern, backend):
     """By far more than the tolerance: the logs go on."""
     for name, numbers in run(pattern, backend, 1)[0]["plain"]["logs"].items():
-        assert abs(numbers[-1] - numbers[0]) > 20 * tolerance(pattern)["rtol"] * abs(numbers[0]), name
+        assert abs(numbers[-1] - numbers[0]) > 20 * tolerance(pattern)["rtol"] * abs(numbers[0]), (
+            name
+        )

@@ -32,7 +32,11 @@ def run(tmp_path_factory):
     def launch(backend, size):
         folder = tmp_path_factory.mktemp("rates") / "found"
         return results(
-            folder, size, str(ROOT / "tests/recipe/keras/rates_program.py"), *SCENARIOS, KERAS_BACKEND=backend
+            folder,
+            size,
+            str(ROOT / "tests/recipe/keras/rates_program.py"),
+            *SCENARIOS,
+            KERAS_BACKEND=backend,
         )
 
     return lambda scenario, backend, size: [found[scenario] for found in launch(backend, size)]
@@ -65,12 +69,17 @@ def check(found, rates, unscaled=(), first=None):
     `first`: the rate that the velocity at the first step belongs to; None: there was no velocity."""
     assert found["rates"] == near(rates)
     belongs = [first or rates[0], *rates[:-1]]
-    factors = [1.0 if i in unscaled else new / old for i, (old, new) in enumerate(zip(belongs, rates, strict=True))]
+    factors = [
+        1.0 if i in unscaled else new / old
+        for i, (old, new) in enumerate(zip(belongs, rates, strict=True))
+    ]
     assert found["factors"] == near(factors)
 
 
 @pytest.mark.parametrize("name", ["ours", "horovods"])
-def test_a_warmup_is_over_when_it_is_over_and_a_run_from_epoch_0_warms_up_again(run, backend, size, name):
+def test_a_warmup_is_over_when_it_is_over_and_a_run_from_epoch_0_warms_up_again(
+    run, backend, size, name
+):
     warm = [*ramp(name, size, 1), *[PEAK] * 4]
     for found in run("resumed_after", backend, size):
         check(found[name]["first"], warm)
@@ -98,7 +107,9 @@ def test_a_run_that_is_resumed_at_the_warmups_end_has_the_peak(run, backend, siz
 
 @pytest.mark.parametrize("name", ["ours", "horovods"])
 @pytest.mark.parametrize("order", ["warmup first", "plateau first"])
-def test_a_warmup_ignores_other_callbacks_and_leaves_them_what_follows(run, backend, size, name, order):
+def test_a_warmup_ignores_other_callbacks_and_leaves_them_what_follows(
+    run, backend, size, name, order
+):
     """Lowered at the ends of epochs 1, the warmup's last, 2 and 3; an order that was overruled doesn't rescale."""
     rates = [*ramp(name, size, 2), *[PEAK] * 4, *[PEAK / 10] * 4, *[PEAK / 100] * 4]
     for found in run("with_plateau", backend, size):
@@ -108,7 +119,9 @@ def test_a_warmup_ignores_other_callbacks_and_leaves_them_what_follows(run, back
 def test_constants_and_decays_hold_within_their_epochs_and_nowhere_else(run, backend, size):
     """Lowered at the end of each epoch from 1 on; Horovod's constant is for epochs 1 and 2, the decay from 2 on."""
     for found in run("with_plateau", backend, size):
-        check(found["constant"], [START] * 4 + [0.2] * 8 + [0.02] * 4 + [0.002] * 4, unscaled=(12, 16))
+        check(
+            found["constant"], [START] * 4 + [0.2] * 8 + [0.02] * 4 + [0.002] * 4, unscaled=(12, 16)
+        )
         assert found["constant"]["logs"]["lr"] == near([START, 0.2, 0.2, 0.02, 0.002])
         check(found["always"], [0.4] * 12)
         check(found["decay"], [START] * 8 + [0.04] * 4 + [0.004] * 4)

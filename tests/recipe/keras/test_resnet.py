@@ -62,15 +62,21 @@ def test_strided_convolutions_pad_both_sides_as_the_reference_does(resnet50):
     outputs = [resnet50.get_layer(name).output for name in ("normalise", "stem_conv")]
     normalised, found = map(numpy, keras.Model(resnet50.inputs, outputs)(images))
     kernel = torch.from_numpy(numpy(resnet50.get_layer("stem_conv").kernel)).permute(3, 2, 0, 1)
-    expected = torch.nn.functional.conv2d(torch.from_numpy(normalised).permute(0, 3, 1, 2), kernel, stride=2, padding=3)
-    np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1).numpy(), rtol=1e-3, atol=1e-4)  # 147 float32 terms
+    expected = torch.nn.functional.conv2d(
+        torch.from_numpy(normalised).permute(0, 3, 1, 2), kernel, stride=2, padding=3
+    )
+    np.testing.assert_allclose(
+        found, expected.permute(0, 2, 3, 1).numpy(), rtol=1e-3, atol=1e-4
+    )  # 147 float32 terms
 
 
 def test_convolutions_start_as_he_says_and_the_classifier_at_a_hundredth(resnet50):
     for layer in of_kind(resnet50, keras.layers.Conv2D):
         kernel = numpy(layer.kernel)
         expected = math.sqrt(2 / (kernel.shape[0] * kernel.shape[1] * kernel.shape[3]))
-        spread = 5 / math.sqrt(2 * kernel.size)  # five standard errors of a sample's standard deviation
+        spread = 5 / math.sqrt(
+            2 * kernel.size
+        )  # five standard errors of a sample's standard deviation
         assert kernel.std() == pytest.approx(expected, rel=spread), layer.name
         assert not layer.use_bias
     assert numpy(resnet50.get_layer("fc").kernel).std() == pytest.approx(0.01, rel=0.01)
@@ -78,12 +84,17 @@ def test_convolutions_start_as_he_says_and_the_classifier_at_a_hundredth(resnet5
 
 
 def test_the_last_gamma_of_each_block_is_zero_and_no_other(resnet50):
-    last = {f"stage{s + 1}_block{b + 1}_bn3" for s, blocks in enumerate((3, 4, 6, 3)) for b in range(blocks)}
+    last = {
+        f"stage{s + 1}_block{b + 1}_bn3"
+        for s, blocks in enumerate((3, 4, 6, 3))
+        for b in range(blocks)
+    }
     for layer in of_kind(resnet50, keras.layers.BatchNormalization):
         assert (numpy(layer.gamma) == (0 if layer.name in last else 1)).all(), layer.name
         assert (layer.momentum, layer.epsilon) == (0.9, 1e-5)
     assert all(
-        (numpy(layer.gamma) == 1).all() for layer in of_kind(small(zero_gamma=False), keras.layers.BatchNormalization)
+        (numpy(layer.gamma) == 1).all()
+        for layer in of_kind(small(zero_gamma=False), keras.layers.BatchNormalization)
     )
 
 
@@ -95,10 +106,16 @@ def test_weight_decay_is_on_kernels_only_and_its_gradient_is_lambda_w(resnet50):
     assert len(decayed) == 54  # 53 convolutions and the FC
     assert len(resnet50.losses) == 54
     assert sum(float(loss) for loss in resnet50.losses) == pytest.approx(
-        sum(0.5e-4 * float(np.square(numpy(layer.kernel), dtype=np.float64).sum()) for layer in decayed), rel=1e-5
+        sum(
+            0.5e-4 * float(np.square(numpy(layer.kernel), dtype=np.float64).sum())
+            for layer in decayed
+        ),
+        rel=1e-5,
     )
     penalty, w, h = decayed[0].kernel_regularizer, np.float64(0.7), 1e-3
-    assert (float(penalty(w + h)) - float(penalty(w - h))) / (2 * h) == pytest.approx(1e-4 * w, rel=1e-3)
+    assert (float(penalty(w + h)) - float(penalty(w - h))) / (2 * h) == pytest.approx(
+        1e-4 * w, rel=1e-3
+    )
     assert not small(weight_decay=0.0).losses
 
 
@@ -127,7 +144,9 @@ def test_channels_first_is_the_same_network():
 
 def test_pixels_of_the_mean_colour_become_zero():
     normalise = small().get_layer("normalise")
-    np.testing.assert_allclose(numpy(normalise(np.array(MEAN, np.float32)[None, None, None])), 0, atol=1e-5)
+    np.testing.assert_allclose(
+        numpy(normalise(np.array(MEAN, np.float32)[None, None, None])), 0, atol=1e-5
+    )
 
 
 def test_small_images_keep_their_resolution_in_the_first_stage():

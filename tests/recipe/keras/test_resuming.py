@@ -36,7 +36,9 @@ class Run:
 
     def start(self, **plan) -> int:
         program = [PROGRAM, str(self.folder), self.kind, json.dumps(plan)]
-        done = launch(self.size, program, timeout=200, RESULTS=str(self.folder), KERAS_BACKEND=self.backend)
+        done = launch(
+            self.size, program, timeout=200, RESULTS=str(self.folder), KERAS_BACKEND=self.backend
+        )
         self.said = done.stdout
         return done.returncode
 
@@ -56,12 +58,18 @@ class Run:
     def ends_like(self, other: "Run", epochs: list[int]) -> None:
         """State of all ranks, and the logs of all epochs and batches, to the bit; the last start ran `epochs`."""
         for rank in range(self.size):
-            mine, theirs = (pickle.loads((run.folder / str(rank)).read_bytes()) for run in (self, other))
+            mine, theirs = (
+                pickle.loads((run.folder / str(rank)).read_bytes()) for run in (self, other)
+            )
             assert mine["epochs"] == epochs
             for a, b in zip(mine["state"], theirs["state"], strict=True):
                 np.testing.assert_array_equal(a, b)
-            mine, theirs = ({epoch: rest for epoch, *rest in run.lines()[rank]} for run in (self, other))
-            assert {e: logs for e, (logs, _) in mine.items()} == {e: logs for e, (logs, _) in theirs.items()}
+            mine, theirs = (
+                {epoch: rest for epoch, *rest in run.lines()[rank]} for run in (self, other)
+            )
+            assert {e: logs for e, (logs, _) in mine.items()} == {
+                e: logs for e, (logs, _) in theirs.items()
+            }
             for epoch, (_, batches) in mine.items():
                 assert [n for n, _ in batches] == list(range(6))
                 trained = [(n, loss) for n, loss in batches if [n, loss] in theirs[epoch][1]]
@@ -80,7 +88,9 @@ def uninterrupted(tmp_path_factory):
     return run
 
 
-def test_a_run_that_is_killed_in_its_saves_and_within_epochs_ends_the_same(tmp_path, uninterrupted, backend, size):
+def test_a_run_that_is_killed_in_its_saves_and_within_epochs_ends_the_same(
+    tmp_path, uninterrupted, backend, size
+):
     """Backed up after 5, 10, 15 and 20 of 24 batches, with sums of gradients since the last step after 5 and 15."""
     run = Run(tmp_path / "run", backend, size, "batches")
     assert run.start(save=[2, "unnamed"]) != 0
@@ -128,7 +138,9 @@ def found(tmp_path_factory):
         shared = folder / "shared"
         shutil.rmtree(shared, ignore_errors=True)
         shared.mkdir()
-        return results(folder / "found", 2, PROGRAM, str(shared), "one process", "{}", KERAS_BACKEND=backend)
+        return results(
+            folder / "found", 2, PROGRAM, str(shared), "one process", "{}", KERAS_BACKEND=backend
+        )
 
     return run
 
@@ -139,12 +151,20 @@ def test_what_can_not_be_taken_up_is_refused_in_one_sentence(found, backend):
         for word, sentence in (rank["refusals"] | rank["arguments"]).items():
             assert word in sentence
             assert len(sentence) < 350 and "\n" not in sentence
-        assert len(rank["refusals"]) == (9 if backend == "tensorflow" else 8) and len(rank["arguments"]) == 4
+        assert (
+            len(rank["refusals"]) == (9 if backend == "tensorflow" else 8)
+            and len(rank["arguments"]) == 4
+        )
 
 
 def test_a_new_model_of_the_process_goes_on_and_the_next_fit_begins_anew(found, backend):
     for rank in found(backend):
-        assert rank["in_one_process"] == {"same": True, "epochs": [1, 2], "again": [0], "left": ["mine.txt"]}
+        assert rank["in_one_process"] == {
+            "same": True,
+            "epochs": [1, 2],
+            "again": [0],
+            "left": ["mine.txt"],
+        }
 
 
 def test_a_backup_that_is_due_at_an_epochs_last_batch_is_of_the_epochs_end(found, backend):

@@ -18,14 +18,18 @@ def backend(request):
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory, backend):
     scenarios = ["by_hand", "statistics", "dropout"]
-    return results(tmp_path_factory.mktemp("step") / "1", 1, PROGRAM, *scenarios, KERAS_BACKEND=backend)[0]
+    return results(
+        tmp_path_factory.mktemp("step") / "1", 1, PROGRAM, *scenarios, KERAS_BACKEND=backend
+    )[0]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def ranks(request, tmp_path_factory, backend, by_hand):
     if request.param == 1:
         return [by_hand]
-    return results(tmp_path_factory.mktemp("step") / "several", request.param, PROGRAM, KERAS_BACKEND=backend)
+    return results(
+        tmp_path_factory.mktemp("step") / "several", request.param, PROGRAM, KERAS_BACKEND=backend
+    )
 
 
 def test_two_steps_are_the_mean_of_the_workers(ranks, by_hand):
@@ -35,7 +39,9 @@ def test_two_steps_are_the_mean_of_the_workers(ranks, by_hand):
         for name in [name for name in found if name.startswith("together")]:
             for path, value in expected.items():
                 bound = 1e-5 * max(1.0, np.abs(value).max())
-                np.testing.assert_allclose(found[name]["weights"][path], value, rtol=0, atol=bound, err_msg=path)
+                np.testing.assert_allclose(
+                    found[name]["weights"][path], value, rtol=0, atol=bound, err_msg=path
+                )
 
 
 def test_every_rank_knows_every_workers_loss(ranks, by_hand):

@@ -169,7 +169,9 @@ def test_embeddings_get_the_averaged_gradient_sparse_and_dense(run, backend, siz
     (alone,) = run("embeddings", backend, 1)
     for found in run("embeddings", backend, size):
         for name in ("sparse", "dense", "predivided"):
-            np.testing.assert_allclose(found[name], alone["dense"], rtol=1e-4, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                found[name], alone["dense"], rtol=1e-4, atol=1e-5, err_msg=name
+            )
         np.testing.assert_allclose(found["passes"], alone["passes"], rtol=1e-4, atol=1e-5)
 
 
@@ -180,7 +182,9 @@ def test_local_layers_keep_their_gradients_and_are_scaled(run, backend, size):
         for count in range(3):
             for scaled in (True, False):
                 own = (rank + 1) / (size if scaled else 1)
-                assert found[count, scaled] == pytest.approx([own] * 2 * count + [mean] * 2 * (2 - count))
+                assert found[count, scaled] == pytest.approx(
+                    [own] * 2 * count + [mean] * 2 * (2 - count)
+                )
         assert "'unbuilt' has no variables yet" in found["unbuilt"]
         assert "must be Keras layers" in found["no layer"]
 
@@ -295,14 +299,21 @@ def test_synchronised_normalisation_is_that_of_the_whole_batch(run, backend, siz
         assert_same(found["weights"], alone["weights"], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found["outputs"], alone["outputs"], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(found["masked mean"], np.full(4, mean), rtol=1e-6)
-        np.testing.assert_allclose(found["masked variance"], np.full(4, np.var(np.arange(size))), rtol=1e-5)
+        np.testing.assert_allclose(
+            found["masked variance"], np.full(4, np.var(np.arange(size))), rtol=1e-5
+        )
 
 
 def test_operations_on_values(run, backend, size):
     ranks, last = np.arange(size), size - 1
     for rank, found in enumerate(run("operations", backend, size)):
         mean, total = (size + 1) / 2, size * (size + 1) / 2
-        for name, expected in {"allreduce": mean, "fp16": mean, "sum": total, "scaled": 6 * total}.items():
+        for name, expected in {
+            "allreduce": mean,
+            "fp16": mean,
+            "sum": total,
+            "scaled": 6 * total,
+        }.items():
             assert found[name] == pytest.approx(expected, rel=1e-6), name
         assert (found["min"], found["max"], found["product"]) == (1, size, np.prod(ranks + 1))
         assert found["grouped"] == [1, last / 2]

@@ -19,7 +19,17 @@ PROGRAM = str(ROOT / "tests/recipe/keras/together_program.py")
 FAILING = str(ROOT / "tests/recipe/keras/failing_program.py")
 KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
 SEVERAL = ("uneven", "even_generators", "two_optimizers")
-ON_TWO = (*SEVERAL, "stopping", "deciding", "refused", "quiet", "validations", "replica_checks", "late_models", "logs")
+ON_TWO = (
+    *SEVERAL,
+    "stopping",
+    "deciding",
+    "refused",
+    "quiet",
+    "validations",
+    "replica_checks",
+    "late_models",
+    "logs",
+)
 
 # A gradient is a float32 sum of 16 to 64 terms in an order that depends on the ranks: 1e-6 of it, over 10 steps of
 # η ≤ 0.2 on weights around 1. The smallest mistake, one batch more or less in one step, is 1e-2.
@@ -72,14 +82,18 @@ def test_data_that_end_early_are_the_mean_over_those_who_have_some(run, backend,
             assert together["loss"] == first["together"]["loss"]
             if expected:
                 assert_close(together["weights"], expected["weights"])
-                np.testing.assert_allclose(together["loss"], expected["loss"], rtol=1e-5, err_msg=name)
+                np.testing.assert_allclose(
+                    together["loss"], expected["loss"], rtol=1e-5, err_msg=name
+                )
 
 
 def test_callbacks_of_all_ranks_see_all_steps(run, backend, size):
     for found in run("uneven", backend, size):
         for name in found:
             if name != "steps_per_epoch":
-                assert found[name]["together"]["steps"] == [(e, b) for e in (0, 1) for b in range(5)], name
+                assert found[name]["together"]["steps"] == [
+                    (e, b) for e in (0, 1) for b in range(5)
+                ], name
 
 
 def test_data_that_end_for_good_are_no_hang(run, backend):
@@ -131,7 +145,9 @@ def test_what_one_rank_stops_all_stop_in_the_same_step(run, backend):
 def test_rank_0_says_which_rank_stopped_and_why(run, backend):
     first, second = run("stopping", backend)
     for name, found in first.items():
-        assert "rank 1 stops the training of all ranks" in found["said"] and "Steps" in found["said"], name
+        assert (
+            "rank 1 stops the training of all ranks" in found["said"] and "Steps" in found["said"]
+        ), name
     assert "in epoch 1, step 2" in first["mid-epoch"]["said"]
     assert not any(found["said"] for found in second.values())
 
@@ -147,18 +163,34 @@ def test_callbacks_that_decide_by_their_own_ranks_numbers_are_no_hang(run, backe
 def test_what_cannot_be_agreed_on_is_refused_on_all_ranks(run, backend):
     """The words that the sentence must have."""
     words = {
-        "rates": ("RunError: the ranks' learning rates differ: 0.01 on rank 0, 0.02 on rank 1", "MetricSums"),
-        "first epochs": ("RunError: rank 0 begins with epoch 0 and rank 1 with epoch 1", "BackupAndRestore"),
+        "rates": (
+            "RunError: the ranks' learning rates differ: 0.01 on rank 0, 0.02 on rank 1",
+            "MetricSums",
+        ),
+        "first epochs": (
+            "RunError: rank 0 begins with epoch 0 and rank 1 with epoch 1",
+            "BackupAndRestore",
+        ),
         "no epoch": ("RunError: rank 0 begins with epoch 0 and rank 1 with no epoch at all",),
         "epochs": ("ValueError: fit(epochs=…) is 3 on rank 0 and 4 on rank 1",),
         "callbacks": (
             "ValueError: the ranks meet in these callbacks",
             "rank 0 has BroadcastState, MetricSums; rank 1 has BroadcastState",
         ),
-        "Keras's restore": ("ValueError: rank 0: keras.callbacks.BackupAndRestore", "recipe.keras.callbacks"),
-        "scaled outside": ("ValueError: the LossScaleOptimizer is outside", "use DistributedOptimizer("),
+        "Keras's restore": (
+            "ValueError: rank 0: keras.callbacks.BackupAndRestore",
+            "recipe.keras.callbacks",
+        ),
+        "scaled outside": (
+            "ValueError: the LossScaleOptimizer is outside",
+            "use DistributedOptimizer(",
+        ),
         "strategy": ("ValueError: MirroredStrategy and a DistributedOptimizer both average",),
-        "steps per execution": ("ValueError: with steps_per_execution > 1", "not 4, 6", "steps_per_epoch"),
+        "steps per execution": (
+            "ValueError: with steps_per_execution > 1",
+            "not 4, 6",
+            "steps_per_epoch",
+        ),
     }
     for found in run("refused", backend):
         assert len(found) == (9 if backend == "tensorflow" else 7)
@@ -170,7 +202,9 @@ def test_what_cannot_be_agreed_on_is_refused_on_all_ranks(run, backend):
 def test_the_frameworks_say_nothing(run, backend):
     """Keras's own train function, made anew for each model, is what TensorFlow may call retraced."""
     for rank, found in enumerate(run("quiet", backend)):
-        lines = [line for line in found["logged"].splitlines() if "_make_function.<locals>" not in line]
+        lines = [
+            line for line in found["logged"].splitlines() if "_make_function.<locals>" not in line
+        ]
         assert not lines
         ours = [w for w in found["warnings"] if "__array__" not in w]
         expected = ["jit_compile=True is left out: PyTorch's compiler can't compile an allreduce"]
@@ -201,7 +235,9 @@ def test_models_that_are_built_at_their_first_batch_begin_with_rank_0s_weights(r
 def test_logs_are_what_one_process_would_log(run, backend):
     """Sums where there are sums: means, areas under curves, one number for each class, a metric of the user's."""
     first, second = run("logs", backend)
-    assert first["fit"].keys() == first["expected"].keys() | {f"val_{name}" for name in first["expected"]}
+    assert first["fit"].keys() == first["expected"].keys() | {
+        f"val_{name}" for name in first["expected"]
+    }
     for name, whole in first["expected"].items():
         for key in (name, f"val_{name}"):
             np.testing.assert_allclose(first["fit"][key][0], whole, rtol=1e-6, err_msg=key)
@@ -218,7 +254,9 @@ def test_logs_of_a_step_of_its_own_keep_their_names(run, backend):
     for found in ranks:
         assert found["named"].keys() == {"loss", "last"} and found["raw"].keys() == {"mine"}
         assert found["named"]["loss"] == pytest.approx([np.mean(batches)], rel=1e-6)
-        assert found["named"]["last"] == pytest.approx([np.average(lasts, weights=weights)], rel=1e-6)
+        assert found["named"]["last"] == pytest.approx(
+            [np.average(lasts, weights=weights)], rel=1e-6
+        )
         assert found["raw"]["mine"] == pytest.approx([np.average(lasts, weights=weights)], rel=1e-6)
         assert found["named"] == ranks[0]["named"]
 
@@ -239,15 +277,22 @@ def test_an_error_on_one_rank_ends_the_others_with_its_words(backend):
     """Though the script catches it and goes on with something else, for longer than this test may take."""
     done = ended(backend, "error", RECIPE_STEP_TIMEOUT="150")
     assert done.returncode == 1
-    assert "error: rank 1 has failed, and the others wait for it: KeyError: 'no such thing'" in done.stdout
+    assert (
+        "error: rank 1 has failed, and the others wait for it: KeyError: 'no such thing'"
+        in done.stdout
+    )
     assert "rank 0 waits: the end of epoch 0" in done.stdout
 
 
-@pytest.mark.parametrize(("backend", "way"), [("torch", "absent"), ("tensorflow", "absent"), ("torch", "own loop")])
+@pytest.mark.parametrize(
+    ("backend", "way"), [("torch", "absent"), ("tensorflow", "absent"), ("torch", "own loop")]
+)
 def test_a_wait_without_end_ends_with_where_each_rank_is(backend, way):
     done = ended(backend, way, RECIPE_STEP_TIMEOUT="15")
     assert done.returncode == 1
-    assert "the ranks wait for each other since" in done.stdout and "(step_timeout=15)" in done.stdout
+    assert (
+        "the ranks wait for each other since" in done.stdout and "(step_timeout=15)" in done.stdout
+    )
     absent = 1 if way == "absent" else 0
     assert f"rank {absent}: " in done.stdout and f"rank {1 - absent} waits: " in done.stdout
     assert "failing_program.py:" in done.stdout and "in waits_for_something_else" in done.stdout
@@ -260,7 +305,9 @@ def test_a_long_save_and_a_long_validation_on_one_rank_are_no_wait_without_end()
 
 
 def seen(**options) -> rollcall.Seen:
-    return rollcall.Seen(**({"count": 0, "waits": False, "busy": "", "failed": "", "where": "x.py:1"} | options))
+    return rollcall.Seen(
+        **({"count": 0, "waits": False, "busy": "", "failed": "", "where": "x.py:1"} | options)
+    )
 
 
 @pytest.mark.parametrize(
@@ -312,7 +359,9 @@ def test_a_limit_that_is_no_number_of_seconds_is_refused(value):
         text=True,
         check=False,
     )
-    assert f"RECIPE_STEP_TIMEOUT='{value}' must be a number of seconds, 0 for no limit" in done.stderr
+    assert (
+        f"RECIPE_STEP_TIMEOUT='{value}' must be a number of seconds, 0 for no limit" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("how", ["fit", "broadcast"])
@@ -338,7 +387,9 @@ model.fit(np.ones((4, 4)), np.ones((4, 1)), verbose=0, callbacks=callbacks)
 
 @pytest.mark.skipif(KERAS < (3, 16), reason="Keras 3.16 has it: tests/coming-keras")
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize(("way", "name"), [("both, set", "DataParallel"), ("both", "Keras's DistributedDataParallel")])
+@pytest.mark.parametrize(
+    ("way", "name"), [("both, set", "DataParallel"), ("both", "Keras's DistributedDataParallel")]
+)
 def test_keras_own_data_parallelism_beside_ours_is_refused(size, way, name):
     done = launch(size, [FAILING, way], timeout=200, KERAS_BACKEND="torch")
     assert done.returncode == 1

@@ -22,7 +22,9 @@ def test_the_usual_script_runs_and_learns(tmp_path, backend, size):
     told = re.findall(r"rank (\d) of (\d): accuracy ([\d.]+) ([\d.]+)", done.stdout)
     assert sorted(told)[0][:2] == ("0", str(size)) and len(told) == size
     assert len({accuracy for _, _, accuracy, _ in told}) == 1  # the metric of all ranks
-    assert all(float(evaluated) > 0.5 for *_, evaluated in told)  # of ten classes, each rank's own examples
+    assert all(
+        float(evaluated) > 0.5 for *_, evaluated in told
+    )  # of ten classes, each rank's own examples
     weights = [list(np.load(tmp_path / f"rank{rank}.npz").values()) for rank in range(size)]
     for other in weights[1:]:
         for a, b in zip(weights[0], other, strict=True):
@@ -38,13 +40,18 @@ def test_the_import_brings_no_data_sets(backend):
     """Who reuses the callbacks has images, or none, of their own: neither TFDS nor our input pipeline is theirs."""
     program = "import sys, recipe.keras; assert not {'tensorflow_datasets', 'recipe.data.pipeline'} & set(sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(KERAS_BACKEND=backend), capture_output=True, check=False
+        [sys.executable, "-c", program],
+        env=environment(KERAS_BACKEND=backend),
+        capture_output=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_wrapped_optimizer_on_one_rank_does_not_wait_for_slow_cycles():
     """Horovod's own is a millisecond; the ten of the recipe's only rank would cost each step."""
-    program = "import os, recipe.keras as hvd; hvd.init(); assert 'HOROVOD_CYCLE_TIME' not in os.environ"
+    program = (
+        "import os, recipe.keras as hvd; hvd.init(); assert 'HOROVOD_CYCLE_TIME' not in os.environ"
+    )
     done = launch(1, ["-c", program])
     assert done.returncode == 0, done.stdout[-2000:]

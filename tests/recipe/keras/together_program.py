@@ -33,7 +33,9 @@ def target(x: np.ndarray) -> np.ndarray:
 def network(*layers: keras.layers.Layer) -> keras.Model:
     """Other weights on each rank; rank 0's are those of the seed 100."""
     keras.utils.set_random_seed(100 + hvd.rank())
-    return keras.Sequential([keras.Input((4,)), *layers, keras.layers.Dense(3), keras.layers.Dense(1)])
+    return keras.Sequential(
+        [keras.Input((4,)), *layers, keras.layers.Dense(3), keras.layers.Dense(1)]
+    )
 
 
 def reference_weights(make) -> keras.Model:
@@ -83,11 +85,16 @@ class Steps(keras.callbacks.Callback):
 
 def minibatches(counts: list[int], seeds: list[int]) -> list[np.ndarray]:
     """What one process would train on: each step's batches of the ranks that have one."""
-    parts = [data(count, seed).reshape(count, BATCH, 4) for count, seed in zip(counts, seeds, strict=True)]
+    parts = [
+        data(count, seed).reshape(count, BATCH, 4)
+        for count, seed in zip(counts, seeds, strict=True)
+    ]
     return [np.concatenate([p[i] for p in parts if i < len(p)]) for i in range(max(counts))]
 
 
-def fit_uneven(make, optimizer, counts, as_generator=False, steps_per_epoch=None, **options) -> dict:
+def fit_uneven(
+    make, optimizer, counts, as_generator=False, steps_per_epoch=None, **options
+) -> dict:
     """Two epochs of data that end early on some ranks, beside one process with all of them."""
     mine = data(counts[hvd.rank()], hvd.rank())
     model = make()
@@ -122,7 +129,9 @@ def generated(x: np.ndarray, outputs: int):
             for i in range(0, len(x), BATCH):
                 yield (x[i : i + BATCH], target(x[i : i + BATCH]))[:outputs]
 
-        spec = (tf.TensorSpec((None, 4), tf.float32), tf.TensorSpec((None, 1), tf.float32))[:outputs]
+        spec = (tf.TensorSpec((None, 4), tf.float32), tf.TensorSpec((None, 1), tf.float32))[
+            :outputs
+        ]
         return tf.data.Dataset.from_generator(batches, output_signature=spec)
     import torch
 
@@ -164,7 +173,9 @@ def uneven() -> dict:
         """Word numbers from signs; TensorFlow's gradient is sparse."""
         keras.utils.set_random_seed(100 + hvd.rank())
         inputs = keras.Input((4,))
-        words = keras.layers.Lambda(lambda x: keras.ops.cast(x > 0, "int32"), output_shape=(4,))(inputs)
+        words = keras.layers.Lambda(lambda x: keras.ops.cast(x > 0, "int32"), output_shape=(4,))(
+            inputs
+        )
         embedded = keras.layers.Flatten()(keras.layers.Embedding(2, 3)(words))
         return keras.Model(inputs, keras.layers.Dense(1)(embedded))
 
@@ -182,7 +193,13 @@ def uneven() -> dict:
         "arrays": (network, momentum, counts, {}, None),
         "first rank has fewer": (network, momentum, few, {}, None),
         "generators": (network, momentum, counts, {"as_generator": True}, None),
-        "steps_per_epoch": (network, momentum, counts, {"as_generator": True, "steps_per_epoch": 5}, None),
+        "steps_per_epoch": (
+            network,
+            momentum,
+            counts,
+            {"as_generator": True, "steps_per_epoch": 5},
+            None,
+        ),
         "accumulation": (network, accumulating, counts, {}, accumulating),
         "passes": (network, plain, counts, passes, accumulating),
         "sparse": (sparse, momentum, counts, {}, None),
@@ -194,10 +211,15 @@ def uneven() -> dict:
     if hvd.size() > 2:
         cases = {name: cases[name] for name in ("arrays", "generators", "passes")}
     for name, (make, optimizer, numbers, options, other) in cases.items():
-        expected = reference(normalised if make is synchronised else make, other or optimizer, numbers)
+        expected = reference(
+            normalised if make is synchronised else make, other or optimizer, numbers
+        )
         if name == "steps_per_epoch":  # the data are not repeated: the second epoch has none
             expected = None
-        found[name] = {"together": fit_uneven(make, optimizer, numbers, **options), "expected": expected}
+        found[name] = {
+            "together": fit_uneven(make, optimizer, numbers, **options),
+            "expected": expected,
+        }
     return found
 
 
@@ -213,10 +235,17 @@ def two_optimizers() -> dict:
     counts = [4, 2, 3, 1][: hvd.size()]
     mine = data(counts[hvd.rank()], hvd.rank())
     keras.utils.set_random_seed(100 + hvd.rank())
-    model = Pair(hvd.DistributedOptimizer(keras.optimizers.Adam(0.02)), hvd.DistributedOptimizer(momentum()))
+    model = Pair(
+        hvd.DistributedOptimizer(keras.optimizers.Adam(0.02)), hvd.DistributedOptimizer(momentum())
+    )
     steps = Steps()
     history = model.fit(
-        mine, batch_size=BATCH, epochs=2, shuffle=False, verbose=0, callbacks=[BroadcastState(), MetricSums(), steps]
+        mine,
+        batch_size=BATCH,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+        callbacks=[BroadcastState(), MetricSums(), steps],
     )
     keras.utils.set_random_seed(100)
     alone = Pair(keras.optimizers.Adam(0.02), momentum())
@@ -245,8 +274,13 @@ class Pair(keras.Model):
     def train_step(self, x):
         x = keras.ops.convert_to_tensor(x[0] if isinstance(x, (tuple, list)) else x)
         losses = {}
-        for name, layer, optimizer in (("a_loss", self.a, self.first), ("b_loss", self.b, self.second)):
-            losses[name] = descend(lambda layer=layer: keras.ops.mean((layer(x) - x[:, :2]) ** 2), layer, optimizer)
+        for name, layer, optimizer in (
+            ("a_loss", self.a, self.first),
+            ("b_loss", self.b, self.second),
+        ):
+            losses[name] = descend(
+                lambda layer=layer: keras.ops.mean((layer(x) - x[:, :2]) ** 2), layer, optimizer
+            )
         return losses
 
     def call(self, x):
@@ -312,7 +346,12 @@ def stopping() -> dict:
         with contextlib.redirect_stderr(io.StringIO()) as said:
             history = fit_steps(steps, model=model, **options)
         weights = [value(v) for v in model.trainable_variables]
-        found[name] = {"steps": steps.seen, "epochs": history.epoch, "weights": weights, "said": said.getvalue()}
+        found[name] = {
+            "steps": steps.seen,
+            "epochs": history.epoch,
+            "weights": weights,
+            "said": said.getvalue(),
+        }
     return found
 
 
@@ -320,19 +359,33 @@ def deciding() -> dict:
     """Keras's own callbacks that decide, on numbers of this rank's, or of all."""
     found = {}
     x = data(4, hvd.rank())
-    y = target(x) * hvd.rank() + np.random.default_rng(9).normal(size=(len(x), 1)).astype(np.float32)
+    y = target(x) * hvd.rank() + np.random.default_rng(9).normal(size=(len(x), 1)).astype(
+        np.float32
+    )
     for order in ("alone", "before", "after"):
         stop = keras.callbacks.EarlyStopping(monitor="loss", patience=1)
-        callbacks = {"alone": [stop], "before": [stop, MetricSums()], "after": [MetricSums(), stop]}[order]
+        callbacks = {
+            "alone": [stop],
+            "before": [stop, MetricSums()],
+            "after": [MetricSums(), stop],
+        }[order]
         model = compiled(network(), keras.optimizers.SGD(0.2))
-        history = model.fit(x, y, batch_size=BATCH, epochs=30, verbose=0, callbacks=[BroadcastState(), *callbacks])
+        history = model.fit(
+            x, y, batch_size=BATCH, epochs=30, verbose=0, callbacks=[BroadcastState(), *callbacks]
+        )
         found[order] = len(history.epoch)
     y = target(x)
     if hvd.rank() == hvd.size() - 1:
         y[BATCH + 3] = np.nan
     with contextlib.redirect_stdout(io.StringIO()):
         nan = compiled(network()).fit(
-            x, y, batch_size=BATCH, epochs=3, shuffle=False, verbose=0, callbacks=[keras.callbacks.TerminateOnNaN()]
+            x,
+            y,
+            batch_size=BATCH,
+            epochs=3,
+            shuffle=False,
+            verbose=0,
+            callbacks=[keras.callbacks.TerminateOnNaN()],
         )
     return found | {"nan epochs": len(nan.epoch)}
 
@@ -366,7 +419,9 @@ def refused() -> dict:
             model = compiled(network())
             found["strategy"] = caught(lambda: model.fit(data(1, 0), target(data(1, 0)), verbose=0))
         several = compiled(network(), steps_per_execution=2)
-        found["steps per execution"] = caught(lambda: fit_steps(model=several, batches=4 + 2 * rank))
+        found["steps per execution"] = caught(
+            lambda: fit_steps(model=several, batches=4 + 2 * rank)
+        )
     return found
 
 
@@ -381,7 +436,9 @@ def quiet() -> dict:
     """Ten fits of new models, with jit_compile=True as users write: what the frameworks say on the way."""
     heard = io.StringIO()
     handler = logging.StreamHandler(heard)
-    loggers = [logging.getLogger(name) for name in ("tensorflow", "torch._dynamo", "torch._logging")]
+    loggers = [
+        logging.getLogger(name) for name in ("tensorflow", "torch._dynamo", "torch._logging")
+    ]
     for logger in loggers:
         logger.addHandler(handler)
     with warnings.catch_warnings(record=True) as said:
@@ -401,17 +458,25 @@ def validations() -> dict:
     rank = hvd.rank()
     model = compiled(network())
     stop = keras.callbacks.EarlyStopping(monitor="val_loss", patience=30)
-    on_root = fit_steps(MetricSums(), stop, model=model, validation_data=given if rank == 0 else None)
+    on_root = fit_steps(
+        MetricSums(), stop, model=model, validation_data=given if rank == 0 else None
+    )
     expected = model.evaluate(*given, verbose=0) if rank == 0 else None
     now_and_then = fit_steps(MetricSums(), validation_data=given, validation_freq=1 + rank)
-    return {"on root": on_root.history, "expected": hvd.broadcast_object(expected, 0), "freq": now_and_then.history}
+    return {
+        "on root": on_root.history,
+        "expected": hvd.broadcast_object(expected, 0),
+        "freq": now_and_then.history,
+    }
 
 
 def replica_checks() -> dict:
     """ReplicaCheck beside accumulators that hold each rank's own gradients, when training ends between updates."""
     model = compiled(network(), keras.optimizers.Adam(0.01, gradient_accumulation_steps=3))
     fit_steps(ReplicaCheck(every=2), model=model, epochs=1)
-    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01, gradient_accumulation_steps=3))
+    scaled = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)
+    )
     fit_steps(ReplicaCheck(every=500), model=compiled(network(), scaled), epochs=1)
     return {"weights": [value(v) for v in model.trainable_variables]}
 
@@ -464,7 +529,15 @@ def late_models() -> dict:
             keras.utils.set_random_seed(100 + hvd.rank())
             model = compiled(make(), keras.optimizers.Adam(0.02))
             x = data(2, hvd.rank())
-            model.fit(x, target(x), batch_size=BATCH, epochs=2, shuffle=False, verbose=0, callbacks=[callback()])
+            model.fit(
+                x,
+                target(x),
+                batch_size=BATCH,
+                epochs=2,
+                shuffle=False,
+                verbose=0,
+                callbacks=[callback()],
+            )
             keras.utils.set_random_seed(100)
             alone = make()
             alone.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=False)
@@ -557,13 +630,26 @@ def logs() -> dict:
         keras.utils.set_random_seed(3)
         layers = [keras.Input((4,)), keras.layers.Dense(1, activation="sigmoid")]
         model = keras.Sequential(layers)
-        metrics = ["accuracy", keras.metrics.AUC(name="auc"), keras.metrics.F1Score(threshold=0.5), Counted()]
-        model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)), "mse", metrics=[*metrics, Largest()])
+        metrics = [
+            "accuracy",
+            keras.metrics.AUC(name="auc"),
+            keras.metrics.F1Score(threshold=0.5),
+            Counted(),
+        ]
+        model.compile(
+            hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)),
+            "mse",
+            metrics=[*metrics, Largest()],
+        )
         return model
 
-    named = Named([keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="zeros")], trackers=True)
+    named = Named(
+        [keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="zeros")], trackers=True
+    )
     named.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)), jit_compile=False)
-    raw = Named([keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="zeros")], trackers=False)
+    raw = Named(
+        [keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="zeros")], trackers=False
+    )
     raw.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)), jit_compile=False)
     alone = classifier()
     alone.compile(keras.optimizers.SGD(0.0), "mse", metrics=["accuracy", keras.metrics.AUC(name="auc"),
@@ -574,15 +660,28 @@ def logs() -> dict:
     return {
         "fit": fit(together, mine, labels(mine), MetricSums()),
         "evaluate": together.evaluate(
-            mine, labels(mine), batch_size=BATCH, verbose=0, return_dict=True, callbacks=[MetricSums()]
+            mine,
+            labels(mine),
+            batch_size=BATCH,
+            verbose=0,
+            return_dict=True,
+            callbacks=[MetricSums()],
         ),
         "expected": expected,
         "share": float(labels(mine).mean()),
         "named": named.fit(mine, target(mine), callbacks=[MetricSums()], **options).history,
         "raw": raw.fit(mine, target(mine), callbacks=[MetricSums()], **options).history,
-        "own": [float(np.mean(target(b) ** 2)) for b in mine.reshape(-1, BATCH, 4)],  # losses; the weights are 0
+        "own": [
+            float(np.mean(target(b) ** 2)) for b in mine.reshape(-1, BATCH, 4)
+        ],  # losses; the weights are 0
         "callbacks": fit(classifier(), mine, labels(mine), Score([0]), MetricSums()),
-        "old": fit(classifier(), mine, labels(mine), Score([0]), hvd.callbacks.MetricAverageCallback(unweighted=True)),
+        "old": fit(
+            classifier(),
+            mine,
+            labels(mine),
+            Score([0]),
+            hvd.callbacks.MetricAverageCallback(unweighted=True),
+        ),
     }
 
 

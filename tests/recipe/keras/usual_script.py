@@ -41,21 +41,36 @@ model = keras.Sequential(
 opt = keras.optimizers.SGD(0.01 * hvd.size(), momentum=0.9)
 opt = hvd.DistributedOptimizer(opt)
 
-model.compile(loss=keras.losses.SparseCategoricalCrossentropy(), optimizer=opt, metrics=["accuracy"])
+model.compile(
+    loss=keras.losses.SparseCategoricalCrossentropy(), optimizer=opt, metrics=["accuracy"]
+)
 
 callbacks = [
     hvd.callbacks.BroadcastGlobalVariablesCallback(0),
     hvd.callbacks.MetricAverageCallback(),
-    hvd.callbacks.LearningRateWarmupCallback(initial_lr=0.01 * hvd.size(), warmup_epochs=2, verbose=1),
-    hvd.callbacks.LearningRateScheduleCallback(initial_lr=0.01 * hvd.size(), multiplier=1e-1, start_epoch=4),
+    hvd.callbacks.LearningRateWarmupCallback(
+        initial_lr=0.01 * hvd.size(), warmup_epochs=2, verbose=1
+    ),
+    hvd.callbacks.LearningRateScheduleCallback(
+        initial_lr=0.01 * hvd.size(), multiplier=1e-1, start_epoch=4
+    ),
 ]
 
 if hvd.rank() == 0:
     callbacks.append(keras.callbacks.ModelCheckpoint(f"{sys.argv[1]}/checkpoint-{{epoch}}.keras"))
 
 history = model.fit(
-    x, y, batch_size=32, steps_per_epoch=16 // hvd.size(), callbacks=callbacks, epochs=5, verbose=int(hvd.rank() == 0)
+    x,
+    y,
+    batch_size=32,
+    steps_per_epoch=16 // hvd.size(),
+    callbacks=callbacks,
+    epochs=5,
+    verbose=int(hvd.rank() == 0),
 )
 loss, accuracy = model.evaluate(x, y, verbose=0)
-print(f"rank {hvd.rank()} of {hvd.size()}: accuracy {history.history['accuracy'][-1]:.6f} {accuracy:.3f}", flush=True)
+print(
+    f"rank {hvd.rank()} of {hvd.size()}: accuracy {history.history['accuracy'][-1]:.6f} {accuracy:.3f}",
+    flush=True,
+)
 np.savez(Path(sys.argv[1], f"rank{hvd.rank()}.npz"), *model.get_weights())

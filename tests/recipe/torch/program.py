@@ -56,7 +56,9 @@ def trained(settings: Recipe) -> dict:
     made, source = replica(settings), iter(elements(settings, 4))
     losses = [made.step(0, step, source, False)()[0] for step in range(4)]
     with made.statistics_of(iter(elements(settings, 2))):
-        logits = made.predict(torch.arange(2 * SIZE * SIZE * 3).reshape(2, SIZE, SIZE, 3).to(torch.uint8))
+        logits = made.predict(
+            torch.arange(2 * SIZE * SIZE * 3).reshape(2, SIZE, SIZE, 3).to(torch.uint8)
+        )
     return {"losses": np.array(losses), "arrays": made.arrays(), "precise": logits}
 
 
@@ -114,7 +116,9 @@ def started() -> dict:
     """How many allreduces are under way when each of this rank's backward passes returns."""
     made, counts = replica(recipe()), []
     made.network.train()
-    for first, element in zip(own_workers(K, collectives.rank(), collectives.size()), elements(recipe()), strict=True):
+    for first, element in zip(
+        own_workers(K, collectives.rank(), collectives.size()), elements(recipe()), strict=True
+    ):
         made._step._backward(first, *on_device(element))
         counts.append(sum(handle is not None for handle, _ in made.optimizer._handles.values()))
     made.optimizer.synchronize()
@@ -125,7 +129,11 @@ def stopping() -> dict:
     """One rank wants to leave: all hear of it with the step's figures."""
     settings = recipe()
     made = replica(settings)
-    return {"stop": made.step(0, 0, iter(elements(settings)), collectives.rank() == collectives.size() - 1)()[2]}
+    return {
+        "stop": made.step(
+            0, 0, iter(elements(settings)), collectives.rank() == collectives.size() - 1
+        )()[2]
+    }
 
 
 def main() -> None:

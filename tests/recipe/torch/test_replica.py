@@ -51,7 +51,9 @@ def test_all_state_is_the_same_bits_on_all_ranks(found, size, form):
 @pytest.mark.parametrize("form", ["bfloat16", "compressed"])
 def test_less_precision_is_the_same_training(found, form):
     """8 bits of mantissa in the activations, 11 on the wire: the losses agree to three digits."""
-    np.testing.assert_allclose(found[2][0][form]["losses"], found[1][0]["plain"]["losses"], rtol=1e-2)
+    np.testing.assert_allclose(
+        found[2][0][form]["losses"], found[1][0]["plain"]["losses"], rtol=1e-2
+    )
     assert found[2][0][form]["losses"].tolist() != found[2][0]["plain"]["losses"].tolist()
 
 
@@ -60,12 +62,18 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(found, size):
     """Trap 12. The scale begins at 2¹⁵ and is halved; the weights stay, and go on in the next step."""
     for rank in found[size]:
         before, skipped, after = rank["overflow"]["arrays"]
-        assert [float(s["optimizer/loss_scale"]) for s in (before, skipped, after)] == [2**15, 2**14, 2**14]
+        assert [float(s["optimizer/loss_scale"]) for s in (before, skipped, after)] == [
+            2**15,
+            2**14,
+            2**14,
+        ]
         assert [int(s["optimizer/finite_steps"]) for s in (before, skipped, after)] == [1, 0, 1]
         kernel = "model/fc/kernel"
         np.testing.assert_array_equal(before[kernel], skipped[kernel])
         assert np.abs(after[kernel] - skipped[kernel]).max() > 0
-        np.testing.assert_array_equal(after[kernel], found[size][0]["overflow"]["arrays"][2][kernel])
+        np.testing.assert_array_equal(
+            after[kernel], found[size][0]["overflow"]["arrays"][2][kernel]
+        )
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -78,7 +86,9 @@ def test_rank_0s_state_is_everyones_before_the_first_step(found, size):
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_replica_that_differs_in_one_bit_stops_all_ranks(found, size):
     for rank in found[size]:
-        assert "layer1.0.conv2.weight (8, 8, 3, 3) is the first variable" in rank["poisoned"]["error"]
+        assert (
+            "layer1.0.conv2.weight (8, 8, 3, 3) is the first variable" in rank["poisoned"]["error"]
+        )
         assert "after step 7" in rank["poisoned"]["error"]
 
 

@@ -23,7 +23,9 @@ def torchvision_resnet50() -> dict[str, tuple]:
         width = 64 * 2**stage
         for block in range(blocks):
             prefix = f"layer{stage + 1}.{block}"
-            for number, (outputs, size) in enumerate([(width, 1), (width, 3), (4 * width, 1)], start=1):
+            for number, (outputs, size) in enumerate(
+                [(width, 1), (width, 3), (4 * width, 1)], start=1
+            ):
                 fan = inputs if number == 1 else width
                 found |= {f"{prefix}.conv{number}.weight": (outputs, fan, size, size)}
                 found |= norm(f"{prefix}.bn{number}", outputs)
@@ -49,7 +51,8 @@ def pair(settings: Recipe) -> tuple[keras.Model, resnet.ResNet]:
     draw = np.random.default_rng(1)
     for v in model.variables:
         v.assign(
-            keras.ops.convert_to_numpy(v) + draw.uniform(0.05, 0.3, v.shape).astype(np.float32) / len(v.shape) ** 3
+            keras.ops.convert_to_numpy(v)
+            + draw.uniform(0.05, 0.3, v.shape).astype(np.float32) / len(v.shape) ** 3
         )
     values = {v.path: keras.ops.convert_to_numpy(v) for v in model.variables}
     entries = {n: values[names.keras_path(n)] for n in network.state_dict() if names.keras_path(n)}
@@ -63,17 +66,23 @@ def test_a_torchvision_state_dict_loads_as_it_is():
     shapes = torchvision_resnet50()
     assert {name: tuple(v.shape) for name, v in network.state_dict().items()} == shapes
     assert list(network.state_dict()) == list(shapes)
-    network.load_state_dict({name: torch.zeros(shape) for name, shape in shapes.items()}, strict=True)
+    network.load_state_dict(
+        {name: torch.zeros(shape) for name, shape in shapes.items()}, strict=True
+    )
     assert sum(p.numel() for p in network.parameters()) == 25_557_032
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 def test_initial_weights_are_those_of_keras_bit_for_bit(stem):
     model, network = keras_resnet.build(recipe(stem=stem), 10), resnet.build(recipe(stem=stem), 10)
-    entries = {names.keras_path(n): v for n, v in network.state_dict().items() if names.keras_path(n)}
+    entries = {
+        names.keras_path(n): v for n, v in network.state_dict().items() if names.keras_path(n)
+    }
     assert entries.keys() == {v.path for v in model.variables}
     for v in model.variables:
-        np.testing.assert_array_equal(names.to_keras(entries[v.path].numpy()), keras.ops.convert_to_numpy(v), v.path)
+        np.testing.assert_array_equal(
+            names.to_keras(entries[v.path].numpy()), keras.ops.convert_to_numpy(v), v.path
+        )
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
@@ -96,7 +105,9 @@ def test_batch_statistics_are_the_biased_ones_of_keras_and_each_workers_own(work
     y = ours(torch.from_numpy(x).permute(0, 3, 1, 2)).detach().permute(0, 2, 3, 1)
     found = [batch_norm(part) for part in np.split(x, workers)]
     outputs, means, variances = zip(*found, strict=True)
-    np.testing.assert_allclose(y, np.concatenate(outputs), rtol=0, atol=1e-5)  # float32 rounding of values near 3
+    np.testing.assert_allclose(
+        y, np.concatenate(outputs), rtol=0, atol=1e-5
+    )  # float32 rounding of values near 3
     np.testing.assert_allclose(ours.batch_mean, np.mean(means, axis=0), rtol=1e-5)
     np.testing.assert_allclose(ours.batch_variance, np.mean(variances, axis=0), rtol=1e-5)
 
@@ -105,7 +116,9 @@ def batch_norm(x: np.ndarray) -> tuple:
     """(output, mean, variance) of a Keras layer that remembers its last batch only."""
     layer = layers.BatchNormalization(momentum=0.0, epsilon=1e-5)
     y = layer(x, training=True)
-    return tuple(keras.ops.convert_to_numpy(v) for v in (y, layer.moving_mean, layer.moving_variance))
+    return tuple(
+        keras.ops.convert_to_numpy(v) for v in (y, layer.moving_mean, layer.moving_variance)
+    )
 
 
 def test_one_value_per_channel_has_no_variance():
@@ -124,7 +137,9 @@ def test_dropout_decides_as_keras_and_the_generator_do(rate):
         tensors = (torch.from_numpy, keras.ops.convert_to_tensor)[ops is keras.ops]
         found = dropout.kept(tensors(keys), tensors(dropout.counters(units)), rate, ops)
         np.testing.assert_array_equal(np.asarray(found), kept)
-    compiled = torch.compile(dropout.kept, backend="eager", fullgraph=True)  # run.compile meets it in the network
+    compiled = torch.compile(
+        dropout.kept, backend="eager", fullgraph=True
+    )  # run.compile meets it in the network
     found = compiled(torch.from_numpy(keys), torch.from_numpy(dropout.counters(units)), rate, torch)
     np.testing.assert_array_equal(found, kept)
 

@@ -15,7 +15,13 @@ from tests.recipe.test_train import MIXED, SMALL, killed_after_epoch, lines, ref
 pytestmark = pytest.mark.ranks
 
 # Four workers, a warmup (kn = 288 > 256), a decay, and a short last minibatch in each epoch: nine steps.
-CURVES = [*SMALL, "--config.k=4", "--config.n=72", "--config.data.train_examples=800", "--config.run.log_every=1"]
+CURVES = [
+    *SMALL,
+    "--config.k=4",
+    "--config.n=72",
+    "--config.data.train_examples=800",
+    "--config.run.log_every=1",
+]
 RUNS = {  # ranks, framework, Keras's backend
     "tensorflow": (1, "keras", "tensorflow"),
     "keras-torch": (1, "keras", "torch"),
@@ -45,7 +51,9 @@ def curves(tmp_path_factory, data_dir) -> dict[str, Path]:
 def finished(tmp_path_factory, data_dir) -> Path:
     """An undisturbed run of two ranks."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    done = launch(2, [*SMALL, "--config.framework=torch", f"--run_dir={folder}"], TFDS_DATA_DIR=data_dir)
+    done = launch(
+        2, [*SMALL, "--config.framework=torch", f"--run_dir={folder}"], TFDS_DATA_DIR=data_dir
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     assert done.stdout.splitlines()[-2].startswith("top-1 error ")
     return folder
@@ -56,11 +64,19 @@ def test_the_curves_are_one_step_by_step(curves, name):
     """Nine steps of different float32 kernels and orders of summation: 2e-6 relative after twelve steps here."""
     one, other = lines(curves[name], "step"), lines(curves["tensorflow"], "step")
     assert len(one) == len(other) == 9
-    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in other], rel=3e-5)
-    assert [line["rate"] for line in one] == pytest.approx([line["rate"] for line in other], rel=1e-6)
-    assert [line["error"] for line in one] == pytest.approx([line["error"] for line in other], abs=1.5 / 224)
+    assert [line["loss"] for line in one] == pytest.approx(
+        [line["loss"] for line in other], rel=3e-5
+    )
+    assert [line["rate"] for line in one] == pytest.approx(
+        [line["rate"] for line in other], rel=1e-6
+    )
+    assert [line["error"] for line in one] == pytest.approx(
+        [line["error"] for line in other], abs=1.5 / 224
+    )
     ours, theirs = lines(curves[name], "epoch"), lines(curves["tensorflow"], "epoch")
-    assert [e["eval_loss"] for e in ours] == pytest.approx([e["eval_loss"] for e in theirs], rel=1e-4)
+    assert [e["eval_loss"] for e in ours] == pytest.approx(
+        [e["eval_loss"] for e in theirs], rel=1e-4
+    )
     assert [e["norm"] for e in ours] == pytest.approx([e["norm"] for e in theirs], rel=1e-6)
 
 
@@ -72,12 +88,20 @@ def test_images_order_and_initial_weights_are_the_same_to_the_bit(curves, name):
     assert orders[0] == orders[1]
 
 
-def test_a_killed_rank_ends_the_job_and_the_run_resumes_to_the_same_bits(finished, tmp_path, data_dir):
+def test_a_killed_rank_ends_the_job_and_the_run_resumes_to_the_same_bits(
+    finished, tmp_path, data_dir
+):
     folder = tmp_path / "run"
-    seconds, status, _ = killed_after_epoch(folder, 1, data_dir, "mpirun", "--config.framework=torch")
+    seconds, status, _ = killed_after_epoch(
+        folder, 1, data_dir, "mpirun", "--config.framework=torch"
+    )
     assert status != 0
     assert seconds < 20  # a hang is the bug
-    done = launch(2, [*SMALL, "--config.framework=torch", f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
+    done = launch(
+        2,
+        [*SMALL, "--config.framework=torch", f"--run_dir={folder}", "--resume"],
+        TFDS_DATA_DIR=data_dir,
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     assert checkpoint.digest(weights(folder)) == checkpoint.digest(weights(finished))
 
@@ -89,7 +113,9 @@ def test_evaluation_does_not_depend_on_the_ranks(finished, data_dir, size):
     last = lines(finished, "epoch")[-1]
     assert f"top-1 error {last['eval_error']:.2%}" in done.stdout
     printed = float(done.stdout.split("loss ")[1].split()[0])
-    assert printed == pytest.approx(last["eval_loss"], abs=2e-4)  # four decimals, other batch shapes
+    assert printed == pytest.approx(
+        last["eval_loss"], abs=2e-4
+    )  # four decimals, other batch shapes
 
 
 @pytest.mark.parametrize("name", ["tensorflow", "torch"])
@@ -101,12 +127,22 @@ def test_a_run_goes_on_in_the_other_framework(curves, tmp_path, data_dir, name):
         path.unlink()
     done = launch(1, ["-m", "recipe.convert", f"--run_dir={started}", f"--to={converted}"])
     assert done.returncode == 0, done.stdout
-    again = ["-m", "recipe.train", f"--config={converted}/config.json", f"--run_dir={converted}", "--resume"]
+    again = [
+        "-m",
+        "recipe.train",
+        f"--config={converted}/config.json",
+        f"--run_dir={converted}",
+        "--resume",
+    ]
     done = launch(2, again, TFDS_DATA_DIR=data_dir)
     assert done.returncode == 0, done.stdout[-4000:]
     one, other = lines(converted, "step"), lines(curves[name], "step")
-    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in other], rel=3e-5)
-    assert lines(converted, "epoch")[-1]["norm"] == pytest.approx(lines(curves[name], "epoch")[-1]["norm"], rel=1e-6)
+    assert [line["loss"] for line in one] == pytest.approx(
+        [line["loss"] for line in other], rel=3e-5
+    )
+    assert lines(converted, "epoch")[-1]["norm"] == pytest.approx(
+        lines(curves[name], "epoch")[-1]["norm"], rel=1e-6
+    )
 
 
 def test_another_frameworks_run_is_refused(finished, data_dir):
@@ -118,10 +154,22 @@ def test_another_frameworks_run_is_refused(finished, data_dir):
 
 def test_conversion_wants_a_run_and_a_new_directory(finished, tmp_path):
     refused(launch(1, ["-m", "recipe.convert", f"--run_dir={finished}"]), 2, "--to")
-    refused(launch(1, ["-m", "recipe.convert", f"--run_dir={finished}", f"--to={finished}"]), 2, "exists")
+    refused(
+        launch(1, ["-m", "recipe.convert", f"--run_dir={finished}", f"--to={finished}"]),
+        2,
+        "exists",
+    )
     nowhere = finished / "config.json" / "new"
-    refused(launch(1, ["-m", "recipe.convert", f"--run_dir={finished}", f"--to={nowhere}"]), 2, "can't be written")
-    refused(launch(1, ["-m", "recipe.convert", f"--run_dir={tmp_path}", f"--to={tmp_path / 'new'}"]), 2, "config.json")
+    refused(
+        launch(1, ["-m", "recipe.convert", f"--run_dir={finished}", f"--to={nowhere}"]),
+        2,
+        "can't be written",
+    )
+    refused(
+        launch(1, ["-m", "recipe.convert", f"--run_dir={tmp_path}", f"--to={tmp_path / 'new'}"]),
+        2,
+        "config.json",
+    )
 
 
 def test_the_imagenet_preset_in_mixed_precision_on_synthetic_data(tmp_path):
