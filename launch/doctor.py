@@ -29,8 +29,8 @@ from launch.preflight import job, verdicts
 from launch.preflight.network import GRADIENTS
 from launch.preflight.reach import Reach, reach_all
 from launch.preflight.verdicts import Finding, rate
-from recipe import launched
 from recipe.errors import UsageError
+from recipe.ranks import launched
 
 MANY = 32  # servers of the paper's run: how long would this take there?
 

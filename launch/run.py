@@ -25,8 +25,8 @@ from pathlib import Path
 from launch import hostfile
 from launch.command import Parser, run
 from launch.hostfile import Host
-from recipe import launched
 from recipe.errors import UsageError
+from recipe.ranks import launched
 
 FORWARDED = (
     "PATH",
@@ -371,7 +371,8 @@ def _elastic(options: argparse.Namespace, ranks: int) -> list[str]:
 def _check_k(program: list[str], ranks: int, elastic: tuple[int, int] | None) -> None:
     """Raises UsageError when the program is the recipe and its k workers can't be shared by so many ranks."""
     if "recipe.train" in program and not {"-h", "--help"} & set(program):
-        from recipe import cli, sharding  # the recipe's flags take half a second
+        from recipe import cli
+        from recipe.rules import sharding  # the recipe's flags take half a second
 
         recipe, *_ = cli.parse_recipe(program[program.index("recipe.train") + 1 :])
         if elastic is None:

@@ -16,9 +16,11 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from recipe import again, collectives, configs, launched, output, preemption, watchdog
+from recipe import configs
 from recipe.config import Recipe, flatten, meant, nearest
 from recipe.errors import Preempted, RunError, UsageError
+from recipe.ranks import collectives, launched, preemption
+from recipe.system import again, output, watchdog
 
 GONE = "another rank has gone"
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from absl import flags
 
-from recipe import again, cli, config, noise, preemption, watchdog
+from recipe import cli, config
 from recipe.config import Recipe
 from recipe.data.work import telling
+from recipe.ranks import preemption
+from recipe.system import again, noise, watchdog
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string(
@@ -41,7 +43,10 @@ def main(argv: list[str]) -> None:
 
 def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption.Notice) -> None:
     with noise.filtered():
-        from recipe import collectives, elastic, loop, metrics, replica
+        from recipe.frameworks import replica
+        from recipe.ranks import collectives, elastic
+        from recipe.rules import sums as metrics
+        from recipe.run import loop
 
         fit = replica.of(recipe.framework)
     # Ranks that join an elastic run wait for the next commit.

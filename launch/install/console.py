@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from recipe import ticking
 from recipe.errors import RunError
+from recipe.system import ticking
 
 # What a command's output says, and what to tell the user; the first match counts.
 KNOWN = (

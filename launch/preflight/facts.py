@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from recipe import launched
+from recipe.ranks import launched
 
 ROOT = Path(__file__).parents[2]
 SAMPLED = 32  # files of a folder whose contents are looked at

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recipe import augment, collectives, sharding
 from recipe.config import Recipe
 from recipe.data import decode
 from recipe.data.batches import Batch, Batches, Jobs, aligned
 from recipe.data.images import image_shape
 from recipe.data.sources import Source, SyntheticSource
 from recipe.errors import RunError
+from recipe.ranks import collectives
+from recipe.rules import augment, sharding
 
 # Of ImageNet's training images, RGB, for pixels from 0 to 255 (paper, sec. 5.1). The model subtracts and divides.
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -47,7 +48,7 @@ def train_batches(
     epoch.
 
     The weights are worker_weight(), equal within a batch. With model.dropout a fourth part follows, the examples' keys
-    (recipe.augment.keys) as int64[n_j]. Raises UsageError when an epoch has no step; while it is read, a RunError that
+    (recipe.rules.augment.keys) as int64[n_j]. Raises UsageError when an epoch has no step; while it is read, a RunError that
     names the example that can't be read or decoded, or with data.bad_images "replace" only one that can't be read.
 
     The images are those of sec. 5.1: crop_boxes() decoded, resized bilinearly, mirrored. Deviations: the reference

@@ -6,7 +6,6 @@ lists them one by one, with what is better here and what is refused.
 
 from typing import Any
 
-from recipe import collectives
 from recipe.keras import backend, callbacks, elastic, rollcall, together
 from recipe.keras.backend import Compression
 from recipe.keras.distributed import DistributedOptimizer, PartialDistributedOptimizer
@@ -27,6 +26,7 @@ from recipe.keras.operations import (
 )
 from recipe.keras.schedules import RateSchedule
 from recipe.keras.sgd import SGD
+from recipe.ranks import collectives
 
 _hvd = collectives.bind(backend.FRAMEWORK)
 

@@ -14,9 +14,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from recipe import collectives
 from recipe.errors import RunError
 from recipe.keras.recording import Call
+from recipe.ranks import collectives
 
 ROW = 3  # has examples, wants to stop, η
 

@@ -10,9 +10,9 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from recipe.collectives import check_gpus
 from recipe.data.batches import ALIGNMENT
 from recipe.keras import recording
+from recipe.ranks.collectives import check_gpus
 
 Compression = hvd.Compression
 DEVICES = True  # tf.device takes the names that device_dense and device_sparse give

@@ -10,8 +10,8 @@ import keras
 import numpy as np
 import torch
 
+from recipe.frameworks.torch import device
 from recipe.keras import recording
-from recipe.torch import device
 
 Compression = hvd.Compression
 DEVICES = False  # a tensor is reduced where it lies

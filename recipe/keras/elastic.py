@@ -8,9 +8,9 @@ import keras
 import numpy as np
 from horovod.common.elastic import ObjectState, run_fn
 
-from recipe.elastic import lost_ranks_told
 from recipe.keras import backend, passing, state, velocities
 from recipe.keras.distributed import reduction_of
+from recipe.ranks.elastic import lost_ranks_told
 
 _hvd = backend.horovod
 

@@ -20,8 +20,9 @@ from types import FrameType
 import keras
 import numpy as np
 
-from recipe import collectives, elastic, watchdog
 from recipe.keras import backend
+from recipe.ranks import collectives, elastic
+from recipe.system import watchdog
 
 VARIABLE = "RECIPE_STEP_TIMEOUT"  # seconds; 0: no limit
 DEFAULT = 600.0  # seconds, as config.run.step_timeout

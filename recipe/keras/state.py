@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from recipe import collectives, replica
 from recipe.errors import RunError
+from recipe.frameworks import replica
 from recipe.keras import backend, names, seeds, velocities
 from recipe.keras.distributed import optimizers_of, reduction_of
 from recipe.keras.normalization import SyncBatchNormalization
 from recipe.keras.reduction import framework_variable
+from recipe.ranks import collectives
 
 _NO_SLOTS = (
     "_variables",

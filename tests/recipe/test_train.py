@@ -16,8 +16,8 @@ import numpy as np
 import psutil
 import pytest
 
-from recipe import checkpoint
-from recipe.processor import processor
+from recipe.run import checkpoint
+from recipe.system.processor import processor
 from tests.ranks import BIN, ROOT, command, environment, launch
 
 pytestmark = pytest.mark.ranks
@@ -614,7 +614,7 @@ def test_a_run_says_how_long_it_waited_for_images(finished, tmp_path, data_dir):
     assert re.search(
         r"^images: \d+\.\d% of the time of a step was spent waiting for them", printed, re.MULTILINE
     )
-    program = str(ROOT / "tests/recipe/slow_images_program.py")
+    program = str(ROOT / "tests/recipe/run/slow_images_program.py")
     options = [
         *SMALL[2:],
         "--config.framework=torch",

@@ -10,11 +10,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from recipe import checkpoint, collectives
 from recipe.errors import RunError
 from recipe.keras import backend, passing, state, velocities
 from recipe.keras.callbacks.rates import rate_of
 from recipe.keras.distributed import is_distributed, optimizers_of, reduction_of
+from recipe.ranks import collectives
+from recipe.run import checkpoint
 
 _FORMAT = "recipe.keras.BackupAndRestore 1"
 _KERAS_FILES = (

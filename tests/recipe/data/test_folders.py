@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from recipe import checkpoint
 from recipe.config import Data
-from recipe.data import builders, files, folders, sources, verify
+from recipe.data import files, folders, sources
+from recipe.data.prepare import builders, verify
 from recipe.errors import RunError, UsageError
+from recipe.run import checkpoint
 from tests.ranks import launch
 from tests.recipe.data.conftest import photo
 

@@ -14,11 +14,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from recipe import augment, sharding
 from recipe.config import Data, Recipe, Schedule
 from recipe.data import pipeline, records, sources
 from recipe.data.images import image_shape
 from recipe.errors import RunError, UsageError
+from recipe.rules import augment, sharding
 
 NO_WARMUP = Schedule(warmup="none", decay_epochs=())
 
@@ -372,7 +372,7 @@ def test_synthetic_batches() -> None:
 def test_images_are_read_without_tensorflow(fashion: Data) -> None:
     """Native PyTorch neither waits for it nor holds its memory."""
     program = (
-        "import sys; from recipe import loop, replica; from recipe.config import Data, Recipe; replica.of('torch'); "
+        "import sys; from recipe.frameworks import replica; from recipe.run import loop; from recipe.config import Data, Recipe; replica.of('torch'); "
         "from recipe.data import pipeline, sources; data = Data('fashion_photos', sys.argv[1], image_size=28); "
         "source = sources.open_source(data, 'train'); "
         "next(iter(pipeline.train_batches(source, Recipe(k=1, n=8, data=data), [0]))); "
@@ -383,8 +383,8 @@ def test_images_are_read_without_tensorflow(fashion: Data) -> None:
 
 def test_frameworks_share_the_images_memory(source: sources.TFDSSource, data: Data) -> None:
     """A copy of each image would cost as much as a twentieth of its decoding."""
+    from recipe.frameworks.torch import device
     from recipe.keras import backend_tensorflow
-    from recipe.torch import device
 
     images, labels, weights = next(
         iter(pipeline.train_batches(source, recipe_of(data, k=1, n=64), [0]))

@@ -11,9 +11,9 @@ import keras
 import numpy as np
 
 import recipe.keras as hvd
-from recipe import checkpoint
 from recipe.errors import RunError
 from recipe.keras.callbacks import BackupAndRestore, BroadcastState, GradualWarmup, MetricSums
+from recipe.run import checkpoint
 from tests.ranks import report
 
 BATCH, STEPS, EPOCHS = 4, 6, 4
