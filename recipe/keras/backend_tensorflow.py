@@ -32,7 +32,7 @@ def reduce(
     One named allreduce for each group: in a traced step it starts when backprop has produced its gradients, and
     Horovod fuses those that wait together. None stays None: the traced step, and so None, is the same on all ranks."""
     heard = None if word is None else spoken(word, how, gradients)
-    reduced = [dense(g) if how.sparse_as_dense else g for g in gradients]
+    reduced = [dense(g) if how.options.sparse_as_dense else g for g in gradients]
     for group in groups:
         sparse = [i for i in group if isinstance(reduced[i], tf.IndexedSlices)]
         for i in sparse:
@@ -124,12 +124,12 @@ def _zero() -> tf.Variable:
 def _allreduced(tensors: list, number: int, how: Any) -> list:
     options = {
         "name": f"{how.wire_name}.{number}",
-        "op": how.op,
-        "compression": how.compression,
-        "prescale_factor": 1 / how.predivide,
-        "postscale_factor": how.predivide,
+        "op": how.options.op,
+        "compression": how.options.compression,
+        "prescale_factor": 1 / how.options.gradient_predivide_factor,
+        "postscale_factor": how.options.gradient_predivide_factor,
         "process_set": how.process_set,
-        "device_dense": how.device_dense,
+        "device_dense": how.options.device_dense,
         "ignore_name_scope": True,  # Keras puts the optimizer's name there, which may differ from rank to rank
     }
     if len(tensors) > 1:
@@ -140,13 +140,13 @@ def _allreduced(tensors: list, number: int, how: Any) -> list:
 def _gathered(gradient: tf.IndexedSlices, name: str, how: Any) -> tf.IndexedSlices:
     """All ranks' slices, each row once: optimizers that square the gradient must see its sum first."""
     options = {"process_set": how.process_set, "ignore_name_scope": True}
-    with tf.device(how.device_sparse):
+    with tf.device(how.options.device_sparse):
         values = hvd.allgather(gradient.values, name=f"{name}.values", **options)
         indices = hvd.allgather(gradient.indices, name=f"{name}.indices", **options)
     rows, places = tf.unique(indices)
     summed = tf.math.unsorted_segment_sum(values, places, tf.size(rows))
     slices = tf.IndexedSlices(summed, rows, gradient.dense_shape)
-    return divided_by_size(slices, how.process_set) if how.op == hvd.Average else slices
+    return divided_by_size(slices, how.process_set) if how.options.op == hvd.Average else slices
 
 
 def dense(gradient: Any) -> Any:

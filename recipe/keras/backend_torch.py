@@ -53,7 +53,7 @@ def reduce(
         results = hvd.synchronize(handle)
         results = results if isinstance(results, (list, tuple)) else [results]
         for i, result, context in zip(group, results, contexts, strict=True):
-            reduced[i] = how.compression.decompress(result, context) if present[i] else None
+            reduced[i] = how.options.compression.decompress(result, context) if present[i] else None
     return reduced, None if word is None else told[len(places) :]
 
 
@@ -87,12 +87,14 @@ def nothing(variable: Any, kind: str) -> torch.Tensor | None:
 
 
 def _start(tensors: list[torch.Tensor], name: str, how: Any) -> tuple:
-    wires, contexts = zip(*(how.compression.compress(t.contiguous()) for t in tensors), strict=True)
+    wires, contexts = zip(
+        *(how.options.compression.compress(t.contiguous()) for t in tensors), strict=True
+    )
     options = {
         "name": name,
-        "op": how.op,
-        "prescale_factor": 1 / how.predivide,
-        "postscale_factor": how.predivide,
+        "op": how.options.op,
+        "prescale_factor": 1 / how.options.gradient_predivide_factor,
+        "postscale_factor": how.options.gradient_predivide_factor,
         "process_set": how.process_set,
     }
     if len(wires) > 1:

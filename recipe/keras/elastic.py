@@ -65,8 +65,9 @@ class KerasState(ObjectState):
 
     def _forget_passes(self) -> None:
         """A new rank has accumulated nothing, so that the others must forget what they have."""
-        if (reduction := reduction_of(self.optimizer)) and reduction.sums:
-            reduction.forget()
+        reduction = reduction_of(self.optimizer)
+        if reduction and reduction.accumulator:
+            reduction.accumulator.forget()
 
 
 def run(func: Callable) -> Callable:

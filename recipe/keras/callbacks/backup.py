@@ -170,7 +170,8 @@ class BackupAndRestore(keras.callbacks.Callback):
         for name in variables.keys() & self._own.keys():
             variables[name].assign(self._own[name])
         if _SEEN in self._own:
-            reduction_of(self.model.optimizer).seen = set(self._own[_SEEN].tolist())
+            accumulator = reduction_of(self.model.optimizer).accumulator
+            accumulator.seen = set(self._own[_SEEN].tolist())
 
     def _passing_logs(self, batch: Any) -> dict:
         """What the metrics say of the epoch up to the backup. They are taken up when the first batch passes by: Keras
@@ -196,7 +197,8 @@ class BackupAndRestore(keras.callbacks.Callback):
         variables = _state(self.model) | (_metrics(self.model) if batch else {})
         arrays = {name: keras.ops.convert_to_numpy(v) for name, v in variables.items()}
         if any(name.startswith(_PASSES) for name in arrays):
-            arrays[_SEEN] = np.array(sorted(reduction_of(self.model.optimizer).seen), np.int64)
+            accumulator = reduction_of(self.model.optimizer).accumulator
+            arrays[_SEEN] = np.array(sorted(accumulator.seen), np.int64)
         arrays[_RANDOM] = backend.random_state()
         own = _different(arrays)
         others = {}
@@ -382,8 +384,9 @@ def _check_model(model: keras.Model) -> None:
 def _state(model: keras.Model) -> dict[str, keras.Variable]:
     """All state but the metrics' by names that don't depend on how many models this process has made."""
     groups = {"model/": model.variables, "optimizer/": model.optimizer.variables}
-    if (reduction := reduction_of(model.optimizer)) and reduction.sums:
-        groups[_PASSES] = [*reduction.sums, reduction.count]
+    reduction = reduction_of(model.optimizer)
+    if reduction and reduction.accumulator:
+        groups[_PASSES] = [*reduction.accumulator.sums, reduction.accumulator.count]
     return {
         name: v
         for group, variables in groups.items()
@@ -443,7 +446,8 @@ def _received(arrays: dict[str, np.ndarray], found: dict[str, Any]) -> dict[str,
 def _is_accumulating(model: keras.Model) -> bool:
     """Whether gradients were added up since the last step, by DistributedOptimizer or by Keras."""
     reduction = reduction_of(model.optimizer)
-    if reduction and reduction.sums and int(keras.ops.convert_to_numpy(reduction.count)):
+    accumulator = reduction and reduction.accumulator
+    if accumulator and int(keras.ops.convert_to_numpy(accumulator.count)):
         return True
     inner = velocities.innermost(model.optimizer)
     steps = inner.gradient_accumulation_steps

@@ -13,7 +13,7 @@ import numpy as np
 import recipe.keras as hvd
 from recipe.keras import state
 from recipe.keras.callbacks import ReplicaCheck
-from recipe.keras.distributed import is_distributed, reduction_of
+from recipe.keras.distributed import is_distributed, reduction_of, use_compression
 from recipe.rules.schedule import Rate
 from tests.ranks import report
 from tests.recipe.keras.program import EXAMPLES, LABELS, compiled, fit, nesterov, network
@@ -121,10 +121,10 @@ def going_on() -> dict:
             outcome["loaded"] = {e: values(state.everything(m)) for e, m in loaded.items()}
             outcome["distributed"] = [is_distributed(m.optimizer) for m in loaded.values()]
             outcome["compression"] = [
-                reduction_of(m.optimizer).compression.__name__ for m in loaded.values()
+                reduction_of(m.optimizer).options.compression.__name__ for m in loaded.values()
             ]
             for m in loaded.values():
-                reduction_of(m.optimizer).compression = hvd.Compression.none
+                use_compression(m.optimizer, hvd.Compression.none)
                 for _ in range(3):
                     m.train_on_batch(X, Y)
             if not distributed:
@@ -231,19 +231,17 @@ def functions() -> dict:
         for extension in EXTENSIONS:
             model.save(path(f"functions.{extension}"))
             loaded = hvd.load_model(path(f"functions.{extension}"), **arguments)
-            reduction = reduction_of(loaded.optimizer)
+            options = reduction_of(loaded.optimizer).options
+            kept = True
+            if name == "compressed":
+                copy = loaded.optimizer.from_config(loaded.optimizer.get_config())
+                kept = reduction_of(copy).options.compression is options.compression
+            pairs = zip(state.everything(model), state.everything(loaded), strict=True)
             found[name, extension] = {
-                "op": reduction.op == hvd.Sum,
-                "half": reduction.compression is hvd.Compression.fp16,
-                "kept": reduction_of(
-                    loaded.optimizer.from_config(loaded.optimizer.get_config())
-                ).compression
-                is reduction.compression
-                if name == "compressed"
-                else True,
-                "same": all(
-                    map(np.array_equal, *(values(state.everything(m)) for m in (model, loaded)))
-                ),
+                "op": options.op == hvd.Sum,
+                "half": options.compression is hvd.Compression.fp16,
+                "kept": kept,
+                "same": all(np.array_equal(*values(pair)) for pair in pairs),
                 "trains": bool(np.isfinite(loaded.train_on_batch(X, Y))),
             }
     return found

@@ -121,7 +121,7 @@ def passes() -> dict:
         for _ in range(10):
             step()
             path.append([value(v) for v in variables] + [int(optimizer.iterations)])
-        found[average] = path, int(reduction_of(optimizer).count)
+        found[average] = path, int(reduction_of(optimizer).accumulator.count)
     return found
 
 
@@ -381,7 +381,7 @@ def saving() -> dict:
                 is_distributed(m.optimizer) and isinstance(m.optimizer, kind)
                 for m in (loaded, by_objects)
             ],
-            "compression": reduction_of(loaded.optimizer).compression is hvd.Compression.fp16,
+            "compression": reduction_of(loaded.optimizer).options.compression is hvd.Compression.fp16,
             "same": all(
                 np.array_equal(value(a), value(b))
                 for m in (plain, loaded, by_objects)
@@ -417,7 +417,7 @@ def configurations() -> dict:
     copies = [optimizer.from_config(dict(config)), optimizer.__class__.from_config(dict(config))]
     return {
         "same": [copy.get_config() == config for copy in copies],
-        "op": [reduction_of(copy).op == hvd.Sum for copy in copies],
+        "op": [reduction_of(copy).options.op == hvd.Sum for copy in copies],
     }
 
 
