@@ -238,7 +238,7 @@ def prepare(train_function: Callable, batch: Any) -> None:
 
 def on_device(element: tuple) -> tuple:
     """The arrays of an element of the input pipeline as tensors, for `compiled` functions."""
-    return tuple(_tensor(part) for part in element)
+    return tuple(_tensor(part) for part in element if part is not None)
 
 
 def _tensor(part: Any) -> tf.Tensor:
