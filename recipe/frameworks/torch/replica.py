@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from recipe.config import Recipe
-from recipe.frameworks.replica import Figures, check_equal, check_structure, groups
+from recipe.frameworks.replica import Figures, groups
 from recipe.frameworks.torch import device, resnet
 from recipe.frameworks.torch import weights as names
 from recipe.frameworks.torch.normalization import batch_statistics
@@ -129,7 +129,9 @@ class TorchReplica:
             group["lr"] = rate
 
     def _check(self) -> None:
-        check_equal(((name, v.numpy(force=True)) for name, v in self._state().items()), self._done)
+        collectives.check_equal(
+            ((name, v.numpy(force=True)) for name, v in self._state().items()), self._done
+        )
 
     def _state(self) -> dict[str, torch.Tensor]:
         """All that training changes, but for the loss scale: the state dict and the velocities."""
