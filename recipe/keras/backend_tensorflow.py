@@ -10,9 +10,7 @@ import horovod.tensorflow as hvd
 import numpy as np
 import tensorflow as tf
 
-from recipe.data.batches import ALIGNMENT
 from recipe.keras import recording
-from recipe.ranks.collectives import check_gpus
 
 Compression = hvd.Compression
 DEVICES = True  # tf.device takes the names that device_dense and device_sparse give
@@ -214,13 +212,6 @@ def compiled(function: Callable, signature: list[tuple]) -> Callable:
     )  # there is no Python control flow to convert
 
 
-def gradients(forward: Callable[[], tuple], variables: list) -> tuple[list, tuple]:
-    """forward() gives (loss, anything else): (the loss's gradients, what else there was)."""
-    with tf.GradientTape() as tape:
-        loss, *found = forward()
-    return tape.gradient(loss, [v.value for v in variables]), found
-
-
 def without_gradients() -> contextlib.AbstractContextManager:
     """A context for updates outside of a step: TensorFlow records gradients on its tapes only."""
     return contextlib.nullcontext()
@@ -236,9 +227,11 @@ def prepare(train_function: Callable, batch: Any) -> None:
     tf.function(lambda: train_function([batch]), autograph=False).get_concrete_function()
 
 
+<<<<<<< HEAD
+=======
 def on_device(element: tuple) -> tuple:
     """The arrays of an element of the input pipeline as tensors, for `compiled` functions."""
-    return tuple(_tensor(part) for part in element)
+    return tuple(_tensor(part) for part in element if part is not None)
 
 
 def _tensor(part: Any) -> tf.Tensor:
@@ -265,6 +258,7 @@ def use_local_device(local_rank: int, threads: int, deterministic: bool = False)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
 
 
+>>>>>>> d629689
 def random_state() -> np.ndarray:
     """Nothing: Keras's random layers draw from the seeds among the model's variables."""
     return np.zeros(0, np.uint8)
