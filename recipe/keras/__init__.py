@@ -1,10 +1,10 @@
 """Horovod for Keras 3: `import recipe.keras as hvd`, on Keras's TensorFlow and PyTorch backends.
 
-The names, arguments and defaults are those of `horovod.keras` and `horovod.tensorflow.keras` 0.28.1; docs/keras.md
-lists them one by one, with what is better here and what is refused.
+The names, arguments and defaults are those of `horovod.keras` and `horovod.tensorflow.keras` 0.28.1.
+docs/keras.md lists them one by one, with what is better here and what is refused.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from recipe.keras import backend, callbacks, elastic, rollcall, together
 from recipe.keras.backend import Compression
@@ -27,6 +27,9 @@ from recipe.keras.operations import (
 from recipe.keras.schedules import RateSchedule
 from recipe.keras.sgd import SGD
 from recipe.ranks import binding
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 _hvd = binding.bind(backend.FRAMEWORK)
 
@@ -120,12 +123,17 @@ __all__ = [
 ]
 
 
-def init(comm: Any = None, process_sets: Any = None, step_timeout: float | None = None) -> None:
-    """Starts Horovod through the binding of Keras's backend.
+def init(
+    comm: "list[int] | MPI.Comm | None" = None,
+    process_sets: "list[ProcessSet] | str | None" = None,
+    step_timeout: float | None = None,
+) -> None:
+    """Start Horovod through the binding of Keras's backend.
 
-    `comm` is a list of ranks or an mpi4py communicator (default: all), `process_sets` the ProcessSets to register.
-    A job in which the ranks wait for each other for `step_timeout` seconds ends with where each of them is (default:
-    RECIPE_STEP_TIMEOUT in the environment, or 600; 0: never)."""
+    `comm` is a list of ranks or an mpi4py communicator (default: all). `process_sets` are the
+    ProcessSets to register. A job in which the ranks wait for each other for `step_timeout` seconds
+    ends with where each of them is (default: RECIPE_STEP_TIMEOUT in the environment, or 600; 0: never).
+    """
     binding.init(backend.FRAMEWORK, comm=comm, process_sets=process_sets)
     if comm is None:
         binding.check_found(program=False)

@@ -124,9 +124,9 @@ def _agree_on_names(model: keras.Model, optimizers: Sequence, root_rank: int) ->
         layer for layer in model._flatten_layers() if isinstance(layer, SyncBatchNormalization)
     ]
     named = [*layers, *filter(None, map(reduction_of, optimizers))]
-    mine = [n.wire_name for n in named], names.given()
+    mine = [n.wire_name for n in named], names.counts()
     theirs, given = collectives.gather(mine, "state.names")[root_rank]
-    names.go_on_from(given)
+    names.continue_from(given)
     for n, name in zip(named, theirs, strict=True):
         n.wire_name = name or n.wire_name
 
