@@ -227,38 +227,6 @@ def prepare(train_function: Callable, batch: Any) -> None:
     tf.function(lambda: train_function([batch]), autograph=False).get_concrete_function()
 
 
-<<<<<<< HEAD
-=======
-def on_device(element: tuple) -> tuple:
-    """The arrays of an element of the input pipeline as tensors, for `compiled` functions."""
-    return tuple(_tensor(part) for part in element if part is not None)
-
-
-def _tensor(part: Any) -> tf.Tensor:
-    """Shares an array's memory where it lies as TensorFlow's own: images are copied neither here nor in a step."""
-    if (
-        isinstance(part, np.ndarray)
-        and part.size
-        and part.flags.writeable
-        and part.ctypes.data % ALIGNMENT == 0
-    ):
-        return tf.experimental.dlpack.from_dlpack(part.__dlpack__())
-    return tf.convert_to_tensor(part)
-
-
-def use_local_device(local_rank: int, threads: int, deterministic: bool = False) -> None:
-    """Gives this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
-    if deterministic:
-        tf.config.experimental.enable_op_determinism()
-    gpus = tf.config.list_physical_devices("GPU")
-    if gpus:
-        check_gpus(len(gpus), local_rank)
-        tf.config.set_visible_devices(gpus[local_rank], "GPU")
-        tf.config.experimental.set_memory_growth(gpus[local_rank], True)
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-
-
->>>>>>> d629689
 def random_state() -> np.ndarray:
     """Nothing: Keras's random layers draw from the seeds among the model's variables."""
     return np.zeros(0, np.uint8)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from recipe.config import Recipe
-from recipe.frameworks.replica import Figures, groups
+from recipe.frameworks.replica import Figures
 from recipe.frameworks.torch import device, resnet
 from recipe.frameworks.torch import weights as names
 from recipe.frameworks.torch.normalization import batch_statistics
@@ -18,6 +18,7 @@ from recipe.frameworks.torch.wire import PackedCompression, packed
 from recipe.ranks import binding, collectives
 from recipe.rules import sharding
 from recipe.rules.schedule import recipe_rate
+from recipe.system.arrays import check_structure, groups
 
 # Names in a checkpoint: of η, and of entries in the scaler's state dict.
 RATE = "optimizer/rate"
