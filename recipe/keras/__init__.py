@@ -1,10 +1,13 @@
 """Horovod for Keras 3: `import recipe.keras as hvd`, on Keras's TensorFlow and PyTorch backends.
 
-The names, arguments and defaults are those of `horovod.keras` and `horovod.tensorflow.keras` 0.28.1.
-docs/keras.md lists them one by one, with what is better here and what is refused.
+The names, arguments and defaults are those of `horovod.keras` and `horovod.tensorflow.keras`
+0.28.1. docs/keras.md lists them one by one, with what is better here and what is refused.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from horovod.common.process_sets import ProcessSet
 
 from recipe.keras import backend, callbacks, elastic, rollcall, together
 from recipe.keras.backend import Compression
@@ -63,7 +66,6 @@ Min = _hvd.Min
 Max = _hvd.Max
 Product = _hvd.Product
 
-ProcessSet = _hvd.ProcessSet
 global_process_set = _hvd.global_process_set
 add_process_set = _hvd.add_process_set
 remove_process_set = _hvd.remove_process_set
@@ -125,14 +127,15 @@ __all__ = [
 
 def init(
     comm: "list[int] | MPI.Comm | None" = None,
-    process_sets: "list[ProcessSet] | str | None" = None,
+    process_sets: Sequence[ProcessSet] | str | None = None,
     step_timeout: float | None = None,
 ) -> None:
     """Start Horovod through the binding of Keras's backend.
 
     `comm` is a list of ranks or an mpi4py communicator (default: all). `process_sets` are the
     ProcessSets to register. A job in which the ranks wait for each other for `step_timeout` seconds
-    ends with where each of them is (default: RECIPE_STEP_TIMEOUT in the environment, or 600; 0: never).
+    ends with where each of them is (default: RECIPE_STEP_TIMEOUT in the environment, or 600; 0:
+    never).
     """
     binding.init(backend.FRAMEWORK, comm=comm, process_sets=process_sets)
     if comm is None:

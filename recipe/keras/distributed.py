@@ -120,7 +120,7 @@ class _Distributed(_Optimizer):
 
         def tell() -> None:
             word = agreement.word(self)
-            agreement.hear(backend.spoken(word, self._hvd_reduction))
+            agreement.hear(backend.sum_word(word, self._hvd_reduction))
 
         def update() -> None:
             nothing = [backend.nothing(v, kind) for v, kind in zip(variables, kinds, strict=True)]
@@ -150,7 +150,7 @@ class _Distributed(_Optimizer):
         if agreement is not None:
             word = agreement.word(self)
             if word is not None:
-                summed_word = backend.spoken(word, self._hvd_reduction, gradients)
+                summed_word = backend.sum_word(word, self._hvd_reduction, gradients)
             share = agreement.hear(summed_word)
             gradients = self._hvd_reduction.weighted(gradients, share)
         accumulator = self._hvd_reduction.accumulator

@@ -1,7 +1,8 @@
 """Collective operations on values and variables, by the names that `horovod.keras` gives them.
 
-All ranks of the process set must call them, in the same order. `name` must then be the same on all of
-them. A value is anything that `keras.ops.convert_to_tensor` takes. Results are tensors of the backend.
+All ranks of the process set must call them, in the same order. `name` must then be the same on all
+of them. A value is anything that `keras.ops.convert_to_tensor` takes. Results are tensors of the
+backend.
 """
 
 from collections.abc import Iterable, Sequence
@@ -120,8 +121,8 @@ def alltoall(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Send the i-th part of the value's first axis to rank i, and join what this rank gets.
 
-    Without `splits`, one length for each rank, the parts are equal. With it, return (joined, lengths
-    received). Collective.
+    Without `splits`, one length for each rank, the parts are equal. With it, return (joined,
+    lengths received). Collective.
     """
     recording.note(recording.Foreign("hvd.alltoall"))
     if splits is not None:
@@ -169,8 +170,8 @@ def broadcast_variables(variables: Iterable[keras.Variable], root_rank: int) -> 
 def broadcast_global_variables(root_rank: int) -> None:
     """Raise ValueError: Keras 3 keeps no global collection of variables."""
     raise ValueError(
-        f"broadcast_global_variables({root_rank}): Keras 3 keeps no global collection of variables; "
-        "call broadcast_variables(model.variables, root_rank) or train with "
+        f"broadcast_global_variables({root_rank}): Keras 3 keeps no global collection of "
+        "variables; call broadcast_variables(model.variables, root_rank) or train with "
         "callbacks.BroadcastState(root_rank)"
     )
 
@@ -180,10 +181,10 @@ def _tensor(value: Value) -> Tensor:
 
 
 def _name(operation: str, process_set: ProcessSet) -> str | None:
-    """Return the name of an operation that the caller has not named.
+    """Return a name for an operation that the caller has not named.
 
-    PyTorch's binding counts unnamed operations whatever their process set. Ranks that are in one would
-    wait for ranks that are not. TensorFlow's binding takes the graph's names.
+    PyTorch's binding counts unnamed operations whatever their process set. Ranks that are in one
+    would wait for ranks that are not. TensorFlow's binding takes the graph's names.
     """
     if backend.FRAMEWORK == "torch":
         return names.give(operation, process_set.process_set_id)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from horovod.common.process_sets import ProcessSet
 
 from recipe.keras import backend
-from recipe.keras.tensors import Variable
+from recipe.keras.tensors import Compressor, Variable
 
 Groups = int | Sequence[Sequence[Variable]] | None
 
@@ -23,7 +23,7 @@ class Options:
     name: str | None  # prefix of the collectives' names; the same on all ranks
     device_dense: str  # TensorFlow device of the reductions of dense gradients
     device_sparse: str  # and of sparse ones; with PyTorch both must be empty
-    compression: type  # how dense gradients travel: Compression.none or Compression.fp16
+    compression: Compressor  # how dense gradients travel: Compression.none or Compression.fp16
     sparse_as_dense: bool  # sum sparse gradients as dense ones instead of gathering their rows
     gradient_predivide_factor: float  # f: divide by f before the sum, multiply by f/size after it
     op: int  # Average or Sum

@@ -7,7 +7,7 @@ import keras
 
 
 class _PassingBy:
-    """A train function that takes batches and does no step; after the last, the model's own returns."""
+    """A train function that takes batches and does no step. Then the model's own one comes back."""
 
     def __init__(
         self, model: keras.Model, executions: int, logs: Callable[[Any], dict[str, Any]]
@@ -30,8 +30,8 @@ def pass_by(
 ) -> None:
     """Let the model's next `batches` batches pass by without a step.
 
-    They are drawn from the data. Callbacks see their numbers, with the logs that `logs` returns for a
-    batch. Then the model's own train function comes back.
+    They are drawn from the data. Callbacks see their numbers, with the logs that `logs` returns for
+    a batch. Then the model's own train function comes back.
     """
     model.train_function = _PassingBy(model, batches // model.steps_per_execution, logs)
 
@@ -50,7 +50,8 @@ def stop_passing(model: keras.Model) -> None:
 def _first_batch(data: Any, batches: int) -> Any:
     """Return the first of the batches that an execution takes.
 
-    With PyTorch Keras draws them itself. With TensorFlow it hands over the iterator, which must go on.
+    With PyTorch Keras draws them itself. With TensorFlow it hands over the iterator, which must go
+    on.
     """
     if isinstance(data, list):
         return data[0]

@@ -1,4 +1,4 @@
-"""The recipe's learning rate as a Keras schedule: inside the traced step and inside saved models."""
+"""The recipe's learning rate as a Keras schedule, inside the traced step and in saved models."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ from recipe.rules.schedule import Rate
 
 @keras.saving.register_keras_serializable("recipe")
 class RateSchedule(keras.optimizers.schedules.LearningRateSchedule):
-    """η of the step: `rate(step / steps_per_epoch)`, the same numbers as `ScheduledRate(rate)` sets.
+    """η of the step, `rate(step / steps_per_epoch)`: what `ScheduledRate(rate)` sets.
 
     It is right under `steps_per_execution` > 1, where callbacks see only every n-th step.
 
     `steps_per_epoch` counts what the optimizer counts: batches, also with Keras's
-    `gradient_accumulation_steps`, but updates with Horovod's `backward_passes_per_step`. Pair it with
-    `recipe.keras.SGD`, whose velocity is free of η: nothing corrects the momentum of
+    `gradient_accumulation_steps`, but updates with Horovod's `backward_passes_per_step`. Pair it
+    with `recipe.keras.SGD`, whose velocity is free of η: nothing corrects the momentum of
     `keras.optimizers.SGD` here.
 
     Raise ValueError when `steps_per_epoch` is not a positive integer.
@@ -68,7 +68,7 @@ class RateSchedule(keras.optimizers.schedules.LearningRateSchedule):
         return rate.start + (rate.peak - rate.start) * (epoch / rate.warmup_epochs)
 
     def _first_step(self, epoch: float) -> int:
-        """Return the first step whose epoch, as ScheduledRate computes it, is not before `epoch`."""
+        """Return the first step that is not before `epoch`, as ScheduledRate computes epochs."""
         step = max(0, math.floor(epoch * self.steps_per_epoch) - 1)
         while self._epoch(step) < epoch:
             step += 1

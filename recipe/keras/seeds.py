@@ -15,8 +15,8 @@ def states(model: keras.Model) -> list[keras.Variable]:
 def draw_by_state(model: keras.Model) -> None:
     """Make all random layers draw by their states.
 
-    With PyTorch, a layer that was made without a seed drops out by PyTorch's global generator. Neither
-    a broadcast nor a checkpoint would then determine its masks.
+    With PyTorch, a layer that was made without a seed drops out by PyTorch's global generator.
+    Neither a broadcast nor a checkpoint would then determine its masks.
     """
     for generator in _generators(model):
         if generator._initial_seed is None:
@@ -26,8 +26,8 @@ def draw_by_state(model: keras.Model) -> None:
 def of_rank(state: np.ndarray, rank: int, root_rank: int = 0) -> np.ndarray:
     """Return the root's (seed, counter) as this rank has it: another seed, the same counter.
 
-    The root keeps its own. The seed is the first word of Philox with the key (seed, rank), 31 bits of
-    it, as a state may be an int32.
+    The root keeps its own. The seed is the first word of Philox with the key (seed, rank), 31 bits
+    of it, as a state may be an int32.
     """
     if rank == root_rank:
         return state

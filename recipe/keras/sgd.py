@@ -10,9 +10,9 @@ from recipe.keras.tensors import Tensor
 class SGD(keras.optimizers.SGD):
     """u ← mu + g, w ← w − ηu (paper, eq. 9), or w ← w − η(g + mu) with `nesterov`, as in PyTorch.
 
-    The arguments are those of `keras.optimizers.SGD`, and at a constant rate so are the weights. That
-    one folds η into its velocity (eq. 10), and needs the correction of remark 2 whenever η changes.
-    Here η may come from a schedule inside the traced step.
+    The arguments are those of `keras.optimizers.SGD`, and at a constant rate so are the weights.
+    That one folds η into its velocity (eq. 10), and needs the correction of remark 2 whenever η
+    changes. Here η may come from a schedule inside the traced step.
     """
 
     def update_step(

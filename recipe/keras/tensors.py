@@ -1,9 +1,10 @@
-"""Types of what the backends take and hand back: TensorFlow and PyTorch share no class of their own."""
+"""Types of what the backends take and hand back: TensorFlow and PyTorch share no class."""
 
 from typing import Any, NamedTuple
 
 Tensor = Any  # of the backend in use
 Gradient = Any  # a tensor, a sparse one (TensorFlow: IndexedSlices), or None
+Compressor = type[Any]  # a member of Compression, the framework's own
 Variable = Any  # keras.Variable or the framework's own
 
 
