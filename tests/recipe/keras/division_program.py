@@ -1,4 +1,7 @@
-"""Run on real ranks by test_division.py: which examples each rank trained on, and which masks it drew."""
+"""Run on real ranks by test_division.py.
+
+Which examples each rank trained on, and which masks it drew.
+"""
 
 import dataclasses
 import random
@@ -150,7 +153,10 @@ def hooks() -> dict:
 
 
 def refused(action: Callable) -> str:
-    """The sentence of the error that `action` must raise: TensorFlow makes its own of one in the data."""
+    """The sentence of the error that `action` must raise.
+
+    TensorFlow makes its own of one in the data.
+    """
     try:
         action()
     except (ValueError, tf.errors.OpError) as error:

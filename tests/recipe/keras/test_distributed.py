@@ -30,8 +30,8 @@ BACKENDS = ("tensorflow", "torch")
 SEVERAL = ((2, "mpirun"), (4, "mpirun"), (2, "gloo"))
 
 # float32 carries 2^-24 ≈ 6e-8 of a number. A gradient is a sum over 24·16 terms in an order that
-# depends on the ranks: about √(24·16)·6e-8 ≈ 1e-6 of it, times the effective rate η/(1-m) = 4 over 12
-# steps, on weights around 1.
+# depends on the ranks: about √(24·16)·6e-8 ≈ 1e-6 of it, times the effective rate η/(1-m) = 4 over
+# 12 steps, on weights around 1.
 ROUNDING = {"rtol": 5e-5, "atol": 5e-5}
 
 pytestmark = pytest.mark.ranks
@@ -68,7 +68,10 @@ def assert_same(one: list, other: list, **bound: float) -> None:
 
 
 def test_k_ranks_of_n_are_one_rank_of_kn(run, backend, several):
-    """The paper's promise (sec. 3): same weights after 12 steps of Nesterov, warmup, decay, weight decay."""
+    """The paper promises it (sec. 3).
+
+    The weights are the same after 12 steps of Nesterov, warmup, decay and weight decay.
+    """
     (alone,) = run("equality", backend, 1)
     for found in run("equality", backend, *several):
         assert_same(found["weights"], alone["weights"], **ROUNDING)
@@ -104,7 +107,10 @@ def test_all_state_is_rank_0s_before_step_1(run, backend, several):
 
 
 def test_batch_norm_statistics_are_per_worker(run, backend, several):
-    """Paper, sec. 2.3: the step is the mean of the workers' steps, each normalised by its own n examples."""
+    """The step is the mean of the workers' steps, each normalised by its own n examples.
+
+    Paper, sec. 2.3.
+    """
     ranks = run("worker_statistics", backend, *several)
     mean = [np.mean(weights, axis=0) for weights in zip(*ranks[0]["alone"], strict=True)]
     for found in ranks:
