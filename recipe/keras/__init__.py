@@ -34,6 +34,31 @@ from recipe.ranks import binding
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+__all__ = [
+    "SGD",
+    "Compression",
+    "DistributedOptimizer",
+    "PartialDistributedOptimizer",
+    "RateSchedule",
+    "SyncBatchNormalization",
+    "allgather",
+    "allgather_object",
+    "allreduce",
+    "alltoall",
+    "broadcast",
+    "broadcast_global_variables",
+    "broadcast_object",
+    "broadcast_variables",
+    "callbacks",
+    "divide",
+    "elastic",
+    "grouped_allreduce",
+    "init",
+    "load_model",
+    "reducescatter",
+]
+
+# Horovod's own, as they are.
 _hvd = binding.bind(backend.FRAMEWORK)
 
 is_initialized = _hvd.is_initialized
@@ -70,44 +95,24 @@ global_process_set = _hvd.global_process_set
 add_process_set = _hvd.add_process_set
 remove_process_set = _hvd.remove_process_set
 
-__all__ = [
-    "SGD",
+__all__ += [
     "Adasum",
     "Average",
-    "Compression",
-    "DistributedOptimizer",
     "Max",
     "Min",
-    "PartialDistributedOptimizer",
     "ProcessSet",
     "Product",
-    "RateSchedule",
     "Sum",
-    "SyncBatchNormalization",
     "add_process_set",
-    "allgather",
-    "allgather_object",
-    "allreduce",
-    "alltoall",
-    "broadcast",
-    "broadcast_global_variables",
-    "broadcast_object",
-    "broadcast_variables",
-    "callbacks",
     "ccl_built",
     "cross_rank",
     "cross_size",
     "cuda_built",
     "ddl_built",
-    "divide",
-    "elastic",
     "global_process_set",
     "gloo_built",
     "gloo_enabled",
-    "grouped_allreduce",
-    "init",
     "is_initialized",
-    "load_model",
     "local_rank",
     "local_size",
     "mpi_built",
@@ -115,7 +120,6 @@ __all__ = [
     "mpi_threads_supported",
     "nccl_built",
     "rank",
-    "reducescatter",
     "remove_process_set",
     "rocm_built",
     "shutdown",

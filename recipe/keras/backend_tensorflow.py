@@ -143,20 +143,21 @@ def _zero() -> tf.Variable:
 
 
 def _allreduced(tensors: list[tf.Tensor], name: str, reduction: "Reduction") -> list[tf.Tensor]:
-    options = {
+    options = reduction.options
+    arguments = {
         "name": name,
-        "op": reduction.options.op,
-        "compression": reduction.options.compression,
-        "prescale_factor": 1 / reduction.options.gradient_predivide_factor,
-        "postscale_factor": reduction.options.gradient_predivide_factor,
-        "process_set": reduction.process_set,
-        "device_dense": reduction.options.device_dense,
+        "op": options.op,
+        "compression": options.compression,
+        "prescale_factor": 1 / options.gradient_predivide_factor,
+        "postscale_factor": options.gradient_predivide_factor,
+        "process_set": options.process_set,
+        "device_dense": options.device_dense,
         # Keras puts the optimizer's name there, which may differ from rank to rank.
         "ignore_name_scope": True,
     }
     if len(tensors) > 1:
-        return hvd.grouped_allreduce(tensors, **options)
-    return [hvd.allreduce(tensor, **options) for tensor in tensors]
+        return hvd.grouped_allreduce(tensors, **arguments)
+    return [hvd.allreduce(tensor, **arguments) for tensor in tensors]
 
 
 def _gathered(gradient: tf.IndexedSlices, name: str, reduction: "Reduction") -> tf.IndexedSlices:

@@ -81,24 +81,25 @@ def _start(
     reduction: "Reduction",
 ) -> _Started:
     """Start the allreduce of one group of gradients."""
-    options = {
+    options = reduction.options
+    arguments = {
         "name": f"{reduction.wire_name}.{group[0]}",
-        "op": reduction.options.op,
-        "prescale_factor": 1 / reduction.options.gradient_predivide_factor,
-        "postscale_factor": reduction.options.gradient_predivide_factor,
-        "process_set": reduction.process_set,
+        "op": options.op,
+        "prescale_factor": 1 / options.gradient_predivide_factor,
+        "postscale_factor": options.gradient_predivide_factor,
+        "process_set": options.process_set,
     }
     tensors, contexts = [], []
     for i in group:
         gradient = gradients[i]
         filled = torch.zeros_like(variables[i].value) if gradient is None else dense(gradient)
-        tensor, context = reduction.options.compression.compress(filled.contiguous())
+        tensor, context = options.compression.compress(filled.contiguous())
         tensors.append(tensor)
         contexts.append(context)
     if len(tensors) > 1:
-        handle = hvd.grouped_allreduce_async_(tensors, **options)
+        handle = hvd.grouped_allreduce_async_(tensors, **arguments)
     else:
-        handle = hvd.allreduce_async_(tensors[0], **options)
+        handle = hvd.allreduce_async_(tensors[0], **arguments)
     return _Started(group, handle, contexts)
 
 

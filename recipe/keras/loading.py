@@ -224,13 +224,10 @@ def _own_class(config: dict[str, Any]) -> dict[str, type]:
 
 def _compile_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `compile` but the optimizer, from a configuration in an .h5 file."""
-    weighted_metrics = config.get("weighted_metrics")
-    arguments = {
-        "loss": _compiled(config.get("loss"), keras.losses, "loss"),
-        "loss_weights": config.get("loss_weights"),
-        "metrics": _compiled(config.get("metrics"), keras.metrics, "metric"),
-        "weighted_metrics": _compiled(weighted_metrics, keras.metrics, "metric"),
-    }
+    arguments = {"loss": _compiled(config.get("loss"), keras.losses, "loss")}
+    arguments["loss_weights"] = config.get("loss_weights")
+    for name in ("metrics", "weighted_metrics"):
+        arguments[name] = _compiled(config.get(name), keras.metrics, "metric")
     for name in _COMPILE:
         if name in config:
             arguments[name] = config[name]

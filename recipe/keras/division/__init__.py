@@ -27,32 +27,24 @@ def divide(
     """Return this rank's part of `data`, for fit(…, shuffle=False) or evaluate(). Collective.
 
     All ranks pass the same, whole data. Every example is used once an epoch, on one rank, and all
-    ranks have as many steps. `batch_size` is a rank's: a minibatch has `size()` times as many.
+    ranks have as many steps. `batch_size` is a rank's: a minibatch has `size()` times as many. A
+    last, short minibatch and the one before it become about as large. In them a rank may have one
+    example less than another, which weighs as much more: ranks' gradients are averaged with equal
+    weights.
 
     The order of an epoch is a function of `seed` and the epoch, the same for all numbers of ranks,
     and another one in each epoch. `first_epoch` is the number of the first one: that of
     fit(initial_epoch=…). With shuffle=False the order is that of the data.
 
-    A last, short minibatch and the one before it become about as large. A rank may have one example
-    less than another in them. It weighs as much more there: ranks' gradients are averaged with
-    equal weights.
-
-    NumPy arrays and tensors, alone or in tuples and dictionaries as Keras takes them, become a
-    PyDataset, which takes its examples batch by batch. `batch_size` is 32 unless given.
-
-    A `torch.utils.data.DataLoader` becomes another, with its own settings but for the order and
-    `drop_last`. `batch_size` is its own unless given. A sampler that isn't PyTorch's sequential or
-    random one is refused.
-
-    A `tf.data.Dataset` must not be shuffled or repeated before. With `batch_size` its elements are
-    examples. Without it they are batches, which are divided as those of a PyDataset. Every rank
-    reads all elements and keeps its own. The shuffle buffer holds all elements, or as many as
-    `shuffle` says. A dataset of unknown length is read once, to count its elements.
-
-    A `keras.utils.PyDataset` has its batches divided, of which the i-th must be the same on all
-    ranks: seed what it draws. If their number isn't a multiple of `size()`, each rank's last batch
-    and its share of the examples in those left over make two smaller steps. The last batch, which
-    may be a short one, stays the last.
+    - NumPy arrays and tensors, alone or in tuples and dictionaries, become a PyDataset, which takes
+      its examples batch by batch. `batch_size` is 32 unless given.
+    - A `torch.utils.data.DataLoader` becomes another, with its own settings but for the order and
+      `drop_last`. `batch_size` is its own unless given. A sampler of the user's is refused.
+    - A `tf.data.Dataset` must not be shuffled or repeated before. With `batch_size` its elements
+      are examples, without it batches, which are divided as those of a PyDataset. Every rank reads
+      all elements. The shuffle buffer holds all of them, or as many as `shuffle` says.
+    - A `keras.utils.PyDataset` has its batches divided, of which the i-th must be the same on all
+      ranks: seed what it draws. See `DividedBatches`.
 
     Raise ValueError for other data, for fewer examples than ranks, and on all ranks if their data
     or arguments differ.

@@ -146,7 +146,12 @@ class DividedArrays(_Divided):
 
 
 class DividedBatches(_Divided):
-    """Every size-th batch of a PyDataset, and a share of those that are left over."""
+    """Every size-th batch of a PyDataset, and a share of those that are left over.
+
+    If their number isn't a multiple of `size`, each rank's last batch and its share of the examples
+    in those left over make two smaller steps. The last batch, which may be a short one, stays the
+    last.
+    """
 
     def __init__(self, batches: keras.utils.PyDataset, order: Order, rank: int, size: int) -> None:
         super().__init__(

@@ -1,6 +1,7 @@
 """One rank's part of a tf.data.Dataset.
 
-Every rank reads all elements and keeps its own.
+Every rank reads all elements and keeps its own. A dataset of unknown length is read once, to count
+its elements.
 """
 
 from typing import Any, NamedTuple
