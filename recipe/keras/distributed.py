@@ -46,7 +46,7 @@ class _Distributed(_Optimizer):
 
     @property
     def variables(self) -> "_CallableList":
-        """The optimizer's variables; `variables()`, as Horovod has it, is the same."""
+        """The optimizer's variables. `variables()`, as Horovod has it, is the same."""
         return _CallableList(super().variables)
 
     @property
@@ -163,7 +163,7 @@ class _Distributed(_Optimizer):
     def _apply_after_passes(
         self, accumulator: Accumulator, gradients: list[Gradient], variables: list
     ) -> None:
-        """Add up on this rank; reduce and update after `backward_passes_per_step` passes.
+        """Add up on this rank, then reduce and update after `backward_passes_per_step` passes.
 
         `iterations` counts updates.
         """
@@ -344,7 +344,7 @@ def is_distributed(optimizer: object) -> bool:
 
 
 def reduction_of(optimizer: object) -> Reduction | None:
-    """Return how a DistributedOptimizer reduces; None for any other."""
+    """Return how a DistributedOptimizer reduces, None for any other."""
     return optimizer._hvd_reduction if isinstance(optimizer, _Distributed) else None
 
 
