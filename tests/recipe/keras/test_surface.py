@@ -4,10 +4,10 @@ What Horovod 0.28.1's own tests for Keras check, and the test here that covers i
 
 | upstream test | what it checks | here |
 |---|---|---|
-| train_model_lr_schedule | warmup, schedules, equal losses | test_learning_rates_…, test_metrics_… |
+| train_model_lr_schedule | warmup, schedules, losses | test_learning_rates_…, test_metrics_… |
 | sparse_as_dense, …_with_grad_aggregation | an embedding trains | test_embeddings_… |
 | legacy_optimizer | keras.optimizers.legacy | refused: test_everything_that_is_refused_… |
-| grad_aggregation_with_inf_grad | an overflow is over after its step | test_an_overflow_in_one_pass_… |
+| grad_aggregation_with_inf_grad | an overflow ends | test_an_overflow_in_one_pass_… |
 | from_config | the configuration makes the round trip | test_configurations_… |
 | elastic_state | sync, restore, commit | test_elastic_state_… |
 | gradient_aggregation, …_with_local_vars | passes, local variables, sparse | test_passes_… |
