@@ -44,24 +44,26 @@ def main(argv: list[str]) -> None:
 def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption.Notice) -> None:
     """Train on all ranks and say how it ended. Collective."""
     with noise.filtered():
-        from recipe.frameworks import replica
+        from recipe.frameworks.replica import framework
         from recipe.ranks import collectives, elastic
         from recipe.rules import sums
-        from recipe.run import loop
+        from recipe.run import training
         from recipe.run.commits import Commits
 
-        fit = replica.of(recipe.framework)
+        chosen = framework(recipe.framework)
     # Ranks that join an elastic run wait for the next commit.
     patience = 0.0 if elastic.wanted() else recipe.run.step_timeout
     with watchdog.patience(patience), telling("waiting for all ranks"):
-        fit.start(recipe.run.deterministic)
+        chosen.start(recipe.run.deterministic)
 
     if elastic.wanted():
 
         def attempt(commits: Commits) -> list[float]:
             again.begun(commits.run_dir, arguments)
             run_dir = Path(commits.run_dir)
-            return loop.train(recipe, run_dir, VALUES.resume, fit.make_replica, notice, commits)
+            return training.train(
+                recipe, run_dir, VALUES.resume, chosen.make_replica, notice, commits
+            )
 
         commits = Commits(run_dir)
         errors = elastic.rerun(attempt, commits)
@@ -69,7 +71,7 @@ def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption
     else:
         run_dir = collectives.broadcast(run_dir, "run_dir")
         again.begun(run_dir, arguments)
-        errors = loop.train(recipe, Path(run_dir), VALUES.resume, fit.make_replica, notice)
+        errors = training.train(recipe, Path(run_dir), VALUES.resume, chosen.make_replica, notice)
 
     if collectives.rank() == 0:
         median = sums.final_error(errors)

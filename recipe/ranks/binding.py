@@ -89,7 +89,12 @@ def start(framework: str, deterministic: bool) -> machine.HostShare:
     watchdog.start()
     init(framework)
     check_found()
-    return machine.HostShare(horovod().local_rank(), machine.cores(horovod().local_size()))
+    return machine.HostShare(horovod().local_rank(), cores())
+
+
+def cores() -> int:
+    """Return this rank's share of its host's cores; before `init`, all that this process may use."""
+    return machine.cores(horovod().local_size() if started() else 1)
 
 
 def started() -> bool:

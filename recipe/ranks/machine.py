@@ -2,7 +2,6 @@
 
 import os
 import socket
-
 from typing import NamedTuple
 
 from recipe.errors import UsageError
