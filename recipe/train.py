@@ -12,9 +12,9 @@ from absl import flags
 
 from recipe import cli, config
 from recipe.config import Recipe
-from recipe.data.work import telling
 from recipe.ranks import preemption
 from recipe.system import again, noise, watchdog
+from recipe.system.progress import telling
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string(

@@ -18,7 +18,7 @@ import numpy as np
 from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
 from recipe.ranks import launched
-from recipe.system import watchdog
+from recipe.system import processor, watchdog
 
 T = TypeVar("T")
 
@@ -108,8 +108,7 @@ def start(framework: str, deterministic: bool) -> tuple[int, int]:
 
 def cores() -> int:
     """This rank's share of its host's cores; without Horovod, all that this process may use."""
-    ranks = horovod().local_size() if started() else 1
-    return max(1, min((os.cpu_count() or 1) // ranks, len(os.sched_getaffinity(0))))
+    return processor.cores(horovod().local_size() if started() else 1)
 
 
 def check_gpus(visible: int, local_rank: int) -> None:

@@ -19,7 +19,6 @@ from recipe.config import Recipe
 from recipe.data import decode
 from recipe.data.pipeline import replaced, train_batches
 from recipe.data.sources import open_source, prepare
-from recipe.data.work import telling
 from recipe.errors import Preempted, RunError, UsageError
 from recipe.frameworks.replica import Replica
 from recipe.ranks import collectives, elastic
@@ -33,6 +32,7 @@ from recipe.run.progress import Progress
 from recipe.run.state import Standing
 from recipe.system import again, output, owner, watchdog
 from recipe.system.processor import processor
+from recipe.system.progress import telling
 
 WAITS = (
     0.05  # share of the time spent waiting for images above which the run's end advises what to do

@@ -12,9 +12,9 @@ from recipe.system import noise
 with noise.filtered():
     from tensorflow_datasets.core.utils import shard_utils
 
-    from recipe.data import work
     from recipe.data.prepare import __main__ as prepare
     from recipe.data.prepare import builders, tars, verify
+    from recipe.system.progress import Tally
 
 CLASS_IMAGES, VALIDATION_IMAGES = 12, 6  # of each of three classes; in all
 FILE_BYTES = 30_000  # at least
@@ -32,13 +32,13 @@ def small() -> None:
 
 def slow(seconds: float) -> None:
     tars.THREADS = 1
-    add = work.Tally.add
+    add = Tally.add
 
-    def waiting(self: work.Tally, count: int = 1) -> None:
+    def waiting(self: Tally, count: int = 1) -> None:
         time.sleep(seconds)
         add(self, count)
 
-    work.Tally.add = waiting
+    Tally.add = waiting
 
 
 if __name__ == "__main__":
