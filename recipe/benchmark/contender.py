@@ -14,7 +14,7 @@ from pathlib import Path
 from recipe import cli
 from recipe.config import Recipe
 from recipe.rules import sharding
-from recipe.system import noise
+from recipe.system import noise, processor
 
 BATCH = 64  # examples per rank and step
 STEPS = 45
@@ -45,10 +45,11 @@ def settings(size: int) -> Recipe:
 
 
 def batches(recipe: Recipe, workers: range) -> object:
-    from recipe.data.pipeline import train_batches
+    from recipe.data.pipeline import TrainingExamples
     from recipe.data.sources import open_source
 
-    return train_batches(open_source(recipe.data, "train", recipe.seed), recipe, workers)
+    source = open_source(recipe.data, "train", recipe.seed)
+    return TrainingExamples(source, recipe, workers, processor.cores()).elements()
 
 
 def ours(framework: str) -> Callable[[Recipe, int, Tick], None]:

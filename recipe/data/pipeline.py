@@ -42,18 +42,12 @@ class TrainingExamples:
     def __init__(
         self, source: Source, recipe: Recipe, workers: Sequence[int], threads: int
     ) -> None:
-        """Take the examples of these `workers`, and read them in so many `threads`.
-
-        Raise UsageError when an epoch has no step.
-        """
+        """Take the examples of these `workers`, and read them in so many `threads`."""
         self.source = source
         self.recipe = recipe
         self.workers = workers
         self.threads = threads
         self.passes = len(workers) // recipe.run.workers_at_once
-        self.steps_per_epoch = sharding.steps_per_epoch(
-            len(source), recipe.k, recipe.n, recipe.data.remainder
-        )
         self.replaced: set[str] = set()  # names of the bad images that others were taken for
 
         @functools.lru_cache(maxsize=2)
@@ -63,12 +57,19 @@ class TrainingExamples:
 
         self.order: Callable[[int], np.ndarray] = order  # int64[examples] of an epoch
 
+    @functools.cached_property
+    def steps_per_epoch(self) -> int:
+        """The steps of an epoch. Raise UsageError when there is none."""
+        recipe = self.recipe
+        return sharding.steps_per_epoch(len(self.source), recipe.k, recipe.n, recipe.data.remainder)
+
     def elements(self, first_step: int = 0) -> Batches[Element]:
         """Return the elements of the steps from `first_step` on, up to the recipe's last epoch.
 
-        Each step has one for each worker, or for each run.workers_at_once of them. While they are
-        iterated, raise a RunError that names the example that can't be read or decoded. With
-        data.bad_images "replace" that is only one that can't be read.
+        Each step has one for each worker, or for each run.workers_at_once of them. Raise UsageError
+        when an epoch has no step. While the elements are iterated, raise a RunError that names the
+        example that can't be read or decoded. With data.bad_images "replace" that is only one that
+        can't be read.
         """
         steps = self.recipe.epochs * self.steps_per_epoch
         positions = range(first_step * self.passes, steps * self.passes)

@@ -3,7 +3,7 @@
 import contextlib
 
 from recipe.config import Recipe
-from recipe.data.pipeline import eval_batches, train_batches
+from recipe.data.pipeline import EvaluationExamples, TrainingExamples
 from recipe.data.sources import Source
 from recipe.frameworks.replica import Replica
 from recipe.ranks import collectives
@@ -16,28 +16,29 @@ BATCH = 256  # examples at a time; without effect on the result
 Sources = tuple[Source, Source]  # training and evaluation examples
 
 
-def evaluate(recipe: Recipe, replica: Replica, sources: Sources, epoch: int) -> Sums:
+def evaluate(
+    recipe: Recipe, replica: Replica, training: TrainingExamples, evaluation: Source, epoch: int
+) -> Sums:
     """The sums over all evaluation examples after `epoch` epochs. Collective.
 
     Batch normalisation uses the moving statistics, or with `model.precise_bn` those of the last epoch's first
     minibatches under the present weights."""
-    training, evaluation = sources
     mine = sharding.eval_indices(len(evaluation), collectives.rank(), collectives.size())
     sums = Sums()
-    with _statistics(recipe, replica, training, epoch):
-        for images, labels in eval_batches(evaluation, recipe, mine, BATCH):
+    with _statistics(replica, training, epoch):
+        examples = EvaluationExamples(evaluation, recipe, training.threads)
+        for images, labels in examples.batches(mine, BATCH):
             sums.add(replica.predict(images), labels)
             watchdog.beat(f"the evaluation of {sums.count:.0f} examples")
-    return sums.over_ranks("evaluate")
+    loss, correct, count = collectives.total([sums.loss, sums.correct, sums.count], "evaluate")
+    return Sums(float(loss), float(correct), float(count))
 
 
 def _statistics(
-    recipe: Recipe, replica: Replica, training: Source, epoch: int
+    replica: Replica, training: TrainingExamples, epoch: int
 ) -> contextlib.AbstractContextManager:
-    if not recipe.model.precise_bn:
+    if not training.recipe.model.precise_bn:
         return contextlib.nullcontext()
-    steps = sharding.steps_per_epoch(len(training), recipe.k, recipe.n, recipe.data.remainder)
-    workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
-    elements = train_batches(training, recipe, workers, (max(epoch, 1) - 1) * steps)
-    passes = len(workers) // recipe.run.workers_at_once
-    return replica.statistics_of(iter(elements.take(min(recipe.model.precise_bn, steps) * passes)))
+    elements = training.elements((max(epoch, 1) - 1) * training.steps_per_epoch)
+    steps = min(training.recipe.model.precise_bn, training.steps_per_epoch)
+    return replica.statistics_of(iter(elements.take(steps * training.passes)))

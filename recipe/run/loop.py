@@ -1,7 +1,6 @@
 """The training loop of all frameworks: steps, figures, evaluation, checkpoints, preemption."""
 
 import contextlib
-import functools
 import math
 import socket
 import statistics
@@ -17,20 +16,23 @@ import numpy as np
 from recipe import config
 from recipe.config import Recipe
 from recipe.data import decode
-from recipe.data.pipeline import replaced, train_batches
-from recipe.data.sources import open_source, prepare
+from recipe.data.pipeline import TrainingExamples
+from recipe.data.prepare.builders import prepare
+from recipe.data.sources import open_source
 from recipe.errors import Preempted, RunError, UsageError
 from recipe.frameworks.replica import Replica
-from recipe.ranks import collectives, elastic
+from recipe.ranks import binding, collectives, elastic
 from recipe.ranks.preemption import Notice
 from recipe.rules import sharding
 from recipe.rules.sums import Sums
 from recipe.run import checkpoint, runlog
 from recipe.run import state as standing
+from recipe.run.commits import Commits
 from recipe.run.evaluation import Sources, evaluate
 from recipe.run.progress import Progress
 from recipe.run.state import Standing
 from recipe.system import again, output, owner, watchdog
+from recipe.system.arrays import digest
 from recipe.system.processor import processor
 from recipe.system.progress import telling
 
@@ -47,7 +49,7 @@ def train(
     resume: str,
     make_replica: MakeReplica,
     notice: Notice,
-    commits: elastic.Commits | None = None,
+    commits: Commits | None = None,
 ) -> list[float]:
     """Runs the recipe on all ranks; collective. Returns the top-1 error of each evaluated epoch, oldest first.
 
@@ -72,9 +74,7 @@ def train(
 
 
 @contextlib.contextmanager
-def owned(
-    recipe: Recipe, run_dir: Path, resume: str, commits: elastic.Commits | None
-) -> Iterator[None]:
+def owned(recipe: Recipe, run_dir: Path, resume: str, commits: Commits | None) -> Iterator[None]:
     """Makes the run directory this run's alone, held by rank 0. Collective."""
     with contextlib.ExitStack() as held:
 
@@ -96,7 +96,7 @@ def begin(
     resume: str,
     replica: Replica,
     examples: int,
-    commits: elastic.Commits | None,
+    commits: Commits | None,
 ) -> Standing:
     """Where the run stands, and its state on rank 0's replica. Collective."""
     steps = sharding.steps_per_epoch(examples, recipe.k, recipe.n, recipe.data.remainder)
@@ -135,7 +135,9 @@ def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Su
         epochs = restore(replica, run_dir)
         replica.begin(steps=1)
         with telling("evaluating"):
-            sums = evaluate(recipe, replica, sources, epochs)
+            workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
+            training = TrainingExamples(sources[0], recipe, workers, binding.cores())
+            sums = evaluate(recipe, replica, training, sources[1], epochs)
         check_evaluation(sums, epochs)
         return sums
 
@@ -236,7 +238,7 @@ class Loop:
         replica: Replica,
         sources: Sources,
         stands: Standing,
-        commits: elastic.Commits | None,
+        commits: Commits | None,
     ) -> None:
         self.recipe, self.run_dir, self.replica, self.sources, self.stands = (
             recipe,
@@ -251,11 +253,7 @@ class Loop:
             self.examples, recipe.k, recipe.n, recipe.data.remainder
         )
         self.workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
-        self._order = functools.lru_cache(maxsize=2)(
-            lambda epoch: sharding.permutation(
-                self.examples, recipe.seed, epoch, recipe.data.shuffle_block
-            )
-        )
+        self.training = TrainingExamples(sources[0], recipe, self.workers, binding.cores())
         self._pending: Callable[[], tuple] | None = None  # gives the last step's figures
         self._first_images: list[
             int
@@ -272,13 +270,11 @@ class Loop:
 
     def run(self, notice: Notice) -> list[float]:
         """To the recipe's end: the top-1 error of each evaluated epoch."""
-        elements = self._seen(
-            iter(train_batches(self.sources[0], self.recipe, self.workers, self.stands.step))
-        )
+        elements = self._seen(iter(self.training.elements(self.stands.step)))
         self.replica.begin(self.steps)
         watchdog.beat("the first step's beginning")
         if self.stands.step == 0:
-            self._initial_weights = checkpoint.digest(self.replica.weights())
+            self._initial_weights = digest(self.replica.weights())
         try:
             self._commit()
             while self.stands.epochs < self.recipe.epochs:
@@ -355,7 +351,7 @@ class Loop:
             return
         worker, epoch = int(bad[0]), step // self.steps
         examples = sharding.worker_indices(
-            self._order(epoch), step % self.steps, worker, self.recipe.k, self.recipe.n
+            self.training.order(epoch), step % self.steps, worker, self.recipe.k, self.recipe.n
         ).tolist()
         raise RunError(
             f"the loss is {losses[worker]} at step {step + 1}, in epoch {epoch}, on worker {worker}"
@@ -420,7 +416,9 @@ class Loop:
         figures["data_wait"] = self._waits[-1]
         if self._evaluation_due():
             self._doing(f"the evaluation after epoch {self.stands.epochs}")
-            sums = evaluate(self.recipe, self.replica, self.sources, self.stands.epochs)
+            sums = evaluate(
+                self.recipe, self.replica, self.training, self.sources[1], self.stands.epochs
+            )
             check_evaluation(sums, self.stands.epochs)
             self.stands.errors.append(sums.error)
             figures |= {
@@ -452,7 +450,7 @@ class Loop:
     def _tell_replaced(self) -> None:
         """How many different training images were bad, on all ranks."""
         if self.recipe.data.bad_images == "replace":
-            names = set().union(*collectives.gather(replaced, "replaced"))
+            names = set().union(*collectives.gather(self.training.replaced, "replaced"))
             if self.progress and names:
                 self.progress.say(
                     f"images: {len(names)} could not be decoded, and others took their place"
@@ -473,8 +471,8 @@ class Loop:
         finished, weights = self.stands.epochs, self.replica.weights()
         standing.check_finite(weights, self.stands.step)
         digests = {
-            "order": f"{zlib.crc32(self._order(finished - 1)):08x}",
-            "weights": checkpoint.digest(weights),
+            "order": f"{zlib.crc32(self.training.order(finished - 1)):08x}",
+            "weights": digest(weights),
         }
         self.log.write("epoch", self.stands.step, figures | digests | {"norm": norm(weights)})
         evaluated = (

@@ -6,7 +6,7 @@ from keras import layers
 
 from recipe.config import Model, Recipe
 from recipe.frameworks.keras.dropout import ExampleDropout
-from recipe.keras.normalization import WorkerBatchNormalization
+from recipe.frameworks.keras.normalization import WorkerBatchNormalization
 from recipe.rules import initial
 from recipe.rules.pixels import MEAN, STD
 

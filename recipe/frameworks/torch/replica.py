@@ -9,15 +9,16 @@ import numpy as np
 import torch
 
 from recipe.config import Recipe
-from recipe.frameworks.replica import Figures, check_equal, check_structure
+from recipe.frameworks.replica import Figures
 from recipe.frameworks.torch import device, resnet
 from recipe.frameworks.torch import weights as names
 from recipe.frameworks.torch.normalization import batch_statistics
 from recipe.frameworks.torch.step import Step
 from recipe.frameworks.torch.wire import PackedCompression, packed
-from recipe.ranks import collectives
+from recipe.ranks import binding, collectives
 from recipe.rules import sharding
 from recipe.rules.schedule import recipe_rate
+from recipe.system.arrays import check_structure, groups
 
 # Names in a checkpoint: of η, and of entries in the scaler's state dict.
 RATE = "optimizer/rate"
@@ -26,7 +27,7 @@ LOSS_SCALE = {"optimizer/loss_scale": "scale", "optimizer/finite_steps": "_growt
 
 def start(deterministic: bool = False) -> None:
     """Horovod, and this rank's share of the machine: one GPU, or its part of the CPU's cores."""
-    device.use_local_device(*collectives.start("torch", deterministic), deterministic)
+    device.use_local_device(*binding.start("torch", deterministic), deterministic)
 
 
 class TorchReplica:
@@ -129,7 +130,9 @@ class TorchReplica:
             group["lr"] = rate
 
     def _check(self) -> None:
-        check_equal(((name, v.numpy(force=True)) for name, v in self._state().items()), self._done)
+        collectives.check_equal(
+            ((name, v.numpy(force=True)) for name, v in self._state().items()), self._done
+        )
 
     def _state(self) -> dict[str, torch.Tensor]:
         """All that training changes, but for the loss scale: the state dict and the velocities."""
@@ -182,7 +185,7 @@ def _optimizer(recipe: Recipe, network: resnet.ResNet, passes: int) -> torch.opt
         named_parameters=network.named_parameters(),
         compression=PackedCompression(getattr(hvd.Compression, recipe.optimizer.compression)),
         backward_passes_per_step=passes,
-        groups=collectives.groups(recipe, sum(p.numel() for p in network.parameters())),
+        groups=groups(recipe, sum(p.numel() for p in network.parameters())),
     )
     if recipe.optimizer.momentum:
         for p in (

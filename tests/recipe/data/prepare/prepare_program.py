@@ -12,8 +12,9 @@ from recipe.system import noise
 with noise.filtered():
     from tensorflow_datasets.core.utils import shard_utils
 
+    from recipe.data import datasets
     from recipe.data.prepare import __main__ as prepare
-    from recipe.data.prepare import builders, tars, verify
+    from recipe.data.prepare import tars, verify
     from recipe.system.progress import Tally
 
 CLASS_IMAGES, VALIDATION_IMAGES = 12, 6  # of each of three classes; in all
@@ -23,10 +24,10 @@ FILE_BYTES = 30_000  # at least
 def small() -> None:
     """The numbers of this ImageNet in place of the real one's."""
     shard_utils.ShardConfig.min_shard_size = FILE_BYTES
-    builders.IMAGENET_EXAMPLES = {"train": 3 * CLASS_IMAGES, "validation": VALIDATION_IMAGES}
+    datasets.IMAGENET_EXAMPLES = {"train": 3 * CLASS_IMAGES, "validation": VALIDATION_IMAGES}
     verify.CLASSES = {
-        "train": (3, CLASS_IMAGES, CLASS_IMAGES),
-        "validation": (VALIDATION_IMAGES, 1, 1),
+        "train": verify.Classes(3, CLASS_IMAGES, CLASS_IMAGES),
+        "validation": verify.Classes(VALIDATION_IMAGES, 1, 1),
     }
 
 
@@ -46,5 +47,5 @@ if __name__ == "__main__":
     if seconds := float(sys.argv.pop(1)):
         slow(seconds)
     folder = next(word.split("=")[1] for word in sys.argv if word.startswith("--manual_dir="))
-    builders.IMAGENET_TARS = {path.name: path.stat().st_size for path in Path(folder).glob("*.tar")}
+    datasets.IMAGENET_TARS = {path.name: path.stat().st_size for path in Path(folder).glob("*.tar")}
     cli.run(prepare.main, prepare.VALUES)
