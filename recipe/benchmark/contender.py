@@ -47,9 +47,10 @@ def settings(size: int) -> Recipe:
 def batches(recipe: Recipe, workers: range) -> object:
     from recipe.data.pipeline import TrainingExamples
     from recipe.data.sources import open_source
+    from recipe.rules.epoch import Share
 
     source = open_source(recipe.data, "train", recipe.seed)
-    return TrainingExamples(source, recipe, workers, processor.cores()).elements()
+    return TrainingExamples(source, recipe, Share(workers), processor.cores()).elements()
 
 
 def ours(framework: str) -> Callable[[Recipe, int, Tick], None]:

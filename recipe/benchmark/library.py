@@ -31,6 +31,7 @@ from recipe.keras import backend, state
 from recipe.keras.agreement import Agreement
 from recipe.keras.distributed import reduction_of
 from recipe.ranks import binding, launched
+from recipe.rules.epoch import Share
 
 BATCH, WIDTH, LAYERS = 32, 256, 12
 STEPS, TURNS = 20, 9
@@ -156,7 +157,8 @@ def compare_replicas() -> None:
     source = open_source(recipe.data, "train")
     replica = fit.KerasReplica(recipe, source.num_classes)
     replica.begin(steps=1)
-    examples = TrainingExamples(source, recipe, [hvd.rank()], binding.cores())
+    share = Share(range(hvd.rank(), hvd.rank() + 1))
+    examples = TrainingExamples(source, recipe, share, binding.cores())
     elements = iter(examples.elements())
     replica.step(0, 0, elements, stop=False)()  # traced
     steps, checks = [], []

@@ -16,7 +16,8 @@ from recipe.data.element import Element, Examples
 from recipe.data.reading import Cutter, read
 from recipe.data.sources import Source
 from recipe.errors import RunError
-from recipe.rules import augment, sharding
+from recipe.rules import augment
+from recipe.rules.epoch import Epoch, Share, permutation
 from recipe.system import output
 
 PART = 32  # examples that one job reads
@@ -27,7 +28,7 @@ class Place(NamedTuple):
 
     epoch: int
     step: int  # in its epoch
-    first: int  # number of the first worker whose examples it has
+    workers: Sequence[int]  # whose examples it has
 
 
 class TrainingExamples:
@@ -39,41 +40,35 @@ class TrainingExamples:
     (recipe.data.decode).
     """
 
-    def __init__(
-        self, source: Source, recipe: Recipe, workers: Sequence[int], threads: int
-    ) -> None:
-        """Take the examples of these `workers`, and read them in so many `threads`."""
+    def __init__(self, source: Source, recipe: Recipe, share: Share, threads: int) -> None:
+        """Take the examples of the workers that a rank plays, and read them in so many threads."""
         self.source = source
         self.recipe = recipe
-        self.workers = workers
+        self.share = share
         self.threads = threads
-        self.passes = len(workers) // recipe.run.workers_at_once
         self.replaced: set[str] = set()  # names of the bad images that others were taken for
 
         @functools.lru_cache(maxsize=2)
         def order(epoch: int) -> np.ndarray:
             block = recipe.data.shuffle_block
-            return sharding.permutation(len(source), recipe.seed, epoch, block)
+            return permutation(len(source), recipe.seed, epoch, block)
 
         self.order: Callable[[int], np.ndarray] = order  # int64[examples] of an epoch
 
     @functools.cached_property
-    def steps_per_epoch(self) -> int:
-        """The steps of an epoch. Raise UsageError when there is none."""
-        recipe = self.recipe
-        return sharding.steps_per_epoch(len(self.source), recipe.k, recipe.n, recipe.data.remainder)
+    def division(self) -> Epoch:
+        """How an epoch is divided into batches. Raise UsageError when it has no step."""
+        return Epoch.of(self.recipe, len(self.source))
 
     def elements(self, first_step: int = 0) -> Batches[Element]:
         """Return the elements of the steps from `first_step` on, up to the recipe's last epoch.
 
-        Each step has one for each worker, or for each run.workers_at_once of them. Raise UsageError
-        when an epoch has no step. While the elements are iterated, raise a RunError that names the
-        example that can't be read or decoded. With data.bad_images "replace" that is only one that
-        can't be read.
+        Each step has one for each of the rank's forward passes. Raise UsageError when an epoch has
+        no step. While the elements are iterated, raise a RunError that names the example that can't
+        be read or decoded. With data.bad_images "replace" that is only one that can't be read.
         """
-        steps = self.recipe.epochs * self.steps_per_epoch
-        positions = range(first_step * self.passes, steps * self.passes)
-        return Batches(positions, self.element, self.threads)
+        passes, steps = self.share.passes, self.recipe.epochs * self.division.steps
+        return Batches(range(first_step * passes, steps * passes), self.element, self.threads)
 
     def element(self, position: int) -> Unfilled[Element]:
         """Return the element at a position of the run, still empty, and the jobs that fill it."""
@@ -92,29 +87,22 @@ class TrainingExamples:
 
     def place(self, position: int) -> Place:
         """Return where the element at a position of the run is."""
-        steps_done, forward_pass = divmod(position, self.passes)
-        epoch, step = divmod(steps_done, self.steps_per_epoch)
-        return Place(epoch, step, forward_pass * self.recipe.run.workers_at_once)
+        steps_done, forward_pass = divmod(position, self.share.passes)
+        epoch, step = divmod(steps_done, self.division.steps)
+        return Place(epoch, step, self.share.workers_of(forward_pass))
 
     def indices(self, place: Place) -> np.ndarray:
         """Return the indices of an element's examples, int64[b]."""
         order = self.order(place.epoch)
-        return np.concatenate(
-            [
-                sharding.worker_indices(order, place.step, worker, self.recipe.k, self.recipe.n)
-                for worker in self._workers_at(place)
-            ]
-        )
+        batches = [self.division.indices(order, place.step, worker) for worker in place.workers]
+        return np.concatenate(batches)
 
     def weights(self, place: Place, count: int) -> np.ndarray:
         """Return the weights of an element's `count` examples, float32[b], which are all the same.
 
         With several workers in an element all minibatches are full, and the weights 1.
         """
-        worker = self._workers_at(place)[0]
-        weight = sharding.worker_weight(
-            len(self.source), place.step, worker, self.recipe.k, self.recipe.n
-        )
+        weight = self.division.weight(place.step, place.workers[0])
         return np.full(count, weight, dtype=np.float32)
 
     def keys(self, place: Place, indices: np.ndarray) -> np.ndarray | None:
@@ -129,12 +117,9 @@ class TrainingExamples:
         boxes, mirrored = augment.crop_boxes(shapes, indices, seed, epoch, data.min_area)
         return Cut(boxes, mirrored, data.image_size, Filter.BILINEAR)
 
-    def _workers_at(self, place: Place) -> Sequence[int]:
-        return self.workers[place.first : place.first + self.recipe.run.workers_at_once]
-
     def _is_time_for_next_order(self, place: Place) -> bool:
         """Say whether to draw the next epoch's order, so that nobody waits for it between two."""
-        in_second_step = (place.step, place.first) == (1, 0)
+        in_second_step = place.step == 1 and place.workers[0] == self.share.workers[0]
         return in_second_step and place.epoch + 1 < self.recipe.epochs
 
     def _fill(self, element: Element, indices: np.ndarray, epoch: int, part: slice) -> None:

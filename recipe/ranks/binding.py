@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from recipe.errors import RunError, UsageError
-from recipe.ranks import launched
+from recipe.ranks import launched, machine
 from recipe.system import processor, watchdog
 
 # The number of ranks by horovodrun, Open MPI's mpirun, MPICH's, and srun.
@@ -76,7 +76,7 @@ def _alone() -> bool:
     return {os.environ[v] for v in SIZE_VARIABLES if v in os.environ} <= {"1"}
 
 
-def start(framework: str, deterministic: bool) -> tuple[int, int]:
+def start(framework: str, deterministic: bool) -> machine.HostShare:
     """Starts Horovod for a run: (this rank's number on its host, its share of the host's cores)."""
     if deterministic:
         # Which tensors Horovod fuses depends on timing, and the order of a sum over three ranks or more on where in
@@ -89,7 +89,7 @@ def start(framework: str, deterministic: bool) -> tuple[int, int]:
     watchdog.start()
     init(framework)
     check_found()
-    return horovod().local_rank(), cores()
+    return machine.HostShare(horovod().local_rank(), cores())
 
 
 def cores() -> int:

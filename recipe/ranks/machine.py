@@ -1,8 +1,16 @@
-"""This rank's share of its host's GPUs."""
+"""This rank's share of its host: CPU cores and GPUs."""
 
 import socket
+from typing import NamedTuple
 
 from recipe.errors import UsageError
+
+
+class HostShare(NamedTuple):
+    """What a rank has of its host."""
+
+    local_rank: int  # this rank's number on its host
+    threads: int  # its share of the host's cores
 
 
 def check_gpus(visible: int, local_rank: int) -> None:

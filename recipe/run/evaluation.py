@@ -39,6 +39,7 @@ def _statistics(
 ) -> contextlib.AbstractContextManager:
     if not training.recipe.model.precise_bn:
         return contextlib.nullcontext()
-    elements = training.elements((max(epoch, 1) - 1) * training.steps_per_epoch)
-    steps = min(training.recipe.model.precise_bn, training.steps_per_epoch)
-    return replica.statistics_of(iter(elements.take(steps * training.passes)))
+    steps_per_epoch = training.division.steps
+    elements = training.elements((max(epoch, 1) - 1) * steps_per_epoch)
+    steps = min(training.recipe.model.precise_bn, steps_per_epoch)
+    return replica.statistics_of(iter(elements.take(steps * training.share.passes)))

@@ -24,6 +24,7 @@ from recipe.frameworks.replica import Replica
 from recipe.ranks import binding, collectives, elastic
 from recipe.ranks.preemption import Notice
 from recipe.rules import sharding
+from recipe.rules.epoch import Share
 from recipe.rules.sums import Sums
 from recipe.run import checkpoint, runlog
 from recipe.run import state as standing
@@ -135,8 +136,8 @@ def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Su
         epochs = restore(replica, run_dir)
         replica.begin(steps=1)
         with telling("evaluating"):
-            workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
-            training = TrainingExamples(sources[0], recipe, workers, binding.cores())
+            share = Share.of(recipe, collectives.rank(), collectives.size())
+            training = TrainingExamples(sources[0], recipe, share, binding.cores())
             sums = evaluate(recipe, replica, training, sources[1], epochs)
         check_evaluation(sums, epochs)
         return sums
@@ -252,8 +253,8 @@ class Loop:
         self.steps = sharding.steps_per_epoch(
             self.examples, recipe.k, recipe.n, recipe.data.remainder
         )
-        self.workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
-        self.training = TrainingExamples(sources[0], recipe, self.workers, binding.cores())
+        share = Share.of(recipe, collectives.rank(), collectives.size())
+        self.training = TrainingExamples(sources[0], recipe, share, binding.cores())
         self._pending: Callable[[], tuple] | None = None  # gives the last step's figures
         self._first_images: list[
             int

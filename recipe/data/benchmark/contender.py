@@ -42,10 +42,11 @@ def ours(folder: Path) -> Batches:
     from recipe.data.benchmark import photos
     from recipe.data.pipeline import TrainingExamples
     from recipe.data.prepared import TFDSSource
+    from recipe.rules.epoch import Share
 
     source = TFDSSource(photos.builder(folder), "train")
     recipe = Recipe(k=1, n=settings.BATCH, epochs=EPOCHS, data=Data(image_size=SIZE))
-    return TrainingExamples(source, recipe, workers=[0], threads=CORES).elements()
+    return TrainingExamples(source, recipe, Share(range(1)), threads=CORES).elements()
 
 
 def floor(folder: Path) -> Batches:
