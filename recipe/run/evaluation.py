@@ -39,7 +39,7 @@ def _statistics(
     """Return the context in which the replica predicts."""
     if not recipe.model.precise_bn:
         return contextlib.nullcontext()
-    first_step = (max(epochs, 1) - 1) * training.epoch.steps
-    minibatches = min(recipe.model.precise_bn, training.epoch.steps)
+    first_step = (max(epochs, 1) - 1) * training.division.steps
+    minibatches = min(recipe.model.precise_bn, training.division.steps)
     elements = training.elements(first_step).take(minibatches * training.share.passes)
     return replica.statistics_of(iter(elements))

@@ -26,7 +26,7 @@ class Record:
     """The figures of a run. Rank 0 has a run log and shows progress; the other ranks are quiet."""
 
     def __init__(self, run_dir: Path, recipe: Recipe, epoch: Epoch, state: RunState) -> None:
-        self._state, self._recipe, self._epoch = state, recipe, epoch
+        self.state, self._recipe, self._epoch = state, recipe, epoch
         self._epoch_meter, self._line_meter = Meter(), Meter()
         self._first_step_settled = False
         self._first_images = FirstImages(recipe.run.workers_at_once)
@@ -46,14 +46,14 @@ class Record:
     def elements(self, elements: Iterator[Element]) -> Iterator[Element]:
         """Yield the elements, measure how long each is waited for, and remember the run's first images."""
         for element in self._epoch_meter.timed(elements):
-            if self._state.step == 0:
+            if self.state.step == 0:
                 self._first_images.add(element)
             yield element
 
     def settled(self, step: int, sums: Sums) -> None:
         """Count a step that is done, the number `step` of the run from 1 on."""
-        self._state.epoch_sums += sums
-        self._state.line_sums += sums
+        self.state.epoch_sums += sums
+        self.state.line_sums += sums
         self._epoch_meter.examples += int(sums.count)
         self._line_meter.examples += int(sums.count)
         if self._progress:
@@ -72,18 +72,18 @@ class Record:
 
     def write_line(self, rate: float) -> None:
         """Write and show the figures of the steps since the last line. Collective."""
-        figures: Figures = {"epoch": self._state.step / self._epoch.steps}
-        figures |= _figures(self._state.line_sums, rate, self._line_meter)
-        self._state.line_sums = Sums()
+        figures: Figures = {"epoch": self.state.step / self._epoch.steps}
+        figures |= _figures(self.state.line_sums, rate, self._line_meter)
+        self.state.line_sums = Sums()
         self._line_meter.restart()
         collectives.on_root(lambda: self._write("step", figures), "loop")
         if self._progress:
-            self._progress.line(self._state.step, figures)
+            self._progress.line(self.state.step, figures)
 
     def epoch_figures(self, rate: float) -> Figures:
         """Return the figures of the epoch that is over. Collective."""
-        figures: Figures = {"epoch": self._state.epochs}
-        figures |= _figures(self._state.epoch_sums, rate, self._epoch_meter)
+        figures: Figures = {"epoch": self.state.epochs}
+        figures |= _figures(self.state.epoch_sums, rate, self._epoch_meter)
         longest = max(collectives.gather(self._epoch_meter.share_waited(), "waits"))
         self._waits.append(longest)
         return figures | {"data_wait": longest}
@@ -122,7 +122,7 @@ class Record:
 
     def _write(self, kind: str, figures: Figures) -> None:
         assert self._log is not None, "rank 0 only"
-        self._log.write(kind, self._state.step, figures)
+        self._log.write(kind, self.state.step, figures)
 
     def _say(self, text: str) -> None:
         if self._progress:

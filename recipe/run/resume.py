@@ -50,7 +50,7 @@ def decide(run_dir: Path, recipe: Recipe, epoch: Epoch, mode: Mode) -> Plan:
     newest = checkpoint.newest(folder, warn)
     if newest is None:
         if mode is not Mode.FORCE:
-            _check_progress(run_dir)
+            check_progress(run_dir)
         warn(f"{folder} holds no checkpoint: the run begins at step 0")
         return Plan()
 
@@ -169,7 +169,7 @@ def _step(meta: dict[str, Any], epoch: Epoch) -> int:
     return meta["epochs"] * epoch.steps + inside
 
 
-def _check_progress(run_dir: Path) -> None:
+def check_progress(run_dir: Path) -> None:
     """Raise UsageError when the figures of a run without checkpoints say that it had some."""
     has_no_figures = not runlog.exists(run_dir / runlog.METRICS)
     if has_no_figures or checkpoint.unfinished(run_dir / runlog.CHECKPOINTS):

@@ -41,6 +41,13 @@ PACKAGES = (
 )
 
 
+class RankHost(NamedTuple):
+    """Where a rank runs."""
+
+    host: str
+    processor: str
+
+
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """Makes the directory this process's as long as the context lasts, against other processes that would write there.
@@ -131,13 +138,6 @@ def read_processors(folder: Path) -> list[str]:
 def versions() -> dict[str, str]:
     """The versions of the packages that a run's figures may depend on."""
     return {name: version for name in PACKAGES if (version := _version(name))}
-
-
-class RankHost(NamedTuple):
-    """Where a rank runs."""
-
-    host: str
-    processor: str
 
 
 class RunLog:

@@ -40,7 +40,7 @@ class Step:
         # What all ranks' gradients are divided by: their passes, where every rank has as many.
         self._mean_passes = self.k / (hvd.size() * share.workers_at_once)
         self.layout = StepVector(len(self.moving), self.k)
-        self._vector = torch.zeros(self.layout.length, device=self._device)
+        self.vector = torch.zeros(self.layout.length, device=self._device)
 
     def __call__(self, elements: Iterator[Element], stop: bool) -> Callable[[], StepResult]:
         """Draw this rank's elements and update. Collective.
@@ -49,12 +49,12 @@ class Step:
         """
         # Forward and backward; Horovod reduces the gradients meanwhile.
         self.network.train()
-        self._vector.zero_()
+        self.vector.zero_()
         for i in range(self.share.passes):
-            self._backward(self.share.workers_of(i)[0], *on_device(next(elements)))
+            self.backward(self.share.workers_of(i)[0], *on_device(next(elements)))
 
         # Reduce the vector while the optimizer waits for the gradients and applies them.
-        self._vector[self.layout.stop] = stop
+        self.vector[self.layout.stop] = stop
         reduced_vector = self._start_reduction()
         self._update()
 
@@ -72,11 +72,11 @@ class Step:
     def _start_reduction(self) -> Callable[[], torch.Tensor]:
         """Begin the vector's sum over the ranks, and return a function that waits for it."""
         if hvd.size() == 1:  # else it would wait for Horovod's next cycle
-            return lambda: self._vector
-        handle = hvd.allreduce_async_(self._vector, op=hvd.Sum, name="workers")
+            return lambda: self.vector
+        handle = hvd.allreduce_async_(self.vector, op=hvd.Sum, name="workers")
         return lambda: hvd.synchronize(handle)
 
-    def _backward(
+    def backward(
         self,
         first_worker: int,
         images: torch.Tensor,
@@ -93,12 +93,12 @@ class Step:
 
         with torch.no_grad():
             together = self.share.workers_at_once
-            self._vector[self.layout.statistics] += batch_statistics(self.network) * together
+            self.vector[self.layout.statistics] += batch_statistics(self.network) * together
             hits = logits.argmax(1) == labels
             losses_of_pass = self.layout.losses_of(first_worker, together)
             hits_of_pass = self.layout.hits_of(first_worker, together)
-            self._vector[losses_of_pass] = losses.reshape(together, -1).sum(1)
-            self._vector[hits_of_pass] = hits.reshape(together, -1).sum(1)
+            self.vector[losses_of_pass] = losses.reshape(together, -1).sum(1)
+            self.vector[hits_of_pass] = hits.reshape(together, -1).sum(1)
 
     def _update(self) -> None:
         """Wait for the mean gradients and apply them, or skip those that overflow, on all ranks.

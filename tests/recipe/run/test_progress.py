@@ -14,7 +14,7 @@ from tests.ranks import command, environment
 
 BIG = """
 import time
-from recipe.data.work import Tally
+from recipe.system.progress import Tally
 from recipe.run.progress import Progress
 progress = Progress(steps=14040, steps_per_epoch=156)
 for step, speed in ((1, None), (2, 32000.0)):
@@ -27,7 +27,7 @@ with Tally("verifying imagenet2012", 1281167) as tally:
 SLOW = """
 import time
 from recipe.system import ticking
-from recipe.data import work
+from recipe.system.progress import Tally
 from recipe.run.progress import Progress
 ticking.TERMINAL = ticking.LOG = 0.2
 progress = Progress(steps=6, steps_per_epoch=3)
@@ -39,7 +39,7 @@ time.sleep(1)
 progress.close()
 with ticking.ticking(lambda: "reading the heads"):
     time.sleep(1)
-with work.Tally("writing train", 10):
+with Tally("writing train", 10):
     time.sleep(1)
 """
 PROGRAM = """
