@@ -282,20 +282,18 @@ def test_a_host_that_hangs_or_dies_in_the_middle_is_named(tmp_path, number):
 def test_what_seems_a_fault_is_measured_again():
     """Rank 0 says of its first measurement that it was slow; both then measure once more, and the better counts."""
     program = (
-        "from mpi4py import MPI; from launch.preflight import network, rank; pairs, starts = network.pairs, []\n"
+        "from dataclasses import replace; from mpi4py import MPI\n"
+        "from launch.preflight import network, rank; pairs, starts = network.pairs, []\n"
         "def slow(comm, names, say, start=1):\n"
         "    found = pairs(comm, names, say, start)\n"
-        "    if not starts and comm.rank == 0: found['rows'][0]['bandwidth'] = 1.0\n"
+        "    if not starts and comm.rank == 0: found.links[0] = replace(found.links[0], bandwidth=1.0)\n"
         "    starts.append(start)\n"
         "    return found\n"
         "network.pairs = slow; rank._measure_pairs(MPI.COMM_WORLD, ['h1', 'h2']); assert starts == [1, 3], starts"
     )
     done = launch(2, ["-c", program])
     assert done.returncode == 0, done.stdout
-    first, second = (
-        [row["bandwidth"] for each in found for row in each["rows"]]
-        for found in measured(done.stdout)
-    )
+    first, second = bandwidths(done.stdout)
     assert first[0] == 1.0 and min(second) > 1.0 and second[1] >= first[1]
 
 
@@ -304,17 +302,20 @@ def test_all_ranks_are_told_thousands_of_names():
     program = (
         "from mpi4py import MPI; from launch.preflight import network; comm = MPI.COMM_WORLD\n"
         "names = [f'gpu-worker-{i}.training.cluster.example.org' for i in range(5000)]\n"
-        "assert network.told(comm, names if comm.rank == 0 else []) == names"
+        "assert network.broadcast(comm, names if comm.rank == 0 else []) == names"
     )
     done = launch(2, ["-c", program])
     assert done.returncode == 0, done.stdout
 
 
-def measured(printed: str) -> list[list[dict]]:
-    """The parts "pairs" among what ranks have printed."""
-    return [
-        json.loads(line)["pairs"] for line in printed.splitlines() if line.startswith('{"pairs"')
-    ]
+def bandwidths(printed: str) -> list[list[float]]:
+    """Return the bandwidths of all links, for each part "pairs" that rank 0 has printed."""
+    parts = []
+    for line in printed.splitlines():
+        if line.startswith('{"pairs"'):
+            links = [link for each in json.loads(line)["pairs"] for link in each["links"]]
+            parts.append([link["bandwidth"] for link in links])
+    return parts
 
 
 def until_heard(folder: Path, words: str) -> None:
