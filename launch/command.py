@@ -1,4 +1,7 @@
-"""Command lines that start in milliseconds, also where the environment isn't installed: errors are one sentence."""
+"""Command lines that start in milliseconds, also where the environment isn't installed.
+
+Their errors are one sentence.
+"""
 
 import argparse
 import difflib
@@ -59,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the known name that was meant, by a synonym or by its letters; "" when none is like it."""
+    """Return the known name that was meant, by a synonym or by its letters; "" if none is."""
     # Known names by all ways to write them.
     spellings = {_plain(each): each for each in known}
     for each, synonyms in SYNONYMS.items():

@@ -1,13 +1,15 @@
-"""Examines a cluster before a job: every host, and the network between them. Exit status 0: all well; 1: faults.
+"""Examines a cluster before a job: every host, and the network between them.
+
+The exit status is 0 when all is well, 1 when there are faults.
 
     python -m launch.doctor --hostfile hostfiles/bigbasin-32 --data_dir /data/tfds
     python -m launch.doctor                              # in a Slurm allocation: its hosts
     python -m launch.doctor --hostfile hostfiles/localhost --json
 
-The doctor reaches every host by ssh. In a Slurm allocation srun starts things, and ssh isn't needed.
-Then it starts one process a host by launch.run's mpirun. They compare versions, GPUs, clocks, limits,
-addresses and data. They measure latency and bandwidth of every pair, and of an allreduce of all. What
-is measured is MPI over the hosts' network: not NCCL, not the GPUs.
+The doctor reaches every host by ssh. In a Slurm allocation srun starts things, and ssh isn't
+needed. Then it starts one process a host by launch.run's mpirun. They compare versions, GPUs,
+clocks, limits, addresses and data. They measure latency and bandwidth of every pair, and of an
+allreduce of all. What is measured is MPI over the hosts' network: not NCCL, not the GPUs.
 """
 
 import argparse
@@ -48,23 +50,16 @@ def examine(hosts: list[Host], options: argparse.Namespace) -> Report:
     in_slurm = hostfile.in_slurm(os.environ) and shutil.which("srun") is not None
     names = [host.name for host in hosts]
 
-    # Who can be reached. mpirun orders the hosts: as the allocation does, or its own host first.
-    if in_slurm:
-        allocated = [host.name for host in hostfile.from_slurm(os.environ)]
-        reaches = {name: _allocated(name, allocated) for name in names}
-        reached = [name for name in allocated if name in names]
-    else:
-        reaches = reach_all(names)
-        reached = [name for name in names if reaches[name].how]
-        reached.sort(key=lambda name: reaches[name].how != "this machine")
+    reaches = _reach(names, in_slurm)
     findings = [
         Finding(name, reach.reason, reach.fix) for name, reach in reaches.items() if not reach.how
     ]
     if launched.homeless():
         findings.append(Finding("", "a plain mpirun dies by signal 11 here", launched.no_home()))
 
-    # What they are like.
+    # What those that are reached are like.
     measurements = Measurements()
+    reached = _in_mpirun_order(reaches, in_slurm)
     if reached and not shutil.which("mpirun"):
         findings.append(Finding("", "there is no mpirun in PATH", "source .venv/bin/activate"))
     elif reached:
@@ -75,15 +70,29 @@ def examine(hosts: list[Host], options: argparse.Namespace) -> Report:
     return Report(hosts, reaches, measurements, findings, time.monotonic() - began)
 
 
-def _allocated(name: str, allocated: list[str]) -> Reach:
-    """Return whether srun reaches a host."""
-    if name in allocated:
-        return Reach("srun")
-    return Reach(
+def _reach(names: list[str], in_slurm: bool) -> dict[str, Reach]:
+    """Reach all hosts: in a Slurm allocation those that srun reaches, else by ssh."""
+    if not in_slurm:
+        return reach_all(names)
+    allocated = {host.name for host in hostfile.from_slurm(os.environ)}
+    foreign = Reach(
         "",
         reason="it is not in this job's allocation",
         fix="take it out of the hostfile, or give none",
     )
+    return {name: Reach("srun") if name in allocated else foreign for name in names}
+
+
+def _in_mpirun_order(reaches: dict[str, Reach], in_slurm: bool) -> list[str]:
+    """Return the hosts that are reached, in the order that mpirun gives them.
+
+    That is the allocation's order. Without one, mpirun's own host comes first.
+    """
+    reached = [name for name, reach in reaches.items() if reach.how]
+    if in_slurm:
+        allocated = [host.name for host in hostfile.from_slurm(os.environ)]
+        return sorted(reached, key=allocated.index)
+    return sorted(reached, key=lambda name: reaches[name].how != "this machine")
 
 
 def judge(
@@ -107,7 +116,7 @@ def judge(
 
 
 def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host]:
-    """Return the hosts of the hostfile, or of the Slurm allocation. Raise UsageError without either."""
+    """Return the hosts of the hostfile, or of the Slurm allocation. Raise UsageError if neither."""
     if options.hostfile:
         return hostfile.read(options.hostfile)
     if hostfile.in_slurm(environ):

@@ -1,9 +1,11 @@
-"""Under `srun --mpi=none`, one a task: starts a program as a Horovod rank by Gloo; needs neither MPI nor ssh.
+"""Starts a program as a Horovod rank by Gloo, under `srun --mpi=none`, one a task.
+
+It needs neither MPI nor ssh.
 
     srun --mpi=none --distribution=block python -m launch.gloo python -m recipe.train --config=quick
 
-The first task keeps the server by which the ranks find each other, at a port made of the job's and the
-step's number.
+The first task keeps the server by which the ranks find each other, at a port made of the job's and
+the step's number.
 """
 
 import os
@@ -46,11 +48,7 @@ def main(program: list[str]) -> None:
     slots = assignments(os.environ)
     if not shutil.which(program[0]):
         raise UsageError(f"{program[0]} is not on the PATH of {socket.gethostname()}")
-    slot = slots[int(os.environ["SLURM_PROCID"])]
-    if slot.local_rank != int(os.environ["SLURM_LOCALID"]):
-        raise UsageError(
-            "the tasks of a node don't follow one another: give srun --distribution=block"
-        )
+    slot = _own_slot(slots, os.environ)
 
     # What Horovod reads.
     endpoint = rendezvous(os.environ, slots[0].hostname)
@@ -70,6 +68,16 @@ def main(program: list[str]) -> None:
     os.execvp(program[0], program)
 
 
+def _own_slot(slots: list[SlotInfo], environ: Mapping[str, str]) -> SlotInfo:
+    """Return this task's rank. Raise UsageError when Slurm numbers the tasks in another order."""
+    slot = slots[int(environ["SLURM_PROCID"])]
+    if slot.local_rank != int(environ["SLURM_LOCALID"]):
+        raise UsageError(
+            "the tasks of a node don't follow one another: give srun --distribution=block"
+        )
+    return slot
+
+
 def assignments(environ: Mapping[str, str]) -> list[SlotInfo]:
     """Return the ranks of this step, in order. Raise UsageError outside of one."""
     try:
@@ -86,8 +94,8 @@ def assignments(environ: Mapping[str, str]) -> list[SlotInfo]:
 def rendezvous(environ: Mapping[str, str], first: str) -> Endpoint:
     """Return where the first task listens.
 
-    The address is the first node's, by its name. Where the name is unknown, it is that of the node where
-    srun runs, which in a batch job is the same.
+    The address is the first node's, by its name. Where the name is unknown, it is that of the node
+    where srun runs, which in a batch job is the same.
     """
     step = int(environ["SLURM_JOB_ID"]) * 16 + int(environ["SLURM_STEP_ID"])
     try:
@@ -113,7 +121,8 @@ def serve(port: int, slots: list[SlotInfo]) -> None:
 def status_of(program: list[str]) -> int:
     """Run the program as a child and return its exit status.
 
-    The child gets the signals that end or preempt this process, also those that come before it has started.
+    The child gets the signals that end or preempt this process, also those that come before the
+    child has started.
     """
     early: list[int] = []
     pass_on: Callable[[int], None] = early.append

@@ -1,4 +1,6 @@
-"""Hostfiles: reads the notations of Open MPI, MPICH and Horovod, checks every line, and writes any of them.
+"""Hostfiles: reads the notations of Open MPI, MPICH and Horovod, and writes any of them.
+
+Every line is checked.
 
     # Say what is wrong, or how many hosts there are:
     python -m launch.hostfile check hostfiles/bigbasin-32 --gpus 8
@@ -12,12 +14,12 @@
     horovodrun --min-np 8 --host-discovery-script "python -m launch.hostfile discover hosts" …
     horovodrun --min-np 8 --host-discovery-script "python -m launch.hostfile discover" …
 
-A line is a host with its slots, which are the ranks it runs, one a GPU: `bb01 slots=8` (Open MPI, and
-what horovodrun --hostfile reads), `bb01:8` (MPICH), or several with commas (horovodrun -H).
-`bb[01-03,07]` stands for bb01, bb02, bb03 and bb07. `max_slots` is read and not kept: no launcher here
-starts more ranks than slots unless told to. What only one launcher knows (`user@`, `binding=`) is
-refused, and so are IPv6 addresses, which none of them takes. launch.run reads all of this. `check` fails
-where `mpirun --hostfile` or `horovodrun --hostfile` could not read it.
+A line is a host with its slots, which are the ranks it runs, one a GPU: `bb01 slots=8` (Open MPI,
+and what horovodrun --hostfile reads), `bb01:8` (MPICH), or several with commas (horovodrun -H).
+`bb[01-03,07]` stands for bb01, bb02, bb03 and bb07. `max_slots` is read and not kept: no launcher
+here starts more ranks than slots unless told to. What only one launcher knows (`user@`, `binding=`)
+is refused, and so are IPv6 addresses, which none of them takes. launch.run reads all of this.
+`check` fails where `mpirun --hostfile` or `horovodrun --hostfile` could not read it.
 """
 
 import ipaddress
@@ -44,7 +46,7 @@ RESERVED = re.compile(
     r"(?:max[-_])?(?:slots|cpu|count)|(?:slots|cpu|count)[-_]max|slot|rank|user[-_]?name|boards"
     r"|sockets(?:[-_]per[-_]board)?|cores(?:[-_]per[-_]socket)?|cpu[-_]set"
 )
-# The lines that Open MPI's mpirun and Horovod's horovodrun read as they are, without what ends them.
+# The lines that Open MPI's mpirun and Horovod's horovodrun read as they are, without their ends.
 SPACE = r"[ \t\v\f]"
 SETTING = rf"{SPACE}+(?:slots|max[-_]slots|slots[-_]max){SPACE}*={SPACE}*[0-9]+"
 READ = {
@@ -89,8 +91,8 @@ class Host:
 def parse(text: str, where: str, gpus: int | None = None) -> list[Host]:
     """Return the hosts of a hostfile's text, in any notation, ranges expanded.
 
-    `where` names the file in messages. Raise UsageError "where:line: what is wrong: the fix". With `gpus`,
-    raise it also for a host with more slots than that.
+    `where` names the file in messages. Raise UsageError "where:line: what is wrong: the fix". With
+    `gpus`, raise it also for a host with more slots than that.
     """
     hosts: list[Host] = []
     line_of: dict[str, int] = {}
@@ -133,7 +135,7 @@ def unread(path: Path | str) -> list[str]:
 
 
 def mpirun_settings(names: Iterable[str]) -> dict[str, str]:
-    """Return the settings that Open MPI needs for hosts of these names, the machine's own included."""
+    """Return the settings that Open MPI needs for hosts of these names, and its own machine's."""
     settings: dict[str, str] = {}
     for name in names:
         if "." in name and not re.fullmatch(r"[0-9.]+", name):
@@ -146,8 +148,8 @@ def mpirun_settings(names: Iterable[str]) -> dict[str, str]:
 def render(hosts: list[Host], notation: str) -> str:
     """Return the text that a launcher reads.
 
-    "openmpi" and "mpich" have a line a host, "horovod" is the value of horovodrun -H. Raise UsageError for
-    another notation.
+    "openmpi" and "mpich" have a line a host, "horovod" is the value of horovodrun -H. Raise
+    UsageError for another notation.
     """
     if notation not in NOTATIONS:
         raise UsageError(
@@ -160,8 +162,8 @@ def render(hosts: list[Host], notation: str) -> str:
 def expand(pattern: str) -> list[str]:
     """Return the names that `bb[01-03,07]` stands for, zeros kept.
 
-    A name without brackets stands for itself. Raise UsageError if one of the names is not that of a host,
-    or if they are too many.
+    A name without brackets stands for itself. Raise UsageError if one of the names is not that of a
+    host, or if they are too many.
     """
     parts = re.split(r"\[([^\[\]]*)\]", pattern)  # text, ranges, text, ranges, …, text
     if len(parts) > 2 * RANGES + 1:
@@ -190,8 +192,8 @@ def in_slurm(environ: Mapping[str, str]) -> bool:
 def from_slurm(environ: Mapping[str, str]) -> list[Host]:
     """Return the hosts of the Slurm allocation that `environ` is of, with a slot a task.
 
-    Ask for it with --ntasks-per-node: otherwise Slurm counts one task a node or, with --exclusive, one a
-    core. Raise UsageError outside of an allocation.
+    Ask for it with --ntasks-per-node: otherwise Slurm counts one task a node or, with --exclusive,
+    one a core. Raise UsageError outside of an allocation.
     """
     nodes = environ.get("SLURM_JOB_NODELIST", "")
     if not nodes:
@@ -202,8 +204,9 @@ def from_slurm(environ: Mapping[str, str]) -> list[Host]:
     components = environ.get("SLURM_HET_SIZE", "")
     if components not in ("", "1"):
         raise UsageError(
-            f"SLURM_JOB_NODELIST={nodes[:80]} is the first only of this job's {components} components "
-            "(SLURM_HET_SIZE): submit it as one component, or list all hosts in a hostfile and take horovodrun"
+            f"SLURM_JOB_NODELIST={nodes[:80]} is the first only of this job's {components} "
+            "components (SLURM_HET_SIZE): submit it as one component, "
+            "or list all hosts in a hostfile and take horovodrun"
         )
 
     # Only so many names that the limit is noticed.
@@ -217,11 +220,23 @@ def from_slurm(environ: Mapping[str, str]) -> list[Host]:
     return parse("\n".join(lines), "SLURM_JOB_NODELIST")
 
 
+def _counts(name: str, value: str) -> list[str]:
+    """Return what `8(x4),2` stands for: 8, 8, 8, 8, 2. Raise UsageError for anything else."""
+    counts: list[str] = []
+    for part in value.split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part)
+        times = int(match[2] or 1) if match else 0
+        if match is None or len(counts) + times > LIMIT:
+            raise UsageError(f"{name}={value[:80]} is not understood: it should be like 8(x4),2")
+        counts += [match[1]] * times
+    return counts
+
+
 def alive(hosts: list[Host]) -> list[Host]:
     """Leave out the nodes that Slurm calls down, failed or silent.
 
-    A job outlives a node only if it was submitted with --no-kill. Raise RunError when Slurm doesn't answer,
-    or when no node is left.
+    A job outlives a node only if it was submitted with --no-kill. Raise RunError when Slurm doesn't
+    answer, or when no node is left.
     """
     names = [host.name for host in hosts]
     dead = set()
@@ -258,17 +273,7 @@ def _slurm_tasks(environ: Mapping[str, str], nodes: int) -> list[str]:
             "SLURM_TASKS_PER_NODE is not set: give sbatch or salloc --ntasks-per-node=8"
         )
 
-    # `8(x4)` is four nodes of 8 tasks. Only so many are counted that the limit is noticed.
-    counts: list[str] = []
-    for part in environ[name].split(","):
-        match = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part)
-        times = int(match[2] or 1) if match else 0
-        if match is None or len(counts) + times > LIMIT:
-            raise UsageError(
-                f"{name}={environ[name][:80]} is not understood: it should be like 8(x4),2"
-            )
-        counts += [match[1]] * times
-
+    counts = _counts(name, environ[name])
     if name == "SLURM_NTASKS_PER_NODE" and len(counts) == 1:
         counts *= nodes
     if len(counts) != nodes:
@@ -375,7 +380,7 @@ def _text(path: Path | str) -> str:
 
 
 def _first_unread_lines(text: str) -> dict[str, int]:
-    """Return the launchers that can't read a hostfile's text, with the number of the first such line."""
+    """Return the launchers that can't read a text, with the number of the first such line."""
     unread_lines = {}
     for launcher, readable in READ.items():
         lines = re.split("\n" if launcher == "mpirun" else r"\r\n?|\n", text)
@@ -414,6 +419,22 @@ def _parse_entry(entry: str, gpus: int | None) -> list[Host]:
 
 def _slots(pattern: str, settings: list[str]) -> int:
     """Return the slots of `slots=8` and perhaps `max_slots=8`."""
+    values = _settings(pattern, settings)
+    if "slots" not in values:
+        raise UsageError(
+            f"{pattern} has no slots: "
+            f"write how many ranks it runs, one a GPU, as in {pattern} slots=8"
+        )
+    if values["slots"] > values.get("max_slots", LIMIT):
+        raise UsageError(
+            f"{pattern} has more slots than its max_slots={values['max_slots']}: "
+            "lower the one, or raise it"
+        )
+    return values["slots"]
+
+
+def _settings(pattern: str, settings: list[str]) -> dict[str, int]:
+    """Return the numbers by their names, "slots" and "max_slots"."""
     values: dict[str, int] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
@@ -426,18 +447,7 @@ def _slots(pattern: str, settings: list[str]) -> int:
         if name in values:
             raise UsageError(f"{pattern} has {name} twice: keep one, as in {pattern} slots=8")
         values[name] = _number(value, name)
-
-    if "slots" not in values:
-        raise UsageError(
-            f"{pattern} has no slots: "
-            f"write how many ranks it runs, one a GPU, as in {pattern} slots=8"
-        )
-    if values["slots"] > values.get("max_slots", LIMIT):
-        raise UsageError(
-            f"{pattern} has more slots than its max_slots={values['max_slots']}: "
-            "lower the one, or raise it"
-        )
-    return values["slots"]
+    return values
 
 
 def _number(value: str, name: str) -> int:
@@ -489,8 +499,8 @@ def _check_name(name: str) -> None:
         _check_address(name)
     elif not NAME.fullmatch(name):
         raise UsageError(
-            f"{name[:80]!r} is not a host name: letters, digits, underscores, inner hyphens and dots, "
-            "as in bb01 or bb01.example.org"
+            f"{name[:80]!r} is not a host name: "
+            "letters, digits, underscores, inner hyphens and dots, as in bb01 or bb01.example.org"
         )
 
 
@@ -512,8 +522,8 @@ def _check_address(name: str) -> None:
 def _refuse_ipv6(word: str) -> None:
     """Raise UsageError for an IPv6 address.
 
-    mpirun 4.1 ends with "illegal character", horovodrun refuses the colons, and MPICH cuts the address at
-    the first of them.
+    mpirun 4.1 ends with "illegal character", horovodrun refuses the colons, and MPICH cuts the
+    address at the first of them.
     """
     try:
         ipaddress.IPv6Address(re.sub(r"^\[|\](?::[0-9]*)?$", "", word))

@@ -1,15 +1,18 @@
-"""Starts a program on all ranks by mpirun, horovodrun or Slurm's srun: prints the whole command, then runs it.
+"""Starts a program on all ranks by mpirun, horovodrun or Slurm's srun.
 
-    python -m launch.run --hostfile hostfiles/bigbasin-32 python -m recipe.train --config=imagenet_1hr
-    python -m launch.run --launcher horovodrun -np 2 python -m recipe.train --config=quick    # this machine
+It prints the whole command, then runs it.
+
+    python -m launch.run --hostfile hostfiles/bigbasin-32 python -m recipe.train …
+    # On this machine:
+    python -m launch.run --launcher horovodrun -np 2 python -m recipe.train --config=quick
     # Hosts may come and go:
-    python -m launch.run --launcher horovodrun --elastic 8:256 --hostfile hosts python -m recipe.train …
+    python -m launch.run --launcher horovodrun --elastic 8:256 --hostfile hosts …
     # In a Slurm allocation, with MPI and without:
     python -m launch.run --launcher srun python -m recipe.train --config=imagenet_1hr
     python -m launch.run --launcher srun-gloo python -m recipe.train --config=imagenet_1hr
 
-The ranks get the environment's variables below and no others, so that no secret travels. HOROVOD_… and
-NCCL_… variables that are set win over the settings chosen here.
+The ranks get the environment's variables below and no others, so that no secret travels. HOROVOD_…
+and NCCL_… variables that are set win over the settings chosen here.
 """
 
 import argparse
@@ -58,8 +61,8 @@ LAUNCHERS_PREFIXES = (
     "SLURM_",
     "PMIX_",
 )
-# But not these. SLURM_JWT is a key. SLURM_EXPORT_ENV, of `sbatch --export`, would have srun keep the
-# variables chosen here from the ranks.
+# But not these. SLURM_JWT is a key. SLURM_EXPORT_ENV, of `sbatch --export`, would have srun keep
+# the variables chosen here from the ranks.
 WITHHELD = ("SLURM_JWT", "SLURM_EXPORT_ENV")
 
 # Whether Open MPI is the environment's own, and not the system's.
@@ -67,7 +70,8 @@ OWN_OPEN_MPI = (Path(sys.prefix) / "bin" / "orted").exists()
 PATIENCE = 120  # seconds until srun must have started something
 LONGEST = 32 * os.sysconf("SC_PAGE_SIZE")  # bytes of one argument, for Linux
 
-# Where schedulers that this launcher doesn't know keep a job's hosts, and what makes a hostfile of it.
+# Where schedulers that this launcher doesn't know keep a job's hosts, and what makes a hostfile of
+# it.
 A_LINE_A_SLOT = "sort {0} | uniq -c | awk '{{print $2, \"slots=\" $1}}' > hosts"
 SCHEDULERS = {
     "PBS_NODEFILE": A_LINE_A_SLOT,
@@ -142,7 +146,7 @@ def mpirun(job: Job) -> list[str]:
         )
     words = ["mpirun", "-np", str(job.ranks)]
 
-    # Where. Of a file it would look up all names, thousands, one after the other, deaf to signals.
+    # Where. Of a file it would look up all names, one after the other, deaf to signals.
     place = [] if job.allocated else _place(job, "mpirun")
     words += place
     if "--hostfile" in place:
@@ -153,13 +157,7 @@ def mpirun(job: Job) -> list[str]:
     if OWN_OPEN_MPI:
         words += ["--prefix", sys.prefix]  # where the other hosts find it
 
-    # Names of hosts, this machine's as mpirun cuts it; one network between them; a lost host noticed.
-    own_name = socket.gethostname().partition(".")[0]
-    parameters = hostfile.mpirun_settings(host.name for host in job.hosts)
-    parameters |= hostfile.mpirun_settings([own_name])
-    if job.servers > 1:
-        parameters |= KEEPALIVE | _networks(job.interface)
-    for name, value in parameters.items():
+    for name, value in _mpi_parameters(job).items():
         words += ["--mca", name, value]
 
     # What the ranks get, and where their output goes.
@@ -229,10 +227,21 @@ def _place(job: Job, launcher: str) -> list[str]:
     )
 
 
+def _mpi_parameters(job: Job) -> dict[str, str]:
+    """Return Open MPI's parameters for the hosts' names, the network, and hosts that get lost."""
+    own_name = socket.gethostname().partition(".")[0]  # as mpirun cuts it
+    parameters = hostfile.mpirun_settings(host.name for host in job.hosts)
+    parameters |= hostfile.mpirun_settings([own_name])
+    if job.servers > 1:
+        parameters |= KEEPALIVE | _networks(job.interface)
+    return parameters
+
+
 def _networks(interface: str) -> dict[str, str]:
     """Return Open MPI's networks for its daemons (oob) and its messages (btl).
 
-    What the environment sets already is left out. Docker's bridge has the same address on every host.
+    What the environment sets already is left out. Docker's bridge has the same address on every
+    host.
     """
     already_set = set()
     for name in os.environ:
@@ -258,15 +267,16 @@ def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
 def settings(servers: int, ranks: int, interface: str, launcher: str) -> dict[str, str]:
     """Return Horovod's and NCCL's variables for so many servers.
 
-    They are starting points: `horovodrun --autotune` finds better ones. Several servers of several GPUs
-    each reduce in three phases, as in the paper (sec. 4): inside a server by NCCL, between servers by
-    MPI, inside again.
+    They are starting points: `horovodrun --autotune` finds better ones. Several servers of several
+    GPUs each reduce in three phases, as in the paper (sec. 4): inside a server by NCCL, between
+    servers by MPI, inside again.
     """
     variables = {}
     if servers > 1 and ranks > servers and launcher in MPI:  # the phase between servers is MPI's
         variables["HOROVOD_HIERARCHICAL_ALLREDUCE"] = "1"
     if servers > 1:
-        # ResNet-50's 102 MB of gradients in pieces: the first travels while backprop makes the next.
+        # ResNet-50's 102 MB of gradients in pieces: the first travels while backprop makes the
+        # next.
         variables["HOROVOD_FUSION_THRESHOLD"] = str(32 * 2**20)
         variables["HOROVOD_CYCLE_TIME"] = "3.5"  # ms
     if interface:
@@ -409,7 +419,7 @@ def _elastic(options: argparse.Namespace, ranks: int) -> list[str]:
 
 
 def _check_k(program: list[str], ranks: int, elastic: RankRange | None) -> None:
-    """Raise UsageError when the program is the recipe and so many ranks can't share its k workers."""
+    """Raise UsageError when the program is the recipe and the ranks can't share its k workers."""
     if "recipe.train" not in program or {"-h", "--help"} & set(program):
         return
     from recipe import cli, sharding  # the recipe's flags take half a second
@@ -477,7 +487,7 @@ def _first_words(path: str) -> set[str]:
 
 
 def _prepare(command: list[str], job: Job, variables: dict[str, str]) -> None:
-    """Make the folder for the ranks' output. Raise UsageError when the command can't be run here."""
+    """Raise UsageError when the command can't be run here; make the folder for the output."""
     launcher = command[0]
     if not shutil.which(launcher, path=variables.get("PATH")):
         raise UsageError(
@@ -490,13 +500,17 @@ def _prepare(command: list[str], job: Job, variables: dict[str, str]) -> None:
     if "--mpi=pmix" in command:
         _try_pmix(job.servers, variables)
     if job.log_dir:
-        try:
-            Path(job.log_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"--log-dir={job.log_dir} can't be made ({error.strerror}): "
-                "name a folder you may write to"
-            )
+        _make_log_dir(job.log_dir)
+
+
+def _make_log_dir(log_dir: str) -> None:
+    """Make the folder for the ranks' output. Raise UsageError when that fails."""
+    try:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--log-dir={log_dir} can't be made ({error.strerror}): name a folder you may write to"
+        )
 
 
 def _check_mpirun(variables: dict[str, str]) -> None:
@@ -538,9 +552,10 @@ def _try_pmix(servers: int, variables: dict[str, str]) -> None:
     except subprocess.TimeoutExpired:
         raise UsageError(f"`{shlex.join(words)}` did not end in {PATIENCE} s: {others}")
     if done.returncode:
+        message = "; ".join(done.stderr.splitlines())
         raise UsageError(
-            f"srun --mpi=pmix does not work here ({'; '.join(done.stderr.splitlines())}): {others}, "
-            "or have Slurm's PMIx plugin and libpmix.so (Debian: libpmix-dev) installed on all nodes"
+            f"srun --mpi=pmix does not work here ({message}): {others}, or have Slurm's "
+            "PMIx plugin and libpmix.so (Debian: libpmix-dev) installed on all nodes"
         )
 
 

@@ -12,7 +12,7 @@ from recipe.errors import RunError
 
 
 def main() -> int:
-    """Return the exit status. 0: the environment is in place; 1: a sentence on stderr says why not."""
+    """Return the exit status: 0 when the environment is in place, 1 with a sentence why not."""
     gpu = parse().gpu
     try:
         checks.python(sys.version_info[:2])
@@ -30,8 +30,8 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="launch/install/install",
-        description="Builds .venv at the project's root: TensorFlow, PyTorch, an MPI, and Horovod for them."
-        " Does nothing when it is in place.",
+        description="Builds .venv at the project's root: TensorFlow, PyTorch, an MPI, and Horovod "
+        "for them. Does nothing when it is in place.",
         epilog="Default: as .venv is now; without one, "
         "--gpu where an NVIDIA driver and nvcc are, else --cpu.",
     )
@@ -43,7 +43,10 @@ def parse() -> argparse.Namespace:
 
 
 def install(gpu: bool | None) -> None:
-    """Build the environment unless it is there; `gpu`: with GPUs, without, or (None) as it is now."""
+    """Build the environment unless it is there.
+
+    `gpu` is whether it is for GPUs; None leaves that as it is now.
+    """
     wanted, remark = target.choose(gpu)
     if target.in_place(wanted) and target.decoder().exists():
         print(f"environment in place: {target.VENV}")

@@ -48,7 +48,7 @@ def headers(include: str = "") -> None:
 
 
 def compiler(path: str) -> str:
-    """Return the C++ compiler that CMake will find, with its version. Raise RunError without one."""
+    """Return the C++ compiler that CMake will find, with its version. Raise RunError if none."""
     name = os.environ.get("CXX", "").split() or ["c++"]
     program = shutil.which(name[0], path=path) or shutil.which("g++", path=path)
     if program is None:
@@ -108,7 +108,7 @@ def cuda(path: str) -> str:
 
 
 def cuda_home(path: str) -> str | None:
-    """Return the CUDA toolkit's root: $CUDA_HOME, the usual place, or that of the nvcc on the path."""
+    """Return the CUDA toolkit's root: $CUDA_HOME, the usual place, or where nvcc on the path is."""
     places = [os.environ.get("HOROVOD_CUDA_HOME"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     if nvcc := shutil.which("nvcc", path=path):
         places.append(str(Path(nvcc).resolve().parent.parent))

@@ -1,4 +1,7 @@
-"""What the user sees of the installation: one line a stage. The output of every command goes to a log file."""
+"""What the user sees of the installation: one line a stage.
+
+The output of every command goes to a log file.
+"""
 
 import re
 import shlex
@@ -57,7 +60,7 @@ class Console:
 
     @contextmanager
     def stage(self, text: str) -> Iterator[None]:
-        """Print what happens now, how long it has been going on, and at the end how long it took."""
+        """Print what happens now, how long it goes on, and at the end how long it took."""
         self.count += 1
         start, terminal = time.monotonic(), sys.stdout.isatty()
         head = f"[{self.count}/{self.total}] {text} ... "
@@ -78,7 +81,7 @@ class Console:
         print(f"{time.monotonic() - start:.0f} s", flush=True)
 
     def compiled_share(self) -> str:
-        """Return how far a compilation is, by its last lines in the log, as in ", 45 %"; else ""."""
+        """Return how far a compilation is, by its last lines in the log: ", 45 %", or ""."""
         with suppress(OSError), self.log.open("rb") as log:
             log.seek(max(0, self.log.stat().st_size - TAIL))
             shares = re.findall(rb"\[ *(\d+)%\]", log.read())
@@ -142,7 +145,7 @@ def explain(what: str, status: int, output: str) -> str:
 
 
 def telling_lines(output: str) -> list[str]:
-    """Return the lines worth showing: a compiler's first error, which pip buries, and the last lines."""
+    """Return the lines worth showing: a compiler's first error, which pip buries, and the last."""
     lines = [line.rstrip() for line in output.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("$ ", "WARNING: Location"))]
     last = lines[-4:]

@@ -1,4 +1,7 @@
-"""One installation at a time: a lock that the kernel releases when its holders are gone, however they ended."""
+"""One installation at a time: a lock on a file.
+
+The kernel releases it when its holders are gone, however they ended.
+"""
 
 import fcntl
 from collections.abc import Iterator

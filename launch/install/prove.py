@@ -1,4 +1,7 @@
-"""The proof that an environment works, run on every rank: what Horovod was built with, and a right allreduce."""
+"""The proof that an environment works, run on every rank.
+
+It shows what Horovod was built with, and a right allreduce.
+"""
 
 import importlib
 import json

@@ -144,8 +144,8 @@ def refuse_mixture(target: Target, packages: dict[str, str]) -> None:
     """
     if target.cuda and packages["torch"].endswith("+cpu"):
         raise RunError(
-            f"pip chose PyTorch {packages['torch']}, which has no CUDA: take the place it comes from "
-            "out of pip's configuration (`pip config list`), or use --cpu"
+            f"pip chose PyTorch {packages['torch']}, which has no CUDA: take the place "
+            "it comes from out of pip's configuration (`pip config list`), or use --cpu"
         )
 
 
@@ -198,13 +198,21 @@ def finish(console: Console, target: Target, built: str, proofs: list[Proof]) ->
 
 def summary(target: Target, versions: dict[str, str], proofs: list[Proof]) -> str:
     """Return what was set up, in two lines."""
-    # Versions.
     tensorflow = versions.get("tensorflow-cpu") or versions["tensorflow"]
     stack = f"TensorFlow {tensorflow}, Keras {versions['keras']}, PyTorch {versions['torch']}"
     python = platform.python_version()
 
-    # What Horovod was built with, as `horovodrun --check-build` shows it.
     kind = "with NCCL" if target.cuda else "CPU"
+    boxes = _boxes(proofs)
+    return (
+        f"  Python {python}, {stack}, {target.mpi}\n"
+        f"  Horovod {versions['horovod']} ({kind}): {boxes}; "
+        "2-rank allreduce is right in both frameworks"
+    )
+
+
+def _boxes(proofs: list[Proof]) -> str:
+    """Return what Horovod was built with, as `horovodrun --check-build` shows it."""
     built = {
         "TensorFlow": True,
         "PyTorch": True,
@@ -212,9 +220,4 @@ def summary(target: Target, versions: dict[str, str], proofs: list[Proof]) -> st
         "Gloo": all(proof.gloo for proof in proofs),
         "NCCL": all(proof.nccl for proof in proofs),
     }
-    boxes = " ".join(f"[{'X' if there else ' '}] {name}" for name, there in built.items())
-    return (
-        f"  Python {python}, {stack}, {target.mpi}\n"
-        f"  Horovod {versions['horovod']} ({kind}): {boxes}; "
-        "2-rank allreduce is right in both frameworks"
-    )
+    return " ".join(f"[{'X' if there else ' '}] {name}" for name, there in built.items())

@@ -69,7 +69,7 @@ class Target:
         return wheel.build_flags(mpi.library_folders(self.mpi), self.cuda)
 
     def environment(self) -> dict[str, str]:
-        """Return the variables of the installation's commands, which use the new environment first."""
+        """Return the variables of the installation's commands: the new environment comes first."""
         variables = {
             name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)
         }
@@ -137,7 +137,7 @@ def constraints(target: Target) -> list[Path]:
 
 
 def stamp() -> dict[str, Any]:
-    """Return what the environment at hand was built from; {} if there is none or it is unfinished."""
+    """Return what the environment at hand was built from, {} if none is there or finished."""
     try:
         return json.loads(STAMP.read_text()).get("inputs", {})
     except (OSError, ValueError):

@@ -1,4 +1,7 @@
-"""Horovod's wheel as a function of its inputs: their key, and the cache that keeps a wheel for each key."""
+"""Horovod's wheel as a function of its inputs.
+
+The inputs have a key, and the cache keeps a wheel for each key.
+"""
 
 import hashlib
 import json
@@ -24,8 +27,8 @@ FLAGS = {
     "HOROVOD_WITH_GLOO": "1",
     "HOROVOD_CPU_OPERATIONS": "MPI",
 }
-# Where the built libraries look for others: the environment's lib, for Open MPI's wheel; TensorFlow;
-# PyTorch.
+# Where the built libraries look for others: the environment's lib, for Open MPI's wheel;
+# TensorFlow; PyTorch.
 RUN_PATHS = ("$ORIGIN/../../../..", "$ORIGIN/../../tensorflow", "$ORIGIN/../../torch/lib")
 NCCL_RUN_PATH = "$ORIGIN/../../nvidia/nccl/lib"
 COMPILER_SETTINGS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "HOROVOD_BUILD_CUDA_CC_LIST")
@@ -77,8 +80,8 @@ def finished(folder: Path) -> Path | None:
 def keep(folder: Path, inputs: Mapping[str, object], build: Callable[[Path], Path]) -> Path:
     """Return the wheel of a folder of the cache.
 
-    If there is none, `build` makes it in a scratch folder. The folder appears by a rename when its wheel
-    is whole: whatever interrupts a build leaves only scratch.
+    If there is none, `build` makes it in a scratch folder. The folder appears by a rename when its
+    wheel is whole: whatever interrupts a build leaves only scratch.
     """
     waiting = "\n  another installation builds the same wheel: waiting for it"
     with locked(folder.with_name(folder.name + ".lock"), waiting):

@@ -105,7 +105,7 @@ def data(folder: Path) -> DataFolder | UnreadableFolder:
 
 
 def sample(folder: Path, files: list[Path]) -> Sample:
-    """Count these files of a folder, in order, and digest names, sizes and pieces of SAMPLED contents."""
+    """Count these files of a folder, and digest names, sizes and pieces of SAMPLED contents."""
     # Names and sizes of all files.
     sizes = [path.stat().st_size for path in files]
     digest = hashlib.sha256()
@@ -216,7 +216,7 @@ def _build_digest(horovod: Path | None) -> str:
 
 
 def _mpi_libraries(horovod: Path | None) -> list[str]:
-    """Return the MPI libraries that Horovod's compiled ones ask for, such as libmpi.so.40 (Open MPI)."""
+    """Return the MPI libraries that Horovod's compiled ones ask for, such as libmpi.so.40."""
     if horovod is None:
         return []
     names: set[str] = set()

@@ -1,4 +1,7 @@
-"""Starts preflight.rank on every host, by launch.run's mpirun as a real job would be, and never waits for ever."""
+"""Starts preflight.rank on every host, by launch.run's mpirun, as a real job would be started.
+
+It never waits for ever.
+"""
 
 import contextlib
 import json

@@ -72,7 +72,7 @@ class HostFacts:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "HostFacts":
-        """Read what `asdict` wrote, perhaps with another version of this project: it may know more facts."""
+        """Read what `asdict` wrote, perhaps in another version of this project with more facts."""
         known = {each.name for each in fields(cls)}
         arguments = {name: value for name, value in values.items() if name in known}
         arguments["gpus"] = [Gpu(**gpu) for gpu in values["gpus"]]

@@ -1,8 +1,10 @@
-"""The network between hosts, by MPI: clocks, latency and bandwidth of every pair, an allreduce of all.
+"""The network between hosts, by MPI.
 
-n hosts meet in n - 1 rounds. In each round all hosts meet in disjoint pairs, and each direction of a
-pair gets BOX seconds. So the time grows with n, though the pairs grow with n². All pairs of a round
-send at once, as they do in a ring allreduce.
+Measured are the clocks, latency and bandwidth of every pair, and an allreduce of all.
+
+n hosts meet in n - 1 rounds. In each round all hosts meet in disjoint pairs, and each direction of
+a pair gets BOX seconds. So the time grows with n, though the pairs grow with n². All pairs of a
+round send at once, as they do in a ring allreduce.
 """
 
 import array
@@ -30,16 +32,16 @@ DOUBLE = struct.Struct("d")
 
 
 class Ping(NamedTuple):
-    """A question for the other clock: how long the answer took, and by how much that clock is ahead."""
+    """A question for another clock: how long the answer took, and how far that clock is ahead."""
 
     trip: float
     ahead: float
 
 
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield the rounds of a tournament: 0 … count - 1 in disjoint pairs, so that every two meet once.
+    """Yield the rounds of a tournament of 0 … count - 1, in which every two meet once.
 
-    There are count - 1 rounds. When count is odd there are count, and one rests in each.
+    A round is a list of disjoint pairs. There are count - 1 rounds. When count is odd there are count, and one rests in each.
     """
     places = [*range(count)]
     if count % 2:
@@ -85,26 +87,29 @@ def agreed(comm: "MPI.Comm", decision: bool) -> bool:
 
 def clocks(comm: "MPI.Comm") -> list[Clock]:
     """Compare the ranks' clocks with rank 0's, at rank 0; elsewhere return []. Collective."""
-    theirs = bytearray(DOUBLE.size)
-    if comm.rank:
-        for _ in range(CLOCK_PINGS):
-            comm.Recv(theirs, 0)
-            comm.Send(DOUBLE.pack(time.time()), 0)
-        return []
+    if comm.rank == 0:
+        own = Clock(ahead=0.0, bound=0.0)
+        return [own, *(_compare_clock(comm, rank) for rank in range(1, comm.size))]
+    buffer = bytearray(DOUBLE.size)
+    for _ in range(CLOCK_PINGS):
+        comm.Recv(buffer, 0)
+        comm.Send(DOUBLE.pack(time.time()), 0)
+    return []
 
-    compared = [Clock(ahead=0.0, bound=0.0)]
-    for rank in range(1, comm.size):
-        pings = []
-        for _ in range(CLOCK_PINGS):
-            began = time.time()
-            comm.Send(theirs, rank)
-            comm.Recv(theirs, rank)
-            ended = time.time()
-            (answer,) = DOUBLE.unpack(theirs)
-            pings.append(Ping(ended - began, answer - (began + ended) / 2))
-        quickest = min(pings)  # the least disturbed
-        compared.append(Clock(quickest.ahead, bound=quickest.trip / 2))
-    return compared
+
+def _compare_clock(comm: "MPI.Comm", rank: int) -> Clock:
+    """Compare the clock of another rank with this one's, which is rank 0's."""
+    buffer = bytearray(DOUBLE.size)
+    pings = []
+    for _ in range(CLOCK_PINGS):
+        began = time.time()
+        comm.Send(buffer, rank)
+        comm.Recv(buffer, rank)
+        ended = time.time()
+        (theirs,) = DOUBLE.unpack(buffer)
+        pings.append(Ping(ended - began, theirs - (began + ended) / 2))
+    quickest = min(pings)  # the least disturbed
+    return Clock(quickest.ahead, bound=quickest.trip / 2)
 
 
 def pairs(
@@ -120,24 +125,29 @@ def pairs(
     comm.Barrier()
     began = time.monotonic()
     for number, meetings in enumerate(rounds(comm.size), start):
-        own_pair = next((pair for pair in meetings if comm.rank in pair), None)
-        if own_pair is None:
+        pair = next((pair for pair in meetings if comm.rank in pair), None)
+        if pair is None:
             say(FIRST + 2 * number, f"round {number}, resting")
         else:
-            peer = sum(own_pair) - comm.rank
+            peer = sum(pair) - comm.rank
             say(FIRST + 2 * number, f"round {number}, with {names[peer]}")
-            # Both directions, one after the other.
-            for sender in own_pair:
-                if sender == comm.rank:
-                    latency = _ping(comm, peer)
-                    bandwidth = _send(comm, peer, buffer)
-                    links.append(Link(names[comm.rank], names[peer], latency, bandwidth))
-                else:
-                    _echo(comm, peer)
-                    _receive(comm, peer, buffer)
+            links.append(_meet(comm, names, peer, buffer))
         say(FIRST + 2 * number + 1, f"the end of round {number}")
         comm.Barrier()
     return RankLinks(links, time.monotonic() - began)
+
+
+def _meet(comm: "MPI.Comm", names: list[str], peer: int, buffer: bytearray) -> Link:
+    """Measure the link to the peer, and let it measure its own. The lower rank comes first."""
+    if peer < comm.rank:
+        _echo(comm, peer)
+        _receive(comm, peer, buffer)
+    latency = _ping(comm, peer)
+    bandwidth = _send(comm, peer, buffer)
+    if peer > comm.rank:
+        _echo(comm, peer)
+        _receive(comm, peer, buffer)
+    return Link(names[comm.rank], names[peer], latency, bandwidth)
 
 
 def better(first: RankLinks, second: RankLinks) -> RankLinks:

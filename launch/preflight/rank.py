@@ -1,8 +1,10 @@
-"""One process a host, started by launch.doctor: collects facts, meets the others by MPI, measures the network.
+"""One process a host, started by launch.doctor.
 
-Rank 0 reads the hosts' names on stdin as JSON, in the order of the ranks. It prints a line of JSON on
-stdout after each part, so that a part is kept when a later one hangs. Every rank says on stderr how far
-it is, so that the doctor knows who hangs.
+It collects facts, meets the others by MPI, and measures the network.
+
+Rank 0 reads the hosts' names on stdin as JSON, in the order of the ranks. It prints a line of JSON
+on stdout after each part, so that a part is kept when a later one hangs. Every rank says on stderr
+how far it is, so that the doctor knows who hangs.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""Whether ssh reaches a host and finds this project there, and if not, why: all hosts at once, without a password."""
+"""Whether ssh reaches a host and finds this project there, and if not, why.
+
+All hosts are asked at once, without a password.
+"""
 
 import re
 import shlex

@@ -152,7 +152,7 @@ def _reached(reach: Reach) -> str:
 
 
 def _links(links: list[Link], name: str) -> list[str]:
-    """Return the medians of a host's latency to the others, of what it sends and of what it receives."""
+    """Return the medians of a host's latency, of what it sends and of what it receives."""
     latencies = [link.latency for link in links if link.sender == name]
     sends = [link.bandwidth for link in links if link.sender == name]
     receives = [link.bandwidth for link in links if link.receiver == name]
@@ -200,7 +200,7 @@ def _network(network: Network) -> list[str]:
 
 
 def _together(together: Allreduce, count: int) -> str:
-    """Return the speed of an allreduce of `count` hosts, and how long one of all gradients would take.
+    """Return the speed of an allreduce of `count` hosts, and the time of one of all gradients.
 
     A ring sends 2 (n - 1) / n of the bytes over each host's link.
     """

@@ -63,9 +63,10 @@ class Speeds(NamedTuple):
 
 
 def odd(values: Mapping[str, Any]) -> Majority:
-    """Find the value that more than half of the hosts have, and the odd hosts. Values must be hashable.
+    """Find the value that more than half of the hosts have, and the odd hosts.
 
-    Without a majority all hosts are odd. When all have the same value, none is.
+    Values must be hashable. Without a majority all hosts are odd. When all have the same value,
+    none is.
     """
     if not values:
         return Majority(None, {})
@@ -103,7 +104,7 @@ def merged(findings: list[Finding]) -> list[Finding]:
 
 
 def versions(facts: Facts) -> list[Finding]:
-    """Compare Python, the project's source, Horovod's build, all packages, and the environment's disk."""
+    """Compare Python, the project's source, Horovod's build, all packages, and their disk."""
     fix = "share one environment, or install there again (launch/install/install)"
     copy_again = "share it, or copy it again"
     build = "Horovod's compiled library"
@@ -206,7 +207,8 @@ def limits(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
 def addresses(facts: Facts, interface: str) -> list[Finding]:
     """Check that each host's name is, on itself, an address that the others can reach.
 
-    When `interface` is not "", it must be on that interface. One host alone needs any address of its own.
+    When `interface` is not "", it must be on that interface. One host alone needs any address of
+    its own.
     """
     if len(facts) > 1:
         checked = [_address(host, facts[host], interface) for host in facts]
@@ -253,7 +255,7 @@ def _address(host: str, host_facts: HostFacts, interface: str) -> Finding | None
 
 
 def doubles(facts: Facts) -> list[Finding]:
-    """Report machines that stand in the hostfile under two names, by their own name and addresses."""
+    """Report machines with two names in the hostfile, by their own name and addresses."""
     hosts_by_machine: dict[tuple[str, ...], list[str]] = {}
     for host, host_facts in facts.items():
         machine = (host_facts.hostname, *sorted(host_facts.own_addresses))
@@ -288,7 +290,7 @@ def names(facts: Facts, in_slurm: bool) -> list[Finding]:
 
 
 def _unknown_name(name: str, in_slurm: bool) -> Finding:
-    """Report a name that the other hosts don't know. In a Slurm allocation it is worth a note only."""
+    """Report a name that the other hosts don't know. In a Slurm allocation that is a note."""
     what = f"the name {name} is unknown to the other hosts"
     if in_slurm:
         what += ": horovodrun and Gloo need it, mpirun and srun do not"
@@ -349,20 +351,13 @@ def data(facts: Facts, named: bool) -> list[Finding]:
 def links(measured: list[Link]) -> list[Finding]:
     """Report hosts, and links, that are much slower than the rest.
 
-    A host is as fast as its best link, and is compared with the median host. A link is compared with
-    what its two ends do with others. So one bad cable accuses neither the network nor a healthy peer.
+    A host is as fast as its best link, and is compared with the median host. A link is compared
+    with what its two ends do with others. So one bad cable accuses neither the network nor a
+    healthy peer.
     """
     speeds = best_speeds(measured)
-    findings = []
-    slow_hosts = set()
-    for verb, by_host in (("sends", speeds.sends), ("receives", speeds.receives)):
-        usual = statistics.median(by_host.values()) if by_host else 0.0
-        for host, speed in by_host.items():
-            if speed < SLOW * usual:
-                slow_hosts.add(host)
-                what = f"{verb} {rate(speed)} at best, the median host {rate(usual)}"
-                fix = "look at its cable, port and driver (ethtool)"
-                findings.append(Finding(host, what, fix, fault=speed < SLOWER * usual))
+    findings = _slow_hosts("sends", speeds.sends) + _slow_hosts("receives", speeds.receives)
+    slow_hosts = {finding.host for finding in findings}
 
     # Links between hosts that are fast otherwise.
     for link in measured:
@@ -372,6 +367,18 @@ def links(measured: list[Link]) -> list[Finding]:
             fix = "look at the switch and the route between them"
             where = f"{link.sender}→{link.receiver}"
             findings.append(Finding(where, what, fix, fault=link.bandwidth < SLOWER * usual))
+    return findings
+
+
+def _slow_hosts(verb: str, speeds: dict[str, float]) -> list[Finding]:
+    """Report the hosts that are much slower than the median host."""
+    usual = statistics.median(speeds.values()) if speeds else 0.0
+    findings = []
+    for host, speed in speeds.items():
+        if speed < SLOW * usual:
+            what = f"{verb} {rate(speed)} at best, the median host {rate(usual)}"
+            fix = "look at its cable, port and driver (ethtool)"
+            findings.append(Finding(host, what, fix, fault=speed < SLOWER * usual))
     return findings
 
 

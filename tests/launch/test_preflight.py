@@ -129,8 +129,8 @@ def test_versions_that_matter_are_named_and_the_others_together():
     ]
     mpich = sentences(verdicts.versions({"h1": a_host(horovod_mpi=["libmpi.so.12"])}))
     assert mpich == [
-        "h1: Horovod was built with another MPI (libmpi.so.12) than mpirun's, libmpi.so.40: ranks of mpirun don't find "
-        "each other"
+        "h1: Horovod was built with another MPI (libmpi.so.12) than mpirun's, libmpi.so.40: "
+        "ranks of mpirun don't find each other"
     ]
     assert "(none)" in sentences(verdicts.versions({"h1": a_host(horovod_mpi=[])}))[0]
     disks = sentences(
@@ -163,9 +163,9 @@ def test_the_lines_of_nvidia_smi():
     printed = (
         "Tesla P100-SXM2-16GB, 16280 MiB, 535.104.05\nTesla P100-SXM2-16GB, 16280 MiB, 535.104.05\n"
     )
-    found = facts.parse_gpus(printed)
-    assert verdicts.describe_gpus(found) == "2 × Tesla P100-SXM2-16GB, 16280 MiB"
-    assert found[0].driver == "535.104.05"
+    parsed = facts.parse_gpus(printed)
+    assert verdicts.describe_gpus(parsed) == "2 × Tesla P100-SXM2-16GB, 16280 MiB"
+    assert parsed[0].driver == "535.104.05"
     assert facts.parse_gpus("No devices were found\n") == []
 
 
@@ -205,8 +205,8 @@ def test_gloo_listens_at_the_address_of_the_hosts_own_name(changed, interface, s
     well = a_host(
         hostname="h2", address="10.1.0.2" if interface == "ib0" else "10.0.0.2", interfaces=ib0
     )
-    (found,) = sentences(verdicts.addresses({"h1": a_host(**changed), "h2": well}, interface))
-    assert found.startswith("h1: ") and says in found
+    (sentence,) = sentences(verdicts.addresses({"h1": a_host(**changed), "h2": well}, interface))
+    assert sentence.startswith("h1: ") and says in sentence
     assert verdicts.addresses({"h1": a_host(**changed)}, interface) == [], (
         "one host has nobody to reach"
     )
@@ -271,18 +271,22 @@ def test_data_is_there_and_the_same():
     gone = UnreadableFolder("/data", "No such file or directory")
     other, empty = replace(well, digest="1e"), replace(well, files=0)
 
-    def found(*folders, named=True):
+    def data_findings(*folders, named=True):
         hosts = {f"h{i}": a_host(data=folder) for i, folder in enumerate(folders, 1)}
         return sentences(verdicts.data(hosts, named))
 
-    assert found(well, well) == []
-    assert found(well, other, well) == [
+    assert data_findings(well, well) == []
+    assert data_findings(well, other, well) == [
         "h2: data in /data: 3 files, 10 bytes, digest 1e, the others 3 files, 10 bytes, digest 0f"
     ]
-    assert found(well, gone, well) == ["h2: data directory /data: No such file or directory"]
-    assert found(empty, empty) == [f"h{i}: data directory /data has no files" for i in (1, 2)]
-    assert len(found(gone, gone)) == 2
-    assert found(gone, gone, named=False) == ["note data not looked at: /data is not there"]
+    assert data_findings(well, gone, well) == [
+        "h2: data directory /data: No such file or directory"
+    ]
+    assert data_findings(empty, empty) == [
+        f"h{i}: data directory /data has no files" for i in (1, 2)
+    ]
+    assert len(data_findings(gone, gone)) == 2
+    assert data_findings(gone, gone, named=False) == ["note data not looked at: /data is not there"]
 
 
 def test_a_folder_is_known_by_names_sizes_and_pieces_of_contents(tmp_path):
@@ -413,12 +417,10 @@ def test_who_hangs_is_who_came_least_far():
     ).keys() == {"h2", "h3"}
     assert "the job hung, all hosts in its start" in job.hung(names, "", "", 5).what
     waiting = f"{MARK} 0 1 MPI's start\n{MARK} 1 0 the facts of this host\n{MARK} 2 1 MPI's start\n"
-    for heard in (
-        "",
-        f"{MARK} 1 alive\n",
-    ):  # stopped, or kept by its disk, while the others are in MPI's start
-        found = job.hung(names, waiting, heard, 5)
-        assert found.host == "h2" and "the facts of this host" in found.what
+    # h2 is stopped, or its disk makes it wait, while the others are in MPI's start.
+    for heard in ("", f"{MARK} 1 alive\n"):
+        finding = job.hung(names, waiting, heard, 5)
+        assert finding.host == "h2" and "the facts of this host" in finding.what
     heard = f"{MARK} 0 alive\r\n{MARK} 2 alive\n"
     silent = job.hung(names, "".join(lines[:3]), heard, 5)
     assert (silent.host, silent.what) == (
@@ -435,7 +437,10 @@ def test_why_a_job_ended_early():
     assert (by_itself.host, "No module named 'mpi4py'" in by_itself.what) == ("h2", True)
     killed = "mpirun noticed that process rank 1 with PID 7 on node h2 exited on signal 9 (Killed)."
     assert job.failed(names, killed, 137).host == "h2"
-    lost = "An MPI communication peer process has unexpectedly disconnected.\n\n  Local PID:  10062\n  Peer host:  h2\n---"
+    lost = (
+        "An MPI communication peer process has unexpectedly disconnected.\n\n"
+        "  Local PID:  10062\n  Peer host:  h2\n---"
+    )
     assert job.failed(names, lost, 1).host == "h2"
     other = job.failed(names, "----\nThere are not enough slots available in the system\n----", 1)
     assert "not enough slots" in other.what
