@@ -81,7 +81,9 @@ def _plain(name: str) -> str:
 
 def plural(count: int, noun: str) -> str:
     """Return "1 host", "2 hosts"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}s"
 
 
 def run(main: Callable[[list[str]], None]) -> None:

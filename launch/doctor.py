@@ -40,7 +40,10 @@ def main(argv: list[str]) -> None:
     # As an exception, so that the ranks end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = examine(_hosts(options, os.environ), options)
-    print(json.dumps(report.to_json(), indent=2) if options.json else report.to_text())
+    if options.json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        print(report.to_text())
     sys.exit(0 if report.well else 1)
 
 

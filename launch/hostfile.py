@@ -156,7 +156,8 @@ def render(hosts: list[Host], notation: str) -> str:
             f"{notation!r} is not a notation of hostfiles: take one of {', '.join(NOTATIONS)}"
         )
     form, end = NOTATIONS[notation]
-    return end.join(form.format(host) for host in hosts) + end.strip(",")
+    written = [form.format(host) for host in hosts]
+    return end.join(written) + end.strip(",")
 
 
 def expand(pattern: str) -> list[str]:
@@ -319,7 +320,8 @@ def _check(file: str, gpus: int | None) -> None:
     # What a plain mpirun must be told.
     settings = mpirun_settings(host.name for host in hosts)
     if settings:
-        options = " ".join(f"--mca {name} {value}" for name, value in settings.items())
+        parameters = [f"--mca {name} {value}" for name, value in settings.items()]
+        options = " ".join(parameters)
         print(f"note: for these names a plain mpirun needs {options}, which launch.run gives it")
 
 

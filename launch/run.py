@@ -316,7 +316,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
     """Return the job that the options ask for. Raise UsageError when there can be no such job."""
-    program = options.program[1:] if options.program[:1] == ["--"] else options.program
+    program = options.program
+    if program[:1] == ["--"]:
+        program = program[1:]
     if not program:
         raise UsageError(
             "nothing to run: end the command with one, "
@@ -424,7 +426,8 @@ def _check_k(program: list[str], ranks: int, elastic: RankRange | None) -> None:
         return
     from recipe import cli, sharding  # the recipe's flags take half a second
 
-    recipe, *_ = cli.parse_recipe(program[program.index("recipe.train") + 1 :])
+    arguments = program[program.index("recipe.train") + 1 :]
+    recipe, *_ = cli.parse_recipe(arguments)
     if elastic is None:
         sharding.check_size(recipe.k, ranks, recipe.run.workers_at_once)
     elif elastic.most > recipe.k:

@@ -65,7 +65,8 @@ def verify(archive: Path) -> None:
 def jobs() -> int:
     """Return how many compilers to run at once: one a core, with 2 GB of memory each."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(1, min(len(os.sched_getaffinity(0)), int(memory / 2e9)))
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, int(memory / 2e9)))
 
 
 def stage_nccl(site_packages: Path, scratch: Path) -> dict[str, str]:

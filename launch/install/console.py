@@ -67,8 +67,10 @@ class Console:
         print(head, end="", flush=True)
 
         def tick() -> None:
-            progress = f"{time.monotonic() - start:.0f} s{self.compiled_share()}"
-            print(f"\r{head}{progress}\x1b[K" if terminal else f"{progress}; ", end="", flush=True)
+            seconds = time.monotonic() - start
+            progress = f"{seconds:.0f} s{self.compiled_share()}"
+            line = f"\r{head}{progress}\x1b[K" if terminal else f"{progress}; "
+            print(line, end="", flush=True)
 
         try:
             with ticking.every(ticking.TERMINAL if terminal else ticking.LOG, tick):

@@ -123,7 +123,8 @@ def library_folders(mpi: Mpi) -> list[str]:
     """Return where a system MPI keeps its libraries, as its compiler wrapper says."""
     if not mpi.system:
         return []
-    command_line = ask(Path(mpi.folder) / "mpicc", ["-show"], os.environ.get("PATH", ""))
+    path = os.environ.get("PATH", "")
+    command_line = ask(Path(mpi.folder) / "mpicc", ["-show"], path)
     return list(dict.fromkeys(re.findall(r"(?:^|\s)-L(\S+)", command_line)))
 
 

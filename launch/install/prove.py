@@ -30,7 +30,11 @@ def facts(framework: str) -> dict[str, bool]:
     `horovodrun --check-build` asks the same, but imports the framework five times.
     """
     hvd = importlib.import_module(f"horovod.{framework}")
-    return {name: bool(getattr(hvd, f"{name}_built")()) for name in ("mpi", "gloo", "nccl")}
+    return {
+        "mpi": bool(hvd.mpi_built()),
+        "gloo": bool(hvd.gloo_built()),
+        "nccl": bool(hvd.nccl_built()),
+    }
 
 
 def total(framework: str, factor: int) -> list[float]:
@@ -72,7 +76,8 @@ def main(framework: str, result: Path) -> None:
     built = facts(framework)
     hvd = importlib.import_module(f"horovod.{framework}")
     hvd.init()
-    proof = Proof(framework, **built, size=hvd.size(), sum=total(framework, hvd.rank() + 1))
+    reduced = total(framework, hvd.rank() + 1)
+    proof = Proof(framework, **built, size=hvd.size(), sum=reduced)
     if hvd.rank() == 0:
         result.write_text(json.dumps(asdict(proof)))
     hvd.shutdown()

@@ -220,4 +220,5 @@ def _boxes(proofs: list[Proof]) -> str:
         "Gloo": all(proof.gloo for proof in proofs),
         "NCCL": all(proof.nccl for proof in proofs),
     }
-    return " ".join(f"[{'X' if there else ' '}] {name}" for name, there in built.items())
+    boxes = [f"[X] {name}" if there else f"[ ] {name}" for name, there in built.items()]
+    return " ".join(boxes)

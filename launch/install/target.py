@@ -102,10 +102,12 @@ def system_path(path: str) -> str:
 
     An mpicc in one of them, ours included, is not the system's.
     """
-    folders = [folder for folder in path.split(os.pathsep) if folder != str(VENV / "bin")]
-    return os.pathsep.join(
-        folder for folder in folders if not (Path(folder).parent / "pyvenv.cfg").is_file()
-    )
+    folders = []
+    for folder in path.split(os.pathsep):
+        in_environment = (Path(folder).parent / "pyvenv.cfg").is_file()
+        if folder != str(VENV / "bin") and not in_environment:
+            folders.append(folder)
+    return os.pathsep.join(folders)
 
 
 def requirements(target: Target) -> list[str]:

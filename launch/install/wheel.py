@@ -51,7 +51,8 @@ def build_flags(mpi_libraries: list[str], cuda_home: str | None) -> dict[str, st
 
 def key(inputs: Mapping[str, object]) -> str:
     """Return a name for everything that a wheel depends on."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(inputs, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sources() -> dict[str, str]:

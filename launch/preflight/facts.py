@@ -113,8 +113,8 @@ def sample(folder: Path, files: list[Path]) -> Sample:
         digest.update(f"{path.relative_to(folder)}\0{size}\0".encode(errors="surrogateescape"))
 
     # Contents of some, spread evenly: their beginning, middle and end.
-    chosen = {i * len(files) // SAMPLED for i in range(SAMPLED)} if files else set()
-    for index in sorted(chosen):
+    chosen = {i * len(files) // SAMPLED for i in range(SAMPLED)}
+    for index in sorted(chosen) if files else []:
         with files[index].open("rb") as file:
             for start in (0, sizes[index] // 2, max(sizes[index] - PIECE, 0)):
                 file.seek(start)

@@ -89,7 +89,8 @@ def clocks(comm: "MPI.Comm") -> list[Clock]:
     """Compare the ranks' clocks with rank 0's, at rank 0; elsewhere return []. Collective."""
     if comm.rank == 0:
         own = Clock(ahead=0.0, bound=0.0)
-        return [own, *(_compare_clock(comm, rank) for rank in range(1, comm.size))]
+        others = [_compare_clock(comm, rank) for rank in range(1, comm.size)]
+        return [own, *others]
     buffer = bytearray(DOUBLE.size)
     for _ in range(CLOCK_PINGS):
         comm.Recv(buffer, 0)
@@ -125,14 +126,15 @@ def pairs(
     comm.Barrier()
     began = time.monotonic()
     for number, meetings in enumerate(rounds(comm.size), start):
+        order = FIRST + 2 * number
         pair = next((pair for pair in meetings if comm.rank in pair), None)
         if pair is None:
-            say(FIRST + 2 * number, f"round {number}, resting")
+            say(order, f"round {number}, resting")
         else:
             peer = sum(pair) - comm.rank
-            say(FIRST + 2 * number, f"round {number}, with {names[peer]}")
+            say(order, f"round {number}, with {names[peer]}")
             links.append(_meet(comm, names, peer, buffer))
-        say(FIRST + 2 * number + 1, f"the end of round {number}")
+        say(order + 1, f"the end of round {number}")
         comm.Barrier()
     return RankLinks(links, time.monotonic() - began)
 

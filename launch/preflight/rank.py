@@ -46,7 +46,8 @@ def main(data_dir: str, limit: float) -> None:
     _check_size(comm.size, os.environ.get("OMPI_COMM_WORLD_SIZE", ""), MPI.Get_library_version())
 
     # Facts, now that the names of the others are known.
-    names = network.broadcast(comm, json.load(sys.stdin) if comm.rank == 0 else [])
+    input_names = json.load(sys.stdin) if comm.rank == 0 else []
+    names = network.broadcast(comm, input_names)
     say(2, "collecting the facts")
     own_facts = replace(own_facts, names=facts.resolve_all(names))
     emit(comm, "facts", network.gather(comm, asdict(own_facts)))

@@ -159,13 +159,13 @@ def is_here(name: str) -> bool:
 
 def _script() -> str:
     """Return what ssh runs: POSIX words for sh, quoted again for whatever the login shell is."""
-    folder, python = shlex.quote(str(ROOT)), shlex.quote(sys.executable)
-    steps = [
-        f"cd {folder} || exit {NO_FOLDER}",
-        f"test -x {python} || exit {NO_PYTHON}",
-    ]
+    folder = shlex.quote(str(ROOT))
+    python = shlex.quote(sys.executable)
+    orted = shlex.quote(str(_orted()))
+    steps = [f"cd {folder} || exit {NO_FOLDER}"]
+    steps.append(f"test -x {python} || exit {NO_PYTHON}")
     if _orted().exists():
-        steps.append(f"test -x {shlex.quote(str(_orted()))} || exit {NO_MPI}")
+        steps.append(f"test -x {orted} || exit {NO_MPI}")
     steps += [f"{python} -c pass || exit {BROKEN_PYTHON}", f"echo {REACHED}"]
     return f"sh -c {shlex.quote('; '.join(steps))}"
 

@@ -84,7 +84,8 @@ class Report:
         """Return the last line; it counts each thing that several hosts have alike once."""
         faults = sum(finding.fault for finding in verdicts.merged(self.findings))
         verdict = plural(faults, "fault") if faults else "all is well"
-        return f"{verdict} ({plural(len(self.hosts), 'host')}, {self.seconds:.1f} s)"
+        hosts = plural(len(self.hosts), "host")
+        return f"{verdict} ({hosts}, {self.seconds:.1f} s)"
 
     def _row(self, host: Host) -> list[str]:
         """Return a host's words, in the columns of HEAD."""
@@ -108,7 +109,9 @@ class Report:
     def _clock(self, name: str) -> str:
         """Return by how much a host's clock is ahead."""
         clock = self.measurements.clocks.get(name)
-        return f"{clock.ahead * 1e3:+.1f}±{clock.bound * 1e3:.1f} ms" if clock else "-"
+        if clock is None:
+            return "-"
+        return f"{clock.ahead * 1e3:+.1f}±{clock.bound * 1e3:.1f} ms"
 
 
 def columns(rows: list[list[str]]) -> list[str]:
@@ -195,7 +198,8 @@ def _network(network: Network) -> list[str]:
         speeds += f", slowest host {slowest.host}"
 
     measured = f"{network.rounds} rounds in {network.seconds:.1f} s"
-    expected = f"{MANY} hosts: {MANY - 1} rounds, {_seconds_for_many(network):.0f} s"
+    seconds = _seconds_for_many(network)
+    expected = f"{MANY} hosts: {MANY - 1} rounds, {seconds:.0f} s"
     return [speeds, f"{measured}; {expected}"]
 
 

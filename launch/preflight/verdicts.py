@@ -73,7 +73,8 @@ def odd(values: Mapping[str, Any]) -> Majority:
     common, count = Counter(values.values()).most_common(1)[0]
     if 2 * count <= len(values):
         return Majority(None, dict(values))
-    return Majority(common, {host: value for host, value in values.items() if value != common})
+    others = {host: value for host, value in values.items() if value != common}
+    return Majority(common, others)
 
 
 def difference(what: str, values: Mapping[str, Any], fix: str) -> list[Finding]:
@@ -384,11 +385,12 @@ def _slow_hosts(verb: str, speeds: dict[str, float]) -> list[Finding]:
 
 def best_speeds(measured: list[Link]) -> Speeds:
     """Return the bandwidth of each host's best link, as a sender and as a receiver."""
-    speeds = Speeds(dict.fromkeys(hosts_of(measured), 0.0), dict.fromkeys(hosts_of(measured), 0.0))
+    sends = dict.fromkeys(hosts_of(measured), 0.0)
+    receives = dict.fromkeys(hosts_of(measured), 0.0)
     for link in measured:
-        speeds.sends[link.sender] = max(speeds.sends[link.sender], link.bandwidth)
-        speeds.receives[link.receiver] = max(speeds.receives[link.receiver], link.bandwidth)
-    return speeds
+        sends[link.sender] = max(sends[link.sender], link.bandwidth)
+        receives[link.receiver] = max(receives[link.receiver], link.bandwidth)
+    return Speeds(sends, receives)
 
 
 def slowest(measured: list[Link]) -> Slowest:
@@ -412,8 +414,9 @@ def hosts_of(measured: list[Link]) -> list[str]:
 
 def describe_gpus(gpus: list[Gpu]) -> str:
     """Describe GPUs, as in "8 × Tesla P100, 16280 MiB"."""
-    kinds = Counter(f"{gpu.name}, {gpu.memory}" for gpu in gpus)
-    return " and ".join(f"{count} × {kind}" for kind, count in kinds.items()) or "none"
+    kinds = [f"{gpu.name}, {gpu.memory}" for gpu in gpus]
+    counted = [f"{count} × {kind}" for kind, count in Counter(kinds).items()]
+    return " and ".join(counted) or "none"
 
 
 def describe_data(data: DataFolder) -> str:
@@ -424,7 +427,9 @@ def describe_data(data: DataFolder) -> str:
 
 def size(count: float) -> str:
     """Write bytes as GB, or as MB when they are fewer than 0.1 GB."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    if count >= 1e8:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:.1f} MB"
 
 
 def rate(count: float) -> str:
