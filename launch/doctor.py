@@ -30,8 +30,8 @@ from launch.preflight.measurements import Measurements
 from launch.preflight.reach import Reach, reach_all
 from launch.preflight.report import Report
 from launch.preflight.verdicts import Finding
-from recipe import launched
 from recipe.errors import UsageError
+from recipe.ranks import launched
 
 
 def main(argv: list[str]) -> None:

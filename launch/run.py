@@ -31,8 +31,8 @@ from typing import NamedTuple
 from launch import hostfile
 from launch.command import Parser, run
 from launch.hostfile import Host
-from recipe import launched
 from recipe.errors import UsageError
+from recipe.ranks import launched
 
 # What the ranks get.
 FORWARDED = (
@@ -424,7 +424,8 @@ def _check_k(program: list[str], ranks: int, elastic: RankRange | None) -> None:
     """Raise UsageError when the program is the recipe and the ranks can't share its k workers."""
     if "recipe.train" not in program or {"-h", "--help"} & set(program):
         return
-    from recipe import cli, sharding  # the recipe's flags take half a second
+    from recipe import cli  # here, since the recipe's flags take half a second
+    from recipe.rules import sharding
 
     arguments = program[program.index("recipe.train") + 1 :]
     recipe, *_ = cli.parse_recipe(arguments)

@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from recipe import checkpoint, cli, config, noise, output, runlog
+from recipe import cli, config
 from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
+from recipe.run import checkpoint, runlog
+from recipe.system import noise, output
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string("run_dir", "", "a run directory of recipe.train", flag_values=VALUES)
@@ -95,7 +97,7 @@ def converted(
         arrays = to_torch(arrays)
     else:
         with noise.filtered():
-            from recipe.keras import fit
+            from recipe.frameworks.keras import replica as fit
         arrays = to_keras(arrays, fit.compiled(recipe, len(arrays["model/fc/bias"])), meta["step"])
     return arrays, meta | {
         "recipe": config.identity(recipe),

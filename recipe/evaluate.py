@@ -4,8 +4,10 @@ from pathlib import Path
 
 from absl import flags
 
-from recipe import cli, noise, runlog, watchdog
+from recipe import cli
 from recipe.errors import UsageError
+from recipe.run import runlog
+from recipe.system import noise, watchdog
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string("run_dir", "", "a run directory of recipe.train", flag_values=VALUES)
@@ -18,7 +20,9 @@ def main(argv: list[str]) -> None:
     run_dir = Path(VALUES.run_dir)
     recipe = runlog.read_recipe(run_dir)
     with noise.filtered():
-        from recipe import collectives, loop, replica
+        from recipe.frameworks import replica
+        from recipe.ranks import collectives
+        from recipe.run import loop
 
         fit = replica.of(recipe.framework)
     with watchdog.patience(recipe.run.step_timeout):

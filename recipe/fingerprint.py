@@ -11,8 +11,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from recipe import cli, config, runlog
+from recipe import cli, config
 from recipe.errors import UsageError
+from recipe.run import runlog
 
 DIGITS = 8  # hexadecimal, of each digest
 PART = "other weights"  # how the sentence begins where runs part

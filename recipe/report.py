@@ -3,9 +3,10 @@
 import statistics
 from pathlib import Path
 
-from recipe import cli, runlog
+from recipe import cli
 from recipe.errors import RunError, UsageError
-from recipe.metrics import final_error
+from recipe.rules.sums import final_error
+from recipe.run import runlog
 
 PICTURE = "report.png"  # written into the first run's directory
 

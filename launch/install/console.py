@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from recipe import ticking
 from recipe.errors import RunError
+from recipe.system import ticking
 
 NO_INDEX = (
     r"name resolution|Name or service not known|Connection refused|Network is unreachable"

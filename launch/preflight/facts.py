@@ -24,7 +24,7 @@ from typing import NamedTuple
 import psutil
 
 from launch.preflight.measurements import DataFolder, Gpu, HostFacts, UnreadableFolder
-from recipe import launched
+from recipe.ranks import launched
 
 ROOT = Path(__file__).parents[2]
 SAMPLED = 32  # files of a folder whose contents are looked at

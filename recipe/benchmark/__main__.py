@@ -22,9 +22,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from recipe import cli, launched, noise, ticking
+from recipe import cli
 from recipe.benchmark.contender import BATCH, CONTENDERS, STEPS
 from recipe.errors import RunError, UsageError
+from recipe.ranks import launched
+from recipe.system import noise, ticking
 
 WARMUP = 5  # steps that don't count
 PEERS = {

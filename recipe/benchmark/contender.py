@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from recipe import cli, noise, sharding
+from recipe import cli
 from recipe.config import Recipe
+from recipe.rules import sharding
+from recipe.system import noise
 
 BATCH = 64  # examples per rank and step
 STEPS = 45
@@ -50,10 +52,10 @@ def batches(recipe: Recipe, workers: range) -> object:
 
 
 def ours(framework: str) -> Callable[[Recipe, int, Tick], None]:
-    """The recipe's replica, as recipe.loop runs it."""
+    """The recipe's replica, as recipe.run.loop runs it."""
 
     def run(recipe: Recipe, rank: int, tick: Tick) -> None:
-        from recipe import replica
+        from recipe.frameworks import replica
 
         fit = replica.of(framework)
         fit.start()
@@ -73,7 +75,8 @@ def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
     from torch import distributed, nn
     from torch.nn.functional import cross_entropy
 
-    from recipe.torch import device, fit, normalization, resnet
+    from recipe.frameworks.torch import device, normalization, resnet
+    from recipe.frameworks.torch import replica as fit
 
     device.use_local_device(rank, threads=1)
     distributed.init_process_group("gloo")
@@ -98,7 +101,7 @@ def keras_fit(recipe: Recipe, rank: int, tick: Tick) -> None:
     """`keras.Model.fit` on one process, nothing of Horovod."""
     import keras
 
-    from recipe.keras import resnet
+    from recipe.frameworks.keras import resnet
 
     class Clock(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
@@ -117,7 +120,8 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
     import keras
     import tensorflow as tf
 
-    from recipe.keras import fit, resnet
+    from recipe.frameworks.keras import replica as fit
+    from recipe.frameworks.keras import resnet
 
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     images, labels, weights = (tf.TensorSpec(shape, kind) for kind, shape in fit.signature(recipe))

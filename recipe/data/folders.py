@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from recipe import output, watchdog
 from recipe.config import Data
-from recipe.data import files, records, verify, work
+from recipe.data import files, records, work
+from recipe.data.prepare import verify
 from recipe.errors import RunError, UsageError
+from recipe.system import output, watchdog
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
 # Folders that tools and file systems make beside and inside of those of the classes; hidden ones are left out, too.

@@ -11,10 +11,10 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from recipe import watchdog
 from recipe.data import files
 from recipe.data.work import whole_file
 from recipe.errors import RunError
+from recipe.system import watchdog
 
 LENGTH = struct.Struct("<Q")  # the first 8 bytes of a record
 CHECK = struct.Struct("<I")  # a checksum

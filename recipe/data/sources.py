@@ -11,11 +11,12 @@ import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 
-from recipe import augment
 from recipe.config import Data, nearest
-from recipe.data import builders, files, records, work
+from recipe.data import files, records, work
 from recipe.data.folders import FolderSource
+from recipe.data.prepare import builders
 from recipe.errors import RunError, UsageError
+from recipe.rules import augment
 
 
 class UnknownLabel(RunError):

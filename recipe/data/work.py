@@ -14,7 +14,7 @@ from typing import BinaryIO, TypeVar
 
 from tqdm import tqdm
 
-from recipe import output, ticking, watchdog
+from recipe.system import output, ticking, watchdog
 
 A, B = TypeVar("A"), TypeVar("B")
 

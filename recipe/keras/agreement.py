@@ -14,16 +14,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from recipe import collectives
 from recipe.errors import RunError
 from recipe.keras.recording import Call
+from recipe.ranks import binding, collectives
 
 ROW = 3  # has examples, wants to stop, η
 
 
 def check_started() -> None:
     """Raises ValueError before Horovod's start: its own errors have internal names."""
-    if not collectives.started():
+    if not binding.started():
         raise ValueError("Horovod is not initialised; call recipe.keras.init() before fit()")
 
 

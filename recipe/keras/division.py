@@ -11,8 +11,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from recipe import collectives, sharding
 from recipe.keras import backend
+from recipe.ranks import collectives
+from recipe.rules import sharding
 
 _TOO_SMALL = "a batch of one example can't be shared out: make batches larger, or their number a multiple of size()"
 

@@ -20,8 +20,9 @@ from types import FrameType
 import keras
 import numpy as np
 
-from recipe import collectives, elastic, watchdog
 from recipe.keras import backend
+from recipe.ranks import binding, collectives, elastic
+from recipe.system import watchdog
 
 VARIABLE = "RECIPE_STEP_TIMEOUT"  # seconds; 0: no limit
 DEFAULT = 600.0  # seconds, as config.run.step_timeout
@@ -127,7 +128,7 @@ class RollCall(threading.Thread):
                 seen = _meet(self._look())
             except Exception as error:
                 watchdog.keep(0.0, "step_timeout")
-                if "Horovod" in str(error) or not collectives.started():
+                if "Horovod" in str(error) or not binding.started():
                     return  # it was shut down
                 raise
             if why := self._stuck(seen):

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from recipe.schedule import Rate
+from recipe.rules.schedule import Rate
 
 
 @keras.saving.register_keras_serializable("recipe")

@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import keras
 
-from recipe import collectives, elastic
 from recipe.errors import RunError
 from recipe.keras import backend, recording, rollcall
 from recipe.keras.agreement import Agreement, Heard, check_started
@@ -23,6 +22,7 @@ from recipe.keras.callbacks.metrics import MetricSums
 from recipe.keras.callbacks.replicas import BroadcastState, ReplicaCheck
 from recipe.keras.distributed import is_distributed, optimizers_of, reduction_of
 from recipe.keras.recording import Call, Foreign, Total, Update
+from recipe.ranks import collectives, elastic
 
 # Keras looks for these in the list that `fit` is given; they speak of this rank alone.
 _KERAS_OWN = (keras.callbacks.History, keras.callbacks.ProgbarLogger)

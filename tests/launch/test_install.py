@@ -20,8 +20,8 @@ import pytest
 from launch.install import __main__ as installer
 from launch.install import build, checks, mpi, prove, stages, target, wheel
 from launch.install.console import Console, explain
-from recipe import ticking
 from recipe.errors import RunError
+from recipe.system import ticking
 
 HERE = target.HERE
 ABOUT = stages.About(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe import runlog
+from recipe.run import runlog
 from tests.ranks import BIN, ROOT
 from tests.slurm import Slurm, needs_pmix, needs_slurm, slurm
 
@@ -268,7 +268,7 @@ def test_a_run_named_in_the_recipes_way_is_refused(cluster, project):
 def test_tasks_of_an_srun_without_mpi_refuse_to_train_alone(cluster, project):
     """The batch script's own process may be alone, since srun has not started it."""
     alone = (
-        "from recipe import collectives; collectives.start('torch', False); "
+        "from recipe.ranks import binding, collectives; binding.start('torch', False); "
         "print('alone:', collectives.size())"
     )
     srun = [

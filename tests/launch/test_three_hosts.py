@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipe import runlog
+from recipe.run import runlog
 from tests.hosts import Hosts, hosts, needs_hosts
 from tests.ranks import ROOT
 

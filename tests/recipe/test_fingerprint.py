@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from recipe import fingerprint, runlog
+from recipe import fingerprint
 from recipe.configs.quick import RECIPE
 from recipe.errors import UsageError
-from recipe.processor import processor
+from recipe.run import runlog
+from recipe.system.processor import processor
 
 START = {"kind": "start", "step": 0, "first_images": "0123abcd", "initial_weights": "11" * 32}
 EPOCHS = [

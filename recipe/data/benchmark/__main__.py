@@ -14,9 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recipe import cli, noise, ticking
+from recipe import cli
 from recipe.data.benchmark.contender import BATCH, CONTENDERS, CORES, IMAGES, SIZE
 from recipe.errors import RunError, UsageError
+from recipe.system import noise, ticking
 
 TARGETS = {
     "floor": 0.85,

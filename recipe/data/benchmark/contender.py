@@ -39,9 +39,9 @@ def floor(folder: Path) -> Iterable:
     """decode.c with resizing off, the images in memory: libjpeg-turbo on the boxes that `ours` decodes first."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from recipe import augment
     from recipe.data import decode
     from recipe.data.images import image_shape
+    from recipe.rules import augment
 
     images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
     shapes, indices = np.array([image_shape(image) for image in images]), np.arange(len(images))
@@ -64,7 +64,7 @@ def tensorflow(floats: bool) -> Callable[[Path], Iterable]:
     def batches(folder: Path) -> Iterable:
         import tensorflow as tf
 
-        from recipe.data.pipeline import MEAN
+        from recipe.rules.pixels import MEAN
 
         def parsed(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             kinds = {

@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from recipe.data import builders
 from recipe.data.benchmark.contender import QUALITY
+from recipe.data.prepare import builders
 
 COUNT = 256
 SHAPES = ((375, 500), (500, 375), (333, 500), (375, 500))  # (height, width), the frequent ones

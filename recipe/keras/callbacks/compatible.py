@@ -5,12 +5,12 @@ from typing import Any
 
 import keras
 
-from recipe import collectives
 from recipe.keras import backend, velocities
 from recipe.keras.callbacks.metrics import MetricSums, unweighted
 from recipe.keras.callbacks.rates import ScheduledRate, ends_between_epochs, in_warmup, rate_of
 from recipe.keras.callbacks.replicas import BroadcastState
 from recipe.keras.passing import is_passing
+from recipe.ranks import collectives
 
 _UNSET = "unset.keras"  # Keras insists on a file name when a ModelCheckpoint is made
 

@@ -10,10 +10,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from recipe import collectives
 from recipe.errors import RunError
 from recipe.keras.agreement import check_started
 from recipe.keras.distributed import optimizers_of, reduction_of
+from recipe.ranks import collectives
 
 Number = float | np.ndarray  # what Keras logs: a number, or one for each class
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from recipe.keras import velocities
 from recipe.keras.passing import is_passing
-from recipe.schedule import Rate
+from recipe.rules.schedule import Rate
 
 
 class ScheduledRate(keras.callbacks.Callback):

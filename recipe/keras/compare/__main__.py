@@ -227,7 +227,11 @@ def overlap(contender: Contender) -> str:
     if contender.name != "ours":
         return "not run"
     said = subprocess.run(
-        [sys.executable, "-c", "from recipe.keras import benchmark; print(benchmark.overlap())"],
+        [
+            sys.executable,
+            "-c",
+            "from recipe.benchmark import library as benchmark; print(benchmark.overlap())",
+        ],
         env=os.environ | PLAIN | {"KERAS_BACKEND": contender.backend, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -10,7 +10,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from recipe.config import Data
-from recipe.data import builders, sources
+from recipe.data import sources
+from recipe.data.prepare import builders
 
 SYNSETS = ("n01440764", "n01443537")  # classes 0 and 1
 SHAPES = ((375, 500), (500, 333), (224, 224), (100, 640), (31, 17))  # (height, width)

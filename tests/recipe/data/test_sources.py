@@ -17,7 +17,9 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from recipe.config import Data
-from recipe.data import builders, files, prepare, records, sources, verify
+from recipe.data import files, records, sources
+from recipe.data.prepare import __main__ as prepare
+from recipe.data.prepare import builders, verify
 from recipe.errors import RunError, UsageError
 
 

@@ -14,7 +14,7 @@ import recipe.keras as hvd
 from recipe.keras import state
 from recipe.keras.callbacks import ReplicaCheck
 from recipe.keras.distributed import is_distributed, reduction_of
-from recipe.schedule import Rate
+from recipe.rules.schedule import Rate
 from tests.ranks import report
 from tests.recipe.keras.program import EXAMPLES, LABELS, compiled, fit, nesterov, network
 

@@ -13,7 +13,8 @@ import torch
 
 import recipe.keras as hvd
 from recipe.configs import quick
-from recipe.keras import resnet, seeds, state
+from recipe.frameworks.keras import resnet
+from recipe.keras import seeds, state
 from recipe.keras.callbacks import BroadcastGlobalVariablesCallback, BroadcastState, ReplicaCheck
 from tests.ranks import report
 

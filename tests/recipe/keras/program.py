@@ -20,7 +20,7 @@ from recipe.keras.callbacks import (
     set_rate,
 )
 from recipe.keras.distributed import is_distributed
-from recipe.schedule import Rate
+from recipe.rules.schedule import Rate
 from tests.ranks import report
 
 EXAMPLES = np.random.default_rng(0).normal(size=(96, 8, 8, 2)).astype(np.float32)

@@ -13,7 +13,7 @@ import recipe.keras as hvd
 from recipe.keras import state
 from recipe.keras.callbacks import BroadcastState, ReplicaCheck, ScheduledRate
 from recipe.keras.distributed import is_distributed, reduction_of
-from recipe.schedule import Rate
+from recipe.rules.schedule import Rate
 from tests.ranks import ROOT, report
 from tests.recipe.keras.program import (
     EXAMPLES,

@@ -1,0 +1,1 @@
+"""Prepares data sets, once, before they are read."""

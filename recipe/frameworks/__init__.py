@@ -1,0 +1,1 @@
+"""What Keras and PyTorch each bring to the training loop."""

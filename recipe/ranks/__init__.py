@@ -1,0 +1,1 @@
+"""Horovod's ranks: how they start, speak and leave. Knows no recipe."""

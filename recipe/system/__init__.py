@@ -1,0 +1,1 @@
+"""This machine: its terminal, files, clock and processor. Knows nothing of ranks."""
