@@ -41,7 +41,8 @@ class Ping(NamedTuple):
 def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
     """Yield the rounds of a tournament of 0 … count - 1, in which every two meet once.
 
-    A round is a list of disjoint pairs. There are count - 1 rounds. When count is odd there are count, and one rests in each.
+    A round is a list of disjoint pairs. There are count - 1 rounds. When count is odd there are
+    count, and one rests in each.
     """
     places = [*range(count)]
     if count % 2:
