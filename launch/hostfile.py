@@ -96,7 +96,9 @@ def parse(text: str, where: str, gpus: int | None = None) -> list[Host]:
     """
     hosts: list[Host] = []
     line_of: dict[str, int] = {}
-    for number, line in enumerate(re.split(r"\r\n?|\n", text.removeprefix("\ufeff")), 1):
+    # A mark of byte order and any end of line are allowed.
+    lines = re.split(r"\r\n?|\n", text.removeprefix("\ufeff"))
+    for number, line in enumerate(lines, 1):
         try:
             for host in _parse_line(line, gpus):
                 name = host.name.lower()
@@ -169,6 +171,8 @@ def expand(pattern: str) -> list[str]:
     parts = re.split(r"\[([^\[\]]*)\]", pattern)  # text, ranges, text, ranges, …, text
     if len(parts) > 2 * RANGES + 1:
         raise UsageError(f"{pattern[:80]!r} has more than {RANGES} ranges: write several entries")
+
+    # All combinations, from left to right.
     names = [""]
     for index, part in enumerate(parts):
         choices = _numbers(part) if index % 2 else [part]
@@ -274,6 +278,7 @@ def _slurm_tasks(environ: Mapping[str, str], nodes: int) -> list[str]:
             "SLURM_TASKS_PER_NODE is not set: give sbatch or salloc --ntasks-per-node=8"
         )
 
+    # One number may stand for all nodes.
     counts = _counts(name, environ[name])
     if name == "SLURM_NTASKS_PER_NODE" and len(counts) == 1:
         counts *= nodes
@@ -472,6 +477,7 @@ def _numbers(ranges: str) -> list[str]:
         first, last = match[1], match[2] or match[1]
         if int(last) < int(first):
             raise UsageError(f"[{first}-{last}] runs backwards: write [{last}-{first}]")
+        # With leading zeros the width counts.
         if last.startswith("0") and len(first) != len(last):
             raise UsageError(
                 f"[{first}-{last}] has ends of different lengths: write as many digits in both"
@@ -497,6 +503,8 @@ def _check_name(name: str) -> None:
             f"{name!r} is a setting of Open MPI, not a host: "
             "begin the line with a host, bb01 slots=8"
         )
+
+    # An address is all digits and dots.
     if re.fullmatch(r"[0-9.]+", name):
         _check_address(name)
     elif not NAME.fullmatch(name):

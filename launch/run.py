@@ -407,12 +407,16 @@ def _elastic(options: argparse.Namespace, ranks: int) -> list[str]:
         raise UsageError(
             "--elastic needs --hostfile, a file that may then change, or a Slurm allocation"
         )
+
+    # The ranks to begin with.
     least, most = options.elastic
     if not least <= ranks <= most:
         raise UsageError(
             f"{ranks} ranks to begin with are not among --elastic={least}:{most}; "
             "change -np or the hosts"
         )
+
+    # horovodrun asks this script for the hosts again and again.
     discovery = [sys.executable, "-m", "launch.hostfile", "discover"]
     if options.hostfile:
         discovery.append(options.hostfile)

@@ -66,6 +66,7 @@ class Console:
         head = f"[{self.count}/{self.total}] {text} ... "
         print(head, end="", flush=True)
 
+        # A terminal's line is written anew, a log's grows.
         def tick() -> None:
             seconds = time.monotonic() - start
             progress = f"{seconds:.0f} s{self.compiled_share()}"

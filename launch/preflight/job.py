@@ -69,11 +69,14 @@ def _run(names: list[str], interface: str, data_dir: str, limit: float) -> Outpu
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+
+        # What the ranks read.
         hostfile, names_file = folder / "hosts", folder / "names"
         out, err = folder / "out", folder / "err"
         hostfile.write_text(render([Host(name, 1) for name in names], "openmpi"))
         names_file.write_text(json.dumps(names))  # thousands are too long for an argument
 
+        # The command, in a session of its own, so that all of it can be ended.
         arguments = json.dumps({"data_dir": data_dir, "limit": limit})
         launcher = [sys.executable, "-m", "launch.run", "--hostfile", str(hostfile)]
         rank = [sys.executable, "-m", "launch.preflight.rank", arguments]
@@ -146,11 +149,13 @@ def behind(names: list[str], stderr: str) -> dict[str, str]:
 
 def failed(names: list[str], stderr: str, status: int) -> Finding:
     """Say why the job ended early: in a rank's words, in mpirun's, or by the last lines."""
+    # A rank's words.
     if match := re.search(rf"^{MARK} (\d+) error (.*?)\r?$", stderr, re.MULTILINE):
         what = f"the check failed there: {match[2]}"
         fix = "mend the environment on it: launch/install/install"
         return Finding(names[int(match[1])], what, fix)
 
+    # mpirun's, about a rank, a host or a connection.
     if match := re.search(r"on node (\S+) exited on (signal \d+[^.]*)", stderr):
         what = f"its process was ended by {' '.join(match[2].split())}"
         return Finding(match[1], what, "who kills there? See dmesg for a lack of memory")
@@ -165,6 +170,7 @@ def failed(names: list[str], stderr: str, status: int) -> Finding:
         what = "its process ended or its link was cut: another host lost the connection to it"
         return Finding(match[1], what, "see dmesg there for a lack of memory, and its network")
 
+    # Whatever was said last.
     where = _where(names, behind(names, stderr))
     what = f"mpirun ended with status {status}, {where}: {_last_words(stderr)}"
     return Finding("", what, "mend what it says, then run this again")

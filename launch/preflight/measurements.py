@@ -148,6 +148,8 @@ class Measurements:
         """Read the parts that rank 0 emitted; `names`: the hosts, in the order of the ranks."""
         facts = [HostFacts.from_json(each) for each in parts.get("facts", [])]
         clocks = [Clock(**each) for each in parts.get("clocks", [])]
+
+        # Each rank has measured the links from it. Rank 0's time is that of all.
         network = None
         if "pairs" in parts:
             results = [RankLinks.from_json(each) for each in parts["pairs"]]

@@ -115,6 +115,7 @@ def reach(name: str) -> Reach:
     except FileNotFoundError:
         return Reach("", reason="there is no ssh on this machine", fix="install OpenSSH's client")
 
+    # Only a host on which the whole script ran is reached.
     stdout = done.stdout.decode(errors="replace")
     stderr = done.stderr.decode(errors="replace")
     if done.returncode == 0 and REACHED in stdout:

@@ -159,11 +159,13 @@ def _mpi(facts: Facts) -> list[Finding]:
 
 def gpus(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
     """Check the GPUs' number against the slots, their kind and driver; without any, the cores."""
+    # The hosts with each other.
     kinds = _each(facts, lambda host: describe_gpus(host.gpus))
     findings = difference("GPUs:", kinds, "see nvidia-smi there")
     drivers = {host: facts[host].gpus[0].driver for host in facts if facts[host].gpus}
     findings += difference("the GPU's driver", drivers, "install one driver everywhere")
 
+    # Each host with its slots.
     for host, host_facts in facts.items():
         count, cores = len(host_facts.gpus), host_facts.cores
         if host_facts.gpu_error:
@@ -183,6 +185,7 @@ def limits(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
     files = FILES + sum(slots.values())
     findings = []
     for host, host_facts in facts.items():
+        # Disk and memory.
         findings += [
             Finding(host, f"{size(free)} free in {folder}", f"free {size(DISK)}")
             for folder, free in host_facts.disk.items()
@@ -191,6 +194,8 @@ def limits(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
         if host_facts.memory < MEMORY * slots[host]:
             what = f"{size(host_facts.memory)} of memory for {slots[host]} ranks"
             findings.append(Finding(host, what, f"free {size(MEMORY)} a rank, or lower its slots"))
+
+        # What /etc/security/limits.conf limits.
         if host_facts.open_files is not None and host_facts.open_files < files:
             what = f"{host_facts.open_files} open files allowed, {files} needed"
             fix = f"raise nofile in /etc/security/limits.conf there to {files} or more"
@@ -230,12 +235,15 @@ def _address(host: str, host_facts: HostFacts, interface: str) -> Finding | None
     """Check one host of several: Gloo listens at the address of the host's own name."""
     name, address = host_facts.hostname, host_facts.address
     own = host_facts.own_addresses
+
+    # The interface, when one is named.
     wanted = [entry.split("/")[0] for entry in host_facts.interfaces.get(interface, [])]
     if interface and not wanted:
         others = listed([device for device in own.values() if device != "lo"])
         what = f"no address on interface {interface} (there is {others})"
         return Finding(host, what, "name the right --interface")
 
+    # The address of the host's own name.
     fix = f"give {name} its address in {host}'s /etc/hosts"
     if wanted:
         fix += f": {wanted[0]}"
