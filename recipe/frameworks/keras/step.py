@@ -125,8 +125,7 @@ class Step:
             )
             return loss, ops.concatenate(parts)
 
-        gradients, (vector,) = compute.gradients(forward, self.model.trainable_variables)
-        return gradients, vector
+        return compute.gradients(forward, self.model.trainable_variables)
 
     def sums_of_workers(self, first_worker: Any, values: Any) -> Any:
         """Return float32[k]: the sums of each worker's values in a pass, at the workers' places."""
