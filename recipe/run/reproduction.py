@@ -20,18 +20,18 @@ class FirstImages:
     def add(self, element: Element) -> None:
         """Take the checksums of an element's images."""
         for images in np.split(element.images, self._workers_at_once):
-            self._checksums.append(zlib.crc32(np.ascontiguousarray(images)))
+            self._checksums.append(zlib.crc32(np.ascontiguousarray(images).data))
 
     def digest(self) -> str:
         """Return the digest of all workers' images. Collective."""
         per_rank = collectives.gather(self._checksums, "first_images")
         checksums = np.concatenate(per_rank).astype(np.int64)
-        return f"{zlib.crc32(checksums):08x}"
+        return f"{zlib.crc32(checksums.data):08x}"
 
 
 def order_digest(order: np.ndarray) -> str:
     """Return the digest of an epoch's order."""
-    return f"{zlib.crc32(order):08x}"
+    return f"{zlib.crc32(order.data):08x}"
 
 
 def norm(weights: Arrays) -> float:

@@ -51,9 +51,11 @@ class RankHost(NamedTuple):
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Makes the directory this process's as long as the context lasts, against other processes that would write there.
+    """Make the directory this process's as long as the context lasts.
 
-    Raises UsageError, saying who has it or why it can't be had."""
+    Other processes that would write there are refused. Raise UsageError, saying who has it or why
+    it can't be had.
+    """
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -64,9 +66,10 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def begin_run(folder: Path, recipe: Recipe, ranks: list[RankHost]) -> None:
-    """Writes what runs, and where. `ranks`: each one's host and processor. One rank only.
+    """Write what runs, and where. One rank only.
 
-    Raises UsageError when the directory can't be made or written."""
+    Raise UsageError when the directory can't be made or written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(folder, recipe)
@@ -76,7 +79,7 @@ def begin_run(folder: Path, recipe: Recipe, ranks: list[RankHost]) -> None:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe of a run directory. Raises UsageError when it is not one."""
+    """Return the recipe of a run directory. Raise UsageError when it is not one."""
     try:
         return Recipe.from_dict(json.loads((folder / CONFIG).read_text()))
     except (OSError, ValueError) as error:
@@ -84,27 +87,31 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def copy_run(old: Path, new: Path) -> None:
-    """Copies what is in a run directory, but for its checkpoints and what belongs to a process that writes there.
+    """Copy what is in a run directory, but for its checkpoints and the files of a process that writes there.
 
-    Raises OSError or shutil.Error."""
+    Raise OSError or shutil.Error.
+    """
     ignored = shutil.ignore_patterns(CHECKPOINTS, LOCK, "*.partial")
     shutil.copytree(old, new, ignore=ignored, dirs_exist_ok=True)
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """The inverse of `read_recipe`."""
+    """Write the recipe of a run directory."""
     _write_json(folder / CONFIG, asdict(recipe))
 
 
 def read_epochs(folder: Path) -> list[dict[str, Any]]:
-    """The epoch lines of a run's metrics.jsonl, in order. Raises UsageError when there are none."""
+    """Return the epoch lines of a run's metrics.jsonl, in order. Raise UsageError when there are none."""
     if not (epochs := read_lines(folder, "epoch")):
         raise UsageError(f"{folder / METRICS} has no finished epoch yet")
     return epochs
 
 
 def read_lines(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind in a run's metrics.jsonl, in order. Raises UsageError when the file can't be read."""
+    """Return the lines of one kind in a run's metrics.jsonl, in order.
+
+    Raise UsageError when the file can't be read.
+    """
     try:
         lines = [json.loads(line) for line in _whole_lines(folder / METRICS)]
         return [line for line in lines if line["kind"] == kind]
@@ -115,7 +122,7 @@ def read_lines(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def environment(ranks: list[RankHost]) -> dict[str, Any]:
-    """What a figure needs to be believed: hosts, processors, versions, source revision, command line."""
+    """Return what a figure needs to be believed: hosts, processors, versions, source revision, command line."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
@@ -129,7 +136,7 @@ def environment(ranks: list[RankHost]) -> dict[str, Any]:
 
 
 def read_processors(folder: Path) -> list[str]:
-    """The kinds of processors that a run was on; none where they aren't known."""
+    """Return the kinds of processors that a run was on; none where they aren't known."""
     try:
         return list(json.loads((folder / ENVIRONMENT).read_text())["processors"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -137,19 +144,26 @@ def read_processors(folder: Path) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that a run's figures may depend on."""
-    return {name: version for name in PACKAGES if (version := _version(name))}
+    """Return the versions of the packages that a run's figures may depend on."""
+    installed = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 class RunLog:
     """Appends figures to metrics.jsonl and to TensorBoard's event files. One rank only."""
 
     def __init__(self, folder: Path, step: int = 0, epochs: int = 0) -> None:
-        """`step`, `epochs`: where the run continues; lines beyond, from before a crash, are dropped."""
+        """Open the files of a run that continues after so many steps and epochs.
+
+        Lines beyond, from before a crash, are dropped.
+        """
         from recipe.run.events import Events
 
         self._path = folder / METRICS
-        self._keep_until(step, epochs)
+        self._drop_lines_beyond(step, epochs)
         try:
             self._file = self._path.open("a", buffering=1)
         except OSError as error:
@@ -157,51 +171,49 @@ class RunLog:
         self._events = Events(folder / EVENTS, step)
 
     def write(self, kind: str, step: int, values: Figures) -> None:
-        """One line: kind ("start", "step" or "epoch"), the number of finished steps, and the figures.
+        """Write one line: kind ("start", "step" or "epoch"), the number of finished steps, and the figures.
 
-        JSON has no NaN and no infinity: they become null."""
-        known = {
-            name: value
-            for name, value in values.items()
-            if not isinstance(value, float) or math.isfinite(value)
-        }
-        line = {
-            "kind": kind,
-            "step": step,
-            **values,
-            **{name: None for name in values.keys() - known.keys()},
-        }
+        JSON has no NaN and no infinity: they become null.
+        """
+        line: Figures = {"kind": kind, "step": step}
+        numbers = {}
+        for name, value in values.items():
+            is_writable = not isinstance(value, float) or math.isfinite(value)
+            line[name] = value if is_writable else None
+            if is_writable and isinstance(value, int | float):
+                numbers[f"{kind}/{name}"] = value
         try:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             raise self._unwritable(error)
-        numbers = {
-            f"{kind}/{name}": value
-            for name, value in known.items()
-            if isinstance(value, (int, float))
-        }
         self._events.scalars(numbers, step)
 
     def close(self) -> None:
-        """What a full disk has no room for is lost; a write has said so."""
+        """Close the files. What a full disk has no room for is lost; a write has said so."""
         with contextlib.suppress(OSError):
             self._file.close()
         self._events.close()
 
-    def _keep_until(self, step: int, epochs: int) -> None:
+    def _drop_lines_beyond(self, step: int, epochs: int) -> None:
+        """Keep what was written before the run's new beginning; the figures of an old run are set aside."""
         try:
             if not exists(self._path):
                 if step:
                     warn(f"{self._path} is missing: it begins anew after step {step}")
                 return
-            lines = [(json.loads(line), line) for line in _whole_lines(self._path)]
-            kept = [line for values, line in lines if step and _is_before(values, step, epochs)]
-            if not step and any(values["kind"] == "epoch" for values, _ in lines):
+            texts = _whole_lines(self._path)
+            lines = [json.loads(text) for text in texts]
+            if not step and any(line["kind"] == "epoch" for line in lines):
                 aside = self._path.with_name(f"aside-{time.strftime('%Y%m%d-%H%M%S')}-{METRICS}")
                 self._path.rename(aside)
                 warn(f"beginning at step 0: the old figures are in {aside}")
-            else:
-                _replace(self._path, "".join(kept))
+                return
+            remaining = [
+                text
+                for line, text in zip(lines, texts, strict=True)
+                if step and _is_before(line, step, epochs)
+            ]
+            _replace(self._path, "".join(remaining))
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{self._path} has a damaged line ({error}); delete that line, then --resume"
@@ -216,17 +228,23 @@ class RunLog:
 
 
 def _is_before(line: dict[str, Any], step: int, epochs: int) -> bool:
-    """A checkpoint at an epoch's last step may have been saved before the epoch's evaluation."""
+    """Return whether a line was written before the checkpoint.
+
+    One at an epoch's last step may have been saved before the epoch's evaluation.
+    """
     return line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= step
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """A killed run may have left half a line at the end."""
+    """Return the lines, but for half a line that a killed run may have left at the end."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something of this name, a dead link included. Raises OSError when that can't be found out."""
+    """Return whether there is something of this name, a dead link included.
+
+    Raise OSError when that can't be found out.
+    """
     try:
         path.lstat()
         return True
@@ -235,14 +253,12 @@ def exists(path: Path) -> bool:
 
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:
-    advice = {errno.ENOSPC: "free space", errno.EDQUOT: "free space"}
-    advice |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "get the rights to")
-    what = (
-        f"; {told}, or name another directory"
-        if (told := advice.get(error.errno))
-        else "; name another directory"
-    )
-    return UsageError(f"--run_dir={folder} can't be written: {error.strerror}{what}")
+    advice = "name another directory"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = f"free space, or {advice}"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = f"get the rights to, or {advice}"
+    return UsageError(f"--run_dir={folder} can't be written: {error.strerror}; {advice}")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -255,24 +271,13 @@ def _replace(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _git_revision() -> str:
-    """Commit of the recipe's source, with "+changes" when the tree differs from it; "" outside a checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty=+changes",
-    ]
+    """Return the commit of the recipe's source, "" outside a checkout.
+
+    "+changes" follows when the tree differs from it.
+    """
+    options = ["--always", "--abbrev=40", "--dirty=+changes"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", *options]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:

@@ -40,8 +40,9 @@ class WorkerBatchNorm2d(nn.BatchNorm2d):
             output, self.batch_mean, self.batch_variance = self._normalised(x)
             return output
         workers = [self._normalised(part) for part in x.chunk(self.workers)]
-        self.batch_mean = sum(worker.mean for worker in workers) / self.workers
-        self.batch_variance = sum(worker.variance for worker in workers) / self.workers
+        zeros = torch.zeros_like(workers[0].mean)
+        self.batch_mean = sum((worker.mean for worker in workers), zeros) / self.workers
+        self.batch_variance = sum((worker.variance for worker in workers), zeros) / self.workers
         return torch.cat([worker.output for worker in workers])
 
     def _normalised(self, x: torch.Tensor) -> Normalised:
@@ -61,7 +62,8 @@ class WorkerBatchNorm2d(nn.BatchNorm2d):
 def moving_statistics(network: nn.Module) -> torch.Tensor:
     """Return all moving means and variances as one vector, on which the layers' buffers are views from now on."""
     norms = _norms(network)
-    buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    names = ("running_mean", "running_var")
+    buffers = [norm.get_buffer(name) for norm in norms for name in names]
     vector = torch.cat(buffers)
     parts = iter(vector.split([len(buffer) for buffer in buffers]))
     for norm in norms:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
@@ -13,7 +14,7 @@ from recipe.data.element import Element
 from recipe.frameworks.replica import Replica, gradient_groups
 from recipe.frameworks.torch import device, resnet
 from recipe.frameworks.torch.normalization import batch_statistics
-from recipe.frameworks.torch.step import Step
+from recipe.frameworks.torch.step import HorovodOptimizer, Step
 from recipe.frameworks.torch.weights import from_keras, keras_path, to_keras
 from recipe.frameworks.torch.wire import PackedCompression, packed
 from recipe.frameworks.vector import StepResult
@@ -168,13 +169,14 @@ def sgd(recipe: Recipe, network: torch.nn.Module) -> torch.optim.SGD:
     settings = recipe.optimizer
     kernels = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": kernels, "weight_decay": settings.weight_decay}, {"params": others}]
+    decayed: dict[str, Any] = {"params": kernels, "weight_decay": settings.weight_decay}
+    groups = [decayed, {"params": others}]
     return torch.optim.SGD(
         groups, lr=settings.base_rate, momentum=settings.momentum, nesterov=settings.nesterov
     )
 
 
-def _optimizer(recipe: Recipe, network: resnet.ResNet, passes: int) -> torch.optim.Optimizer:
+def _optimizer(recipe: Recipe, network: resnet.ResNet, passes: int) -> HorovodOptimizer:
     """Return Horovod's optimizer around `sgd`, for so many backward passes per step."""
     parameters = sum(p.numel() for p in network.parameters())
     optimizer = hvd.DistributedOptimizer(

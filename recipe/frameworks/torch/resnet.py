@@ -12,7 +12,7 @@ from recipe.frameworks.torch.weights import from_keras, keras_layer, to_keras
 from recipe.rules import dropout, initial
 from recipe.rules.pixels import MEAN, STD
 
-Norm = Callable[[int], nn.Module]  # of the number of channels
+Norm = Callable[[int], WorkerBatchNorm2d]  # of the number of channels
 
 
 def build(recipe: Recipe, num_classes: int) -> "ResNet":

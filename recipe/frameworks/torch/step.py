@@ -1,6 +1,7 @@
 """One step of one rank in PyTorch: forward and backward of its workers, one round of allreduces, one update."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import horovod.torch as hvd
 import torch
@@ -14,6 +15,7 @@ from recipe.frameworks.torch.resnet import ResNet
 from recipe.frameworks.vector import StepResult, StepVector
 from recipe.rules.epoch import Share
 
+HorovodOptimizer = Any  # a torch.optim.Optimizer with synchronize() and skip_synchronize()
 AUTOCAST = {"float32": None, "mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16}
 
 
@@ -26,7 +28,7 @@ class Step:
     """
 
     def __init__(
-        self, network: ResNet, optimizer: torch.optim.Optimizer, recipe: Recipe, share: Share
+        self, network: ResNet, optimizer: HorovodOptimizer, recipe: Recipe, share: Share
     ) -> None:
         """Take Horovod's optimizer, which must be for as many backward passes as the share has."""
         self.network, self.optimizer = network, optimizer
