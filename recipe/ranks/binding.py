@@ -10,7 +10,7 @@ from typing import Any
 
 from recipe.errors import RunError, UsageError
 from recipe.ranks import launched, machine
-from recipe.system import watchdog
+from recipe.system import processor, watchdog
 
 # The number of ranks by horovodrun, Open MPI's mpirun, MPICH's, and srun.
 SIZE_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
@@ -89,7 +89,12 @@ def start(framework: str, deterministic: bool) -> machine.HostShare:
     watchdog.start()
     init(framework)
     check_found()
-    return machine.HostShare(horovod().local_rank(), machine.cores(horovod().local_size()))
+    return machine.HostShare(horovod().local_rank(), cores())
+
+
+def cores() -> int:
+    """Return this rank's share of its host's cores."""
+    return processor.cores(horovod().local_size())
 
 
 def started() -> bool:

@@ -1,5 +1,6 @@
 """This host's processor: its kind, and the instructions by which libraries choose how they compute, and so round."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def processor() -> str:
     return (
         f"{kind} ({platform.machine()}: {' '.join(filter(None, found)) or 'unknown instructions'})"
     )
+
+
+def cores(processes: int = 1) -> int:
+    """Return how many CPU cores each of so many processes on this host may use."""
+    share = (os.cpu_count() or 1) // processes
+    return max(1, min(share, len(os.sched_getaffinity(0))))
 
 
 def _facts() -> dict[str, str]:
