@@ -138,7 +138,7 @@ def compare_agreement() -> None:
             for _ in range(STEPS):
                 step()
                 if name == "agreed":
-                    agreement.heard()  # as fit does after each step
+                    agreement.words()  # as fit does after each step
             times[name].append((time.perf_counter() - began) / STEPS * 1000)
     if hvd.rank() == 0:
         ratios = [a / b for a, b in zip(times["agreed"], times["alone"], strict=True)]

@@ -6,7 +6,7 @@ lists them one by one, with what is better here and what is refused.
 
 from typing import Any
 
-from recipe.keras import backend, callbacks, elastic, rollcall, together
+from recipe.keras import backend, callbacks, elastic, fitting, rollcall
 from recipe.keras.backend import Compression
 from recipe.keras.distributed import DistributedOptimizer, PartialDistributedOptimizer
 from recipe.keras.division import divide
@@ -132,4 +132,4 @@ def init(comm: Any = None, process_sets: Any = None, step_timeout: float | None 
     rollcall.start(step_timeout)
 
 
-together.install()
+fitting.install()

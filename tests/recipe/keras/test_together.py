@@ -304,10 +304,8 @@ def test_a_long_save_and_a_long_validation_on_one_rank_are_no_wait_without_end()
     assert "rank 0 has ended" in done.stdout and "rank 1 has ended" in done.stdout
 
 
-def seen(**options) -> rollcall.Seen:
-    return rollcall.Seen(
-        **({"count": 0, "waits": False, "busy": "", "failed": "", "where": "x.py:1"} | options)
-    )
+def status(count=0, waits=False, busy="", failure="") -> rollcall.Status:
+    return rollcall.Status(count, waits, busy, failure, where="x.py:1")
 
 
 @pytest.mark.parametrize(
@@ -329,24 +327,27 @@ def test_who_waits_for_ever(monkeypatch, ranks, stuck):
     now = [1000.0]
     monkeypatch.setattr(rollcall.time, "monotonic", lambda: now[0])
     thread = rollcall.RollCall(limit=100.0)
-    told = [seen(**options) for options in ranks]
-    assert not thread._stuck(told)
+    statuses = [status(**options) for options in ranks]
+    assert not thread._reason_to_end(statuses)
     now[0] += 99
-    assert not thread._stuck(told)
+    assert not thread._reason_to_end(statuses)
     now[0] += 2
-    assert bool(thread._stuck(told)) == stuck
-    assert not thread._stuck([seen(count=1, waits=True), *told[1:]])  # somebody has gone on
+    assert bool(thread._reason_to_end(statuses)) == stuck
+    progressed = [status(count=1, waits=True), *statuses[1:]]
+    assert not thread._reason_to_end(progressed)
 
 
 def test_a_failed_rank_is_waited_for_for_seconds_only(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(rollcall.time, "monotonic", lambda: now[0])
     thread = rollcall.RollCall(limit=100.0)
-    told = [seen(waits=True), seen(failed="KeyError: x")]
-    assert not thread._stuck(told)
+    statuses = [status(waits=True), status(failure="KeyError: x")]
+    assert not thread._reason_to_end(statuses)
     now[0] += rollcall.PATIENCE + 1
-    assert "rank 1 has failed, and the others wait for it: KeyError: x" in thread._stuck(told)
-    assert not thread._stuck([seen(failed="KeyError: x")] * 2)  # all ranks have, and none waits
+    reason = thread._reason_to_end(statuses)
+    assert "rank 1 has failed, and the others wait for it: KeyError: x" in reason
+    all_failed = [status(failure="KeyError: x")] * 2
+    assert not thread._reason_to_end(all_failed)  # none waits
 
 
 @pytest.mark.parametrize("value", ["soon", "-1", "inf", "nan"])
