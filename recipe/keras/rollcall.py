@@ -210,10 +210,8 @@ def start(limit: float | None) -> None:
 
 def _checked_limit(limit: float | None) -> float:
     """Return the limit, by default the environment's. Raise ValueError for no number of seconds."""
-    if limit is not None:
-        name, value = "step_timeout", limit
-    else:
-        name, value = VARIABLE, os.environ.get(VARIABLE) or DEFAULT
+    name = VARIABLE if limit is None else "step_timeout"
+    value = (os.environ.get(VARIABLE) or DEFAULT) if limit is None else limit
     try:
         seconds = float(value)
     except (TypeError, ValueError):
