@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from recipe import configs
 from recipe.config import Recipe, flatten, meant, nearest
 from recipe.errors import Preempted, RunError, UsageError
-from recipe.ranks import collectives, launched, preemption
+from recipe.ranks import binding, collectives, launched, preemption
 from recipe.system import again, output, watchdog
 
 GONE = "another rank has gone"
@@ -181,7 +181,7 @@ def _homeless(error: Exception) -> bool:
 def _leave(status: int, message: str, everywhere: bool = False, kind: str = "error") -> None:
     """Says why, and ends the process. What all ranks know rank 0 says; the others give it time to. Before Horovod has
     started none knows what the others do: one that still lives then failed without rank 0, and says so itself."""
-    several = collectives.started() and collectives.size() > 1
+    several = binding.started() and collectives.size() > 1
     who, said = "", False
     if several and not everywhere:
         who = f"rank {collectives.rank()} of {collectives.size()}: "

@@ -42,31 +42,39 @@ def main(argv: list[str]) -> None:
 
 
 def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption.Notice) -> None:
+    """Train on all ranks and say how it ended. Collective."""
     with noise.filtered():
         from recipe.frameworks import replica
         from recipe.ranks import collectives, elastic
-        from recipe.rules import sums as metrics
+        from recipe.rules import sums
         from recipe.run import loop
+        from recipe.run.commits import Commits
 
         fit = replica.of(recipe.framework)
     # Ranks that join an elastic run wait for the next commit.
-    with (
-        watchdog.patience(0.0 if elastic.wanted() else recipe.run.step_timeout),
-        telling("waiting for all ranks"),
-    ):
+    patience = 0.0 if elastic.wanted() else recipe.run.step_timeout
+    with watchdog.patience(patience), telling("waiting for all ranks"):
         fit.start(recipe.run.deterministic)
 
-    def trained(run_dir: str, commits: elastic.Commits | None) -> tuple[str, list[float]]:
-        again.begun(run_dir, arguments)
-        errors = loop.train(recipe, Path(run_dir), VALUES.resume, fit.make_replica, notice, commits)
-        return run_dir, errors
+    if elastic.wanted():
 
-    run_dir, errors = elastic.run(trained, run_dir)
+        def attempt(commits: Commits) -> list[float]:
+            again.begun(commits.run_dir, arguments)
+            run_dir = Path(commits.run_dir)
+            return loop.train(recipe, run_dir, VALUES.resume, fit.make_replica, notice, commits)
+
+        commits = Commits(run_dir)
+        errors = elastic.rerun(attempt, commits)
+        run_dir = commits.run_dir  # rank 0's
+    else:
+        run_dir = collectives.broadcast(run_dir, "run_dir")
+        again.begun(run_dir, arguments)
+        errors = loop.train(recipe, Path(run_dir), VALUES.resume, fit.make_replica, notice)
+
     if collectives.rank() == 0:
+        median = sums.final_error(errors)
         last = len(errors[-5:])
-        print(
-            f"top-1 error {metrics.final_error(errors):.2%} (median of the last {last} epochs) in {run_dir}"
-        )
+        print(f"top-1 error {median:.2%} (median of the last {last} epochs) in {run_dir}")
         print(f"curves: python -m recipe.report {shlex.quote(run_dir)}")
 
 

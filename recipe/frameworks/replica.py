@@ -1,18 +1,19 @@
 """What a framework brings to the training loop: a rank's copy of the network and its optimizer."""
 
 import importlib
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 
-from recipe.errors import RunError
-from recipe.ranks import collectives
+from recipe.config import Recipe
 
 Figures = tuple[np.ndarray, np.ndarray, bool]
+
+# Bytes of gradients that are reduced together when the order of their sum must not vary.
+GROUP = 2**24
 
 
 class Replica(Protocol):
@@ -62,33 +63,6 @@ def figures(values: np.ndarray, k: int) -> Figures:
     return values[:k], values[k:-1], bool(values[-1])
 
 
-def check_equal(named: Iterable[tuple[str, np.ndarray]], step: int) -> None:
-    """Compares the bytes of named arrays over all ranks, which have the same names in the same order. Collective.
-
-    Raises RunError on every rank, naming the first array that differs."""
-    found = [(name, array.shape, zlib.crc32(np.ascontiguousarray(array))) for name, array in named]
-    digests = np.array([digest for *_, digest in found], dtype=np.int64)
-    least, largest = collectives.extremes(digests, "replica_check")
-    for (name, shape, _), same in zip(found, least == largest, strict=True):
-        if not same:
-            raise RunError(
-                f"the ranks' replicas differ: {name} {shape} is the first variable that is not equal on all ranks, "
-                f"after step {step}; training can't go on",
-                everywhere=True,
-            )
-
-
-def check_structure(ours: dict[str, tuple], arrays: dict[str, np.ndarray]) -> None:
-    """Raises RunError when a checkpoint doesn't hold exactly the arrays of a replica, whose shapes are `ours`."""
-    for name in arrays.keys() ^ ours.keys():
-        where = "the model lacks" if name in arrays else "the checkpoint lacks"
-        raise RunError(
-            f"{where} {name}: since the checkpoint config.model, its precision, config.optimizer.momentum or a library "
-            "has changed, or the framework, for which there is `python -m recipe.convert`"
-        )
-    for name, shape in ours.items():
-        if arrays[name].shape != shape:
-            raise RunError(
-                f"the checkpoint's {name} has the shape {arrays[name].shape}, the model's {shape}; the checkpoint is "
-                "of another model"
-            )
+def groups(recipe: Recipe, parameters: int) -> int | None:
+    """Into how many groups, fixed ones, a deterministic run fuses the gradients of so many parameters."""
+    return max(1, 4 * parameters // GROUP) if recipe.run.deterministic else None

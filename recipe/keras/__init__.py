@@ -26,9 +26,9 @@ from recipe.keras.operations import (
 )
 from recipe.keras.schedules import RateSchedule
 from recipe.keras.sgd import SGD
-from recipe.ranks import collectives
+from recipe.ranks import binding
 
-_hvd = collectives.bind(backend.FRAMEWORK)
+_hvd = binding.bind(backend.FRAMEWORK)
 
 is_initialized = _hvd.is_initialized
 shutdown = _hvd.shutdown
@@ -126,9 +126,9 @@ def init(comm: Any = None, process_sets: Any = None, step_timeout: float | None 
     `comm` is a list of ranks or an mpi4py communicator (default: all), `process_sets` the ProcessSets to register.
     A job in which the ranks wait for each other for `step_timeout` seconds ends with where each of them is (default:
     RECIPE_STEP_TIMEOUT in the environment, or 600; 0: never)."""
-    collectives.init(backend.FRAMEWORK, comm=comm, process_sets=process_sets)
+    binding.init(backend.FRAMEWORK, comm=comm, process_sets=process_sets)
     if comm is None:
-        collectives.check_found(program=False)
+        binding.check_found(program=False)
     rollcall.start(step_timeout)
 
 

@@ -17,7 +17,7 @@ from keras import ops
 
 from recipe.errors import RunError
 from recipe.keras.recording import Call
-from recipe.ranks import collectives
+from recipe.ranks import binding, collectives
 
 ROW = 3  # numbers of a row: has examples, wants to stop, η
 
@@ -26,7 +26,7 @@ Tensor = Any  # of Keras's backend
 
 def check_started() -> None:
     """Raise ValueError before Horovod's start, since Horovod's own errors have internal names."""
-    if not collectives.started():
+    if not binding.started():
         raise ValueError("Horovod is not initialised; call recipe.keras.init() before fit()")
 
 

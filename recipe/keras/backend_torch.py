@@ -10,14 +10,11 @@ import keras
 import numpy as np
 import torch
 
-from recipe.frameworks.torch import device
 from recipe.keras import recording
 
 Compression = hvd.Compression
 DEVICES = False  # a tensor is reduced where it lies
 WORD_ALONE = False  # an agreement's word is part of a vector that goes with the gradients
-on_device = device.on_device
-use_local_device = device.use_local_device
 
 
 def reduce(
@@ -176,13 +173,6 @@ def gathered_bytes(values: np.ndarray, name: str) -> np.ndarray:
 def compiled(function: Callable, signature: list[tuple]) -> Callable:
     """The function as it is: PyTorch runs eagerly."""
     return function
-
-
-def gradients(forward: Callable[[], tuple], variables: list) -> tuple[list, tuple]:
-    """forward() gives (loss, anything else): (the loss's gradients, what else there was, detached)."""
-    loss, *found = forward()
-    taken = torch.autograd.grad(loss, [v.value for v in variables], allow_unused=True)
-    return list(taken), [f.detach() for f in found]
 
 
 def random_state() -> np.ndarray:

@@ -6,11 +6,11 @@ from typing import Any
 
 import keras
 import numpy as np
-from horovod.common.elastic import ObjectState, run_fn
+from horovod.common.elastic import ObjectState
 
 from recipe.keras import backend, passing, state, velocities
 from recipe.keras.distributed import reduction_of
-from recipe.ranks.elastic import lost_ranks_told
+from recipe.ranks import elastic
 
 _hvd = backend.horovod
 
@@ -51,7 +51,7 @@ class KerasState(ObjectState):
         super().restore()
 
     def sync(self) -> None:
-        with lost_ranks_told():
+        with elastic.lost_ranks_as_horovod_errors():
             state.broadcast_model(self.model, [self.optimizer])
         self._forget_passes()
         self._save_variables()
@@ -74,16 +74,10 @@ def run(func: Callable) -> Callable:
     lost (after `state.restore()`) or join (at a commit)."""
 
     @functools.wraps(func)
-    def told(*args: Any, **kwargs: Any) -> Any:
-        with lost_ranks_told():
-            return func(*args, **kwargs)
+    def rerun(state: Any, *args: Any, **kwargs: Any) -> Any:
+        return elastic.rerun(lambda state: func(state, *args, **kwargs), state)
 
-    return run_fn(told, _reset)
-
-
-def _reset() -> None:
-    _hvd.shutdown()
-    _hvd.init()
+    return rerun
 
 
 class CommitStateCallback(keras.callbacks.Callback):

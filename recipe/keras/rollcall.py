@@ -23,7 +23,7 @@ import keras
 import numpy as np
 
 from recipe.keras import backend
-from recipe.ranks import collectives, elastic
+from recipe.ranks import binding, collectives, elastic
 from recipe.system import watchdog
 
 VARIABLE = "RECIPE_STEP_TIMEOUT"  # seconds; 0: no limit
@@ -137,7 +137,7 @@ class RollCall(threading.Thread):
                 statuses = _meet(self._own_status())
             except Exception as error:
                 watchdog.keep(0.0, "step_timeout")
-                if "Horovod" in str(error) or not collectives.started():
+                if "Horovod" in str(error) or not binding.started():
                     return  # it was shut down
                 raise
             reason = self._reason_to_end(statuses)

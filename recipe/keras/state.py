@@ -6,12 +6,12 @@ import keras
 import numpy as np
 
 from recipe.errors import RunError
-from recipe.frameworks import replica
 from recipe.keras import backend, names, seeds, velocities
 from recipe.keras.distributed import optimizers_of, reduction_of
 from recipe.keras.normalization import SyncBatchNormalization
 from recipe.keras.reduction import framework_variable
 from recipe.ranks import collectives
+from recipe.system.arrays import check_structure
 
 _NO_SLOTS = (
     "_variables",
@@ -99,7 +99,7 @@ def check_replicas(model: keras.Model, also: Sequence = ()) -> None:
 
     Raises RunError on every rank, naming the first variable that differs."""
     named = ((v.path, keras.ops.convert_to_numpy(v)) for v in [*replicated(model), *also])
-    replica.check_equal(named, int(keras.ops.convert_to_numpy(model.optimizer.iterations)))
+    collectives.check_equal(named, int(keras.ops.convert_to_numpy(model.optimizer.iterations)))
 
 
 def to_arrays(model: keras.Model) -> dict[str, np.ndarray]:
@@ -113,7 +113,7 @@ def from_arrays(model: keras.Model, arrays: dict[str, np.ndarray]) -> None:
         model.optimizer.build(model.trainable_variables)
     variables = _named(model)
     velocities.forget(model.optimizer)
-    replica.check_structure({name: tuple(v.shape) for name, v in variables.items()}, arrays)
+    check_structure({name: tuple(v.shape) for name, v in variables.items()}, arrays)
     for name, v in variables.items():
         v.assign(arrays[name])
 

@@ -3,8 +3,10 @@
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from recipe.config import Recipe
+if TYPE_CHECKING:  # who only needs a rate needs no recipe
+    from recipe.config import Recipe
 
 
 def scaled_rate(base_rate: float, minibatch: int, reference: int = 256) -> float:
@@ -35,7 +37,7 @@ class Rate:
         return self.peak * self.decay_factor ** bisect.bisect_right(self.decay_epochs, epoch)
 
 
-def recipe_rate(recipe: Recipe) -> Rate:
+def recipe_rate(recipe: "Recipe") -> Rate:
     """The recipe's schedule. The paper says nothing of minibatches below 256, where kη < η: the warmup then starts
     at kη, that is, there is nothing to warm up."""
     peak = scaled_rate(recipe.optimizer.base_rate, recipe.minibatch)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipe.ranks import collectives
-
 
 @dataclass
 class Sums:
@@ -25,10 +23,6 @@ class Sums:
         self.loss += float((log_total - logits[np.arange(len(labels)), labels]).sum())
         self.correct += int((logits.argmax(axis=1) == labels).sum())
         self.count += len(labels)
-
-    def over_ranks(self, name: str) -> "Sums":
-        """The sums of all ranks; collective."""
-        return Sums(*collectives.total([self.loss, self.correct, self.count], name).tolist())
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(self.loss + other.loss, self.correct + other.correct, self.count + other.count)

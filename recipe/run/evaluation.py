@@ -28,7 +28,8 @@ def evaluate(recipe: Recipe, replica: Replica, sources: Sources, epoch: int) -> 
         for images, labels in eval_batches(evaluation, recipe, mine, BATCH):
             sums.add(replica.predict(images), labels)
             watchdog.beat(f"the evaluation of {sums.count:.0f} examples")
-    return sums.over_ranks("evaluate")
+    loss, correct, count = collectives.total([sums.loss, sums.correct, sums.count], "evaluate")
+    return Sums(float(loss), float(correct), float(count))
 
 
 def _statistics(

@@ -28,10 +28,12 @@ from recipe.rules import sharding
 from recipe.rules.sums import Sums
 from recipe.run import checkpoint, runlog
 from recipe.run import state as standing
+from recipe.run.commits import Commits
 from recipe.run.evaluation import Sources, evaluate
 from recipe.run.progress import Progress
 from recipe.run.state import Standing
 from recipe.system import again, output, owner, watchdog
+from recipe.system.arrays import digest
 from recipe.system.processor import processor
 
 WAITS = (
@@ -47,7 +49,7 @@ def train(
     resume: str,
     make_replica: MakeReplica,
     notice: Notice,
-    commits: elastic.Commits | None = None,
+    commits: Commits | None = None,
 ) -> list[float]:
     """Runs the recipe on all ranks; collective. Returns the top-1 error of each evaluated epoch, oldest first.
 
@@ -72,9 +74,7 @@ def train(
 
 
 @contextlib.contextmanager
-def owned(
-    recipe: Recipe, run_dir: Path, resume: str, commits: elastic.Commits | None
-) -> Iterator[None]:
+def owned(recipe: Recipe, run_dir: Path, resume: str, commits: Commits | None) -> Iterator[None]:
     """Makes the run directory this run's alone, held by rank 0. Collective."""
     with contextlib.ExitStack() as held:
 
@@ -96,7 +96,7 @@ def begin(
     resume: str,
     replica: Replica,
     examples: int,
-    commits: elastic.Commits | None,
+    commits: Commits | None,
 ) -> Standing:
     """Where the run stands, and its state on rank 0's replica. Collective."""
     steps = sharding.steps_per_epoch(examples, recipe.k, recipe.n, recipe.data.remainder)
@@ -236,7 +236,7 @@ class Loop:
         replica: Replica,
         sources: Sources,
         stands: Standing,
-        commits: elastic.Commits | None,
+        commits: Commits | None,
     ) -> None:
         self.recipe, self.run_dir, self.replica, self.sources, self.stands = (
             recipe,
@@ -278,7 +278,7 @@ class Loop:
         self.replica.begin(self.steps)
         watchdog.beat("the first step's beginning")
         if self.stands.step == 0:
-            self._initial_weights = checkpoint.digest(self.replica.weights())
+            self._initial_weights = digest(self.replica.weights())
         try:
             self._commit()
             while self.stands.epochs < self.recipe.epochs:
@@ -474,7 +474,7 @@ class Loop:
         standing.check_finite(weights, self.stands.step)
         digests = {
             "order": f"{zlib.crc32(self._order(finished - 1)):08x}",
-            "weights": checkpoint.digest(weights),
+            "weights": digest(weights),
         }
         self.log.write("epoch", self.stands.step, figures | digests | {"norm": norm(weights)})
         evaluated = (

@@ -418,9 +418,7 @@ def test_a_user_without_a_home_is_told_and_served(tmp_path):
         )
         assert done.returncode == 0 and "rank 1 of 2" in done.stdout, done.stderr
         assert f"note: {said}" in done.stderr
-    alone = homeless(
-        "-c", "from recipe.ranks import collectives; print(collectives.init('torch').size())"
-    )
+    alone = homeless("-c", "from recipe.ranks import binding; print(binding.init('torch').size())")
     assert (alone.returncode, alone.stdout) == (0, "1\n"), alone.stderr
     prepare = homeless("-m", "recipe.data.prepare", "fashion_photos")
     assert (

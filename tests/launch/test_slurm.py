@@ -249,7 +249,7 @@ def test_a_run_named_in_the_recipes_way_is_refused(cluster, project):
 
 def test_tasks_of_an_srun_without_mpi_refuse_to_train_alone(cluster, project):
     """The batch script's own process, which srun has not started, may be alone."""
-    alone = "from recipe.ranks import collectives; collectives.start('torch', False); print('alone:', collectives.size())"
+    alone = "from recipe.ranks import binding, collectives; binding.start('torch', False); print('alone:', collectives.size())"
     srun = [
         "srun",
         "--mpi=none",

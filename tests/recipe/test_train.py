@@ -17,6 +17,8 @@ import psutil
 import pytest
 
 from recipe.run import checkpoint
+from recipe.system import checkpoint_file
+from recipe.system.arrays import digest
 from recipe.system.processor import processor
 from tests.ranks import BIN, ROOT, command, environment, launch
 
@@ -78,7 +80,7 @@ def lines(folder: Path, kind: str) -> list[dict]:
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
-    return checkpoint.load(checkpoint.checkpoints(folder / "checkpoints")[-1])[0]
+    return checkpoint_file.load(checkpoint.checkpoints(folder / "checkpoints")[-1])[0]
 
 
 def refused(done: subprocess.CompletedProcess, status: int, *parts: str) -> None:
@@ -222,7 +224,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes(finished, tmp_path, data
     assert "median of the last 3 epochs" in done.stdout  # those before the kill count
     assert [line["epoch"] for line in lines(folder, "epoch")] == [1, 2, 3]
     assert [line["step"] for line in lines(folder, "step")] == [2, 4, 6, 8, 10, 12]
-    assert checkpoint.digest(weights(folder)) == checkpoint.digest(weights(finished[0]))
+    assert digest(weights(folder)) == digest(weights(finished[0]))
 
 
 def test_one_rank_without_data_ends_the_run_with_its_message(tmp_path, data_dir):
@@ -415,7 +417,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_unless_told_so(
     assert done.returncode == 0, done.stdout
     (aside,) = folder.glob("aside-*-metrics.jsonl")
     assert aside.read_bytes() == before
-    assert checkpoint.digest(weights(folder)) == checkpoint.digest(weights(finished[0]))
+    assert digest(weights(folder)) == digest(weights(finished[0]))
 
 
 def test_there_must_be_something_to_resume(tmp_path, data_dir):

@@ -8,19 +8,20 @@ import keras
 import numpy as np
 
 from recipe.config import Recipe
-from recipe.frameworks.keras import resnet
+from recipe.frameworks.keras import compute, resnet
 from recipe.frameworks.keras.step import Step, batch_statistics, inputs, moving_statistics, split
+from recipe.frameworks.replica import groups
 from recipe.keras import backend, state
 from recipe.keras.callbacks import BroadcastState, ReplicaCheck, ScheduledRate, rate_of
 from recipe.keras.distributed import DistributedOptimizer
-from recipe.ranks import collectives
+from recipe.ranks import binding, collectives
 from recipe.rules import sharding
 from recipe.rules.schedule import recipe_rate
 
 
 def start(deterministic: bool = False) -> None:
     """Horovod, and this rank's share of the machine: one GPU, or its part of the CPU's cores."""
-    backend.use_local_device(*collectives.start(backend.FRAMEWORK, deterministic), deterministic)
+    compute.use_local_device(*binding.start(backend.FRAMEWORK, deterministic), deterministic)
 
 
 class KerasReplica:
@@ -61,14 +62,14 @@ class KerasReplica:
 
     def predict(self, images: object) -> np.ndarray:
         keys = [np.zeros(len(images), np.int64)] if self.recipe.model.dropout else []
-        return self.model.predict_on_batch(inputs(*backend.on_device((images, *keys))))
+        return self.model.predict_on_batch(inputs(*compute.on_device((images, *keys))))
 
     @contextlib.contextmanager
     def statistics_of(self, elements: Iterator[tuple]) -> Iterator[None]:
         moving = moving_statistics(self.model)
         kept = [keras.ops.convert_to_numpy(v) for v in moving]
         found = (
-            keras.ops.convert_to_numpy(self._statistics(*backend.on_device(e))) for e in elements
+            keras.ops.convert_to_numpy(self._statistics(*compute.on_device(e))) for e in elements
         )
         mean = collectives.mean(found, sum(math.prod(v.shape) for v in moving), "precise_bn")
         for v, value in zip(moving, split(mean, moving), strict=True):
@@ -121,7 +122,7 @@ def _distribute(recipe: Recipe, model: keras.Model) -> None:
     parameters = sum(math.prod(v.shape) for v in model.trainable_variables)
     compression = getattr(backend.Compression, recipe.optimizer.compression)
     DistributedOptimizer(
-        model.optimizer, compression=compression, groups=collectives.groups(recipe, parameters)
+        model.optimizer, compression=compression, groups=groups(recipe, parameters)
     )
 
 

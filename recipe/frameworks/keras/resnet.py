@@ -7,7 +7,7 @@ from keras import layers
 from recipe.config import Model, Recipe
 from recipe.data.pipeline import MEAN, STD
 from recipe.frameworks.keras.dropout import ExampleDropout
-from recipe.keras.normalization import WorkerBatchNormalization
+from recipe.frameworks.keras.normalization import WorkerBatchNormalization
 from recipe.rules import initial
 
 

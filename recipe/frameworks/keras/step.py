@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from recipe.frameworks.keras import compute
 from recipe.frameworks.replica import Figures, figures
 from recipe.keras import backend, names
 from recipe.ranks import collectives
@@ -46,7 +47,7 @@ class Step:
         Returns a function that waits for the step and gives (the k workers' sums of cross-entropies, float32[k]; their
         numbers of hits, float32[k]; whether any rank passed `stop`)."""
         for call in range(self.calls):
-            element = backend.on_device(next(elements))
+            element = compute.on_device(next(elements))
             first = np.int32(self.workers[call * self.together])
             if call + 1 < self.calls:
                 self._accumulate(first, *element)
@@ -104,7 +105,7 @@ class Step:
             )
             return loss, ops.concatenate(vector)
 
-        gradients, (vector,) = backend.gradients(forward, self.model.trainable_variables)
+        gradients, (vector,) = compute.gradients(forward, self.model.trainable_variables)
         return gradients, vector
 
     def _placed(self, first: Any, values: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from recipe.ranks.collectives import check_gpus
+from recipe.ranks.machine import check_gpus
 
 
 def use_local_device(local_rank: int, threads: int, deterministic: bool = False) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from recipe.config import Recipe
-from recipe.frameworks.replica import Figures, check_equal, check_structure
+from recipe.frameworks.replica import Figures, check_equal, check_structure, groups
 from recipe.frameworks.torch import device, resnet
 from recipe.frameworks.torch import weights as names
 from recipe.frameworks.torch.normalization import batch_statistics
 from recipe.frameworks.torch.step import Step
 from recipe.frameworks.torch.wire import PackedCompression, packed
-from recipe.ranks import collectives
+from recipe.ranks import binding, collectives
 from recipe.rules import sharding
 from recipe.rules.schedule import recipe_rate
 
@@ -26,7 +26,7 @@ LOSS_SCALE = {"optimizer/loss_scale": "scale", "optimizer/finite_steps": "_growt
 
 def start(deterministic: bool = False) -> None:
     """Horovod, and this rank's share of the machine: one GPU, or its part of the CPU's cores."""
-    device.use_local_device(*collectives.start("torch", deterministic), deterministic)
+    device.use_local_device(*binding.start("torch", deterministic), deterministic)
 
 
 class TorchReplica:
@@ -182,7 +182,7 @@ def _optimizer(recipe: Recipe, network: resnet.ResNet, passes: int) -> torch.opt
         named_parameters=network.named_parameters(),
         compression=PackedCompression(getattr(hvd.Compression, recipe.optimizer.compression)),
         backward_passes_per_step=passes,
-        groups=collectives.groups(recipe, sum(p.numel() for p in network.parameters())),
+        groups=groups(recipe, sum(p.numel() for p in network.parameters())),
     )
     if recipe.optimizer.momentum:
         for p in (

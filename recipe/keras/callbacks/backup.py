@@ -15,7 +15,8 @@ from recipe.keras import backend, passing, state, velocities
 from recipe.keras.callbacks.rates import rate_of
 from recipe.keras.distributed import is_distributed, optimizers_of, reduction_of
 from recipe.ranks import collectives
-from recipe.run import checkpoint
+from recipe.system import checkpoint_file
+from recipe.system.arrays import digest
 
 _FORMAT = "recipe.keras.BackupAndRestore 1"
 _KERAS_FILES = (
@@ -271,7 +272,7 @@ class _Files:
         """Raises RunError when the disk refuses; what was there is then untouched."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write(self.next, arrays, description)
+            checkpoint_file.write(self.next, arrays, description)
             self._rotate()
         except OSError as error:
             raise RunError(
@@ -286,7 +287,7 @@ class _Files:
             failure = None
             for path in filter(Path.exists, (self.latest, self.previous)):
                 try:
-                    found = checkpoint.load(path)
+                    found = checkpoint_file.load(path)
                 except RunError as error:
                     failure = failure or str(error)
                     continue
@@ -327,7 +328,7 @@ class _Files:
     def remove(self) -> None:
         """The newest backup goes last: a kill in the middle leaves the end of the training."""
         try:
-            partial = checkpoint.partial_of(self.next)
+            partial = checkpoint_file.partial_of(self.next)
             for path in (partial, self.next, self.damaged, self.previous, self.latest):
                 path.unlink(missing_ok=True)
         except OSError as error:
@@ -423,7 +424,7 @@ def _of_rank(rank: int, name: str) -> str:
 
 def _different(arrays: dict[str, np.ndarray]) -> list[str]:
     """The names of the arrays that are not the same on all ranks. Collective."""
-    mine = {name: checkpoint.digest({name: array}) for name, array in arrays.items()}
+    mine = {name: digest({name: array}) for name, array in arrays.items()}
     others = collectives.gather(mine, "backup.digests")
     return [name for name in mine if any(other.get(name) != mine[name] for other in others)]
 

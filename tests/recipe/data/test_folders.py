@@ -17,6 +17,7 @@ from recipe.data import files, folders, sources
 from recipe.data.prepare import builders, verify
 from recipe.errors import RunError, UsageError
 from recipe.run import checkpoint
+from recipe.system import checkpoint_file
 from tests.ranks import launch
 from tests.recipe.data.conftest import photo
 
@@ -370,7 +371,7 @@ def test_two_ranks_learn_the_same_from_a_tree_as_from_tfds(tree: Path, tmp_path:
         ]
         done = launch(2, ["-m", "recipe.train", *small, *of_data, f"--run_dir={run_dir}"])
         assert done.returncode == 0, done.stdout[-3000:]
-        weights.append(checkpoint.load(checkpoint.checkpoints(run_dir / "checkpoints")[-1])[0])
+        weights.append(checkpoint_file.load(checkpoint.checkpoints(run_dir / "checkpoints")[-1])[0])
     one, other = weights
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[name], other[name]) for name in one)

@@ -383,13 +383,13 @@ def test_images_are_read_without_tensorflow(fashion: Data) -> None:
 
 def test_frameworks_share_the_images_memory(source: sources.TFDSSource, data: Data) -> None:
     """A copy of each image would cost as much as a twentieth of its decoding."""
+    from recipe.frameworks.keras import compute_tensorflow
     from recipe.frameworks.torch import device
-    from recipe.keras import backend_tensorflow
 
     images, labels, weights = next(
         iter(pipeline.train_batches(source, recipe_of(data, k=1, n=64), [0]))
     )
-    for on_device in (backend_tensorflow.on_device, device.on_device):
+    for on_device in (compute_tensorflow.on_device, device.on_device):
         tensor, *others = on_device((images, labels, weights))
         for value in (3, 4):
             images[0] = value

@@ -13,7 +13,7 @@ import numpy as np
 import recipe.keras as hvd
 from recipe.errors import RunError
 from recipe.keras.callbacks import BackupAndRestore, BroadcastState, GradualWarmup, MetricSums
-from recipe.run import checkpoint
+from recipe.system import checkpoint_file
 from tests.ranks import report
 
 BATCH, STEPS, EPOCHS = 4, 6, 4
@@ -211,7 +211,7 @@ def refusals(folder: Path) -> dict:
         content[1000] ^= 1
         (folder / "damaged/latest.npz").write_bytes(content)
         (folder / "foreign").mkdir()
-        checkpoint.write(folder / "foreign/latest.npz", {"a": np.zeros(3)}, {})
+        checkpoint_file.write(folder / "foreign/latest.npz", {"a": np.zeros(3)}, {})
         (folder / "file").touch()
     hvd.broadcast_object(None)
     half = {"steps_per_epoch": STEPS // 2}

@@ -173,7 +173,7 @@ def test_a_script_of_a_users_ends_where_it_is_certain_and_is_warned_elsewhere():
 
 # --- Gloo
 
-GLOO = "from recipe.ranks import collectives; print('rank', collectives.init('torch').rank())"
+GLOO = "from recipe.ranks import binding; print('rank', binding.init('torch').rank())"
 
 
 @pytest.mark.ranks

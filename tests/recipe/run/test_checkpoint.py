@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from recipe.errors import RunError
 from recipe.run import checkpoint
+from recipe.system import checkpoint_file
+from recipe.system.arrays import digest
 
 ARRAYS = {"model/a/b": np.arange(1000, dtype=np.float32), "optimizer/step": np.int64(3)}
 
@@ -23,7 +25,7 @@ def save(folder, step, keep=3, keep_every=0):
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
-    arrays, meta = checkpoint.load(save(tmp_path, 7))
+    arrays, meta = checkpoint_file.load(save(tmp_path, 7))
     assert meta == {"step": 7}
     assert arrays.keys() == ARRAYS.keys()
     for name, value in ARRAYS.items():
@@ -47,7 +49,7 @@ def test_any_bit_that_flips_is_noticed(where, bit, whole):
     damaged = whole.with_name("damaged.npz")
     damaged.write_bytes(content)
     with pytest.raises(RunError, match=r"damaged\.npz is damaged"):
-        checkpoint.load(damaged)
+        checkpoint_file.load(damaged)
 
 
 @given(length=st.floats(0, 1, exclude_max=True))
@@ -57,7 +59,7 @@ def test_any_truncation_is_noticed(length, whole):
     damaged = whole.with_name("damaged.npz")
     damaged.write_bytes(content[: int(length * len(content))])
     with pytest.raises(RunError, match=r"damaged\.npz is damaged"):
-        checkpoint.load(damaged)
+        checkpoint_file.load(damaged)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_a_pickle_is_not_loaded(tmp_path):
     content = path.read_bytes()[:-64]
     path.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
     with pytest.raises(RunError, match="not a checkpoint"):
-        checkpoint.load(path)
+        checkpoint_file.load(path)
 
 
 def test_a_failed_write_leaves_the_older_checkpoint_and_nothing_else(tmp_path, monkeypatch):
@@ -114,8 +116,8 @@ def test_what_a_killed_save_left_goes_with_the_next(tmp_path):
 
 
 def test_a_digest_is_of_names_types_shapes_and_values():
-    one = checkpoint.digest({"a": np.zeros(4, np.float32), "b": np.ones(2)})
-    assert one == checkpoint.digest({"b": np.ones(2), "a": np.zeros(4, np.float32)})
+    one = digest({"a": np.zeros(4, np.float32), "b": np.ones(2)})
+    assert one == digest({"b": np.ones(2), "a": np.zeros(4, np.float32)})
     others = [
         {"a": np.zeros(4), "b": np.ones(2)},
         {"a": np.zeros((2, 2), np.float32), "b": np.ones(2)},
@@ -124,7 +126,7 @@ def test_a_digest_is_of_names_types_shapes_and_values():
         {"a": np.zeros(4, np.float32), "c": np.ones(2)},
         {"a": np.float32([0, 0, 0, 1e-45]), "b": np.ones(2)},
     ]
-    assert len({one, *map(checkpoint.digest, others)}) == 5
+    assert len({one, *map(digest, others)}) == 5
 
 
 OTHERS = (
@@ -173,16 +175,16 @@ def test_a_file_system_without_fsync_is_one_warning(tmp_path, monkeypatch, capsy
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", unable)
-    monkeypatch.setattr(checkpoint, "_warned", set())
+    monkeypatch.setattr(checkpoint_file, "_warned", set())
     for step in (1, 2, 3):
-        checkpoint.load(save(tmp_path, step))
+        checkpoint_file.load(save(tmp_path, step))
     assert capsys.readouterr().err.count("the run goes on without") == (
         1 if which == "folders" else 2
     )
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_one_warning(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "_warned", set())
+    monkeypatch.setattr(checkpoint_file, "_warned", set())
     monkeypatch.setattr(type(tmp_path), "unlink", lambda path, missing_ok=False: os.rmdir(path))  # noqa: PTH106
     for step in (1, 2, 3):
         save(tmp_path, step, keep=1)

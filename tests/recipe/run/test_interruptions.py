@@ -22,6 +22,8 @@ from recipe.cli import parse_recipe
 from recipe.errors import RunError, UsageError
 from recipe.rules import sharding
 from recipe.run import checkpoint, runlog
+from recipe.system import checkpoint_file
+from recipe.system.arrays import digest
 from tests.ranks import command, environment
 
 pytestmark = pytest.mark.ranks
@@ -165,9 +167,9 @@ def same_run(folder: Path, reference: Path) -> None:
     assert figures(folder) == figures(reference)
     assert saved(folder)[-1].name == saved(reference)[-1].name
     for path in saved(folder):
-        arrays, meta = checkpoint.load(path)
-        expected, expected_meta = checkpoint.load(reference / "checkpoints" / path.name)
-        assert checkpoint.digest(arrays) == checkpoint.digest(expected), path.name
+        arrays, meta = checkpoint_file.load(path)
+        expected, expected_meta = checkpoint_file.load(reference / "checkpoints" / path.name)
+        assert digest(arrays) == digest(expected), path.name
         assert meta == expected_meta
     assert not list(folder.rglob("*.partial"))
 
@@ -304,7 +306,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run_bit_for_bit
         assert half or moment != "save"
         halves += half
         for path in saved(folder):
-            checkpoint.load(path)  # what has its name is whole
+            checkpoint_file.load(path)  # what has its name is whole
     with Job(data, 2, folder, EVERY_STEP, "--resume") as job:
         run_to_end(job)
     assert halves >= 2
@@ -442,7 +444,7 @@ def lost_epoch(folder: Path) -> float:
 
 
 def state(folder: Path, back: int = 1) -> dict[str, np.ndarray]:
-    return checkpoint.load(saved(folder)[-back])[0]
+    return checkpoint_file.load(saved(folder)[-back])[0]
 
 
 @pytest.mark.slow
@@ -551,7 +553,7 @@ def test_every_bit_and_every_length_of_a_checkpoint_counts(tmp_path):
     whole = checkpoint.save(tmp_path, 1, {"a": np.float32(0.5)}, {}, 1).read_bytes()
     path = tmp_path / "step-00000002.npz"
     path.write_bytes(whole)
-    assert checkpoint.load(path)[0] == {"a": 0.5}
+    assert checkpoint_file.load(path)[0] == {"a": 0.5}
     flipped = (
         whole[:i] + bytes([whole[i] ^ 1 << bit]) + whole[i + 1 :]
         for i in range(len(whole))
@@ -561,7 +563,7 @@ def test_every_bit_and_every_length_of_a_checkpoint_counts(tmp_path):
     for content in [*lengths, whole + b"\0", *flipped]:
         path.write_bytes(content)
         with pytest.raises(RunError, match="is damaged"):
-            checkpoint.load(path)
+            checkpoint_file.load(path)
 
 
 @pytest.mark.slow
@@ -614,8 +616,8 @@ def test_a_disk_that_fills_up_in_mid_run_ends_it_with_a_sentence_and_whole_check
         assert not list(folder.rglob("*.partial"))
         assert 2 <= len(saved(folder)) <= 5
         for path in saved(folder):
-            expected = checkpoint.load(undisturbed_four / "checkpoints" / path.name)
-            assert checkpoint.digest(checkpoint.load(path)[0]) == checkpoint.digest(expected[0])
+            expected = checkpoint_file.load(undisturbed_four / "checkpoints" / path.name)
+            assert digest(checkpoint_file.load(path)[0]) == digest(expected[0])
 
 
 @needs_root
@@ -691,5 +693,5 @@ def test_another_minibatch_goes_on_by_force_at_an_epochs_end(data, undisturbed_f
     with Job(data, 1, folder, *WIDER, EVERY_STEP, "--resume=force") as job:
         run_to_end(job)
     assert [line["epoch"] for line in figures(folder) if line["kind"] == "epoch"] == [1, 2, 3, 4]
-    found = checkpoint.load(saved(folder)[-1])[1]
+    found = checkpoint_file.load(saved(folder)[-1])[1]
     assert (found["epochs"], found["steps_per_epoch"]) == (4, 2)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from recipe.run import checkpoint
+from recipe.system import checkpoint_file
 from tests.ranks import launch
 
 pytestmark = pytest.mark.ranks
@@ -86,7 +87,8 @@ def test_the_number_of_ranks_changes_nothing(train, size):
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_moving_statistics_are_those_of_the_workers(train, size):
     one, several = (
-        checkpoint.load(checkpoint.checkpoints(train(s) / "checkpoints")[-1])[0] for s in (1, size)
+        checkpoint_file.load(checkpoint.checkpoints(train(s) / "checkpoints")[-1])[0]
+        for s in (1, size)
     )
     moving = [name for name in one if "/moving_" in name]
     assert len(moving) == 2 * 9

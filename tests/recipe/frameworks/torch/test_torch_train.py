@@ -10,6 +10,8 @@ from recipe import convert
 from recipe.frameworks.keras import replica as fit
 from recipe.run import checkpoint
 from recipe.run.runlog import read_recipe
+from recipe.system import checkpoint_file
+from recipe.system.arrays import digest
 from tests.ranks import launch
 from tests.recipe.test_train import MIXED, SMALL, killed_after_epoch, lines, refused, weights
 
@@ -104,7 +106,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_resumes_to_the_same_bits(
         TFDS_DATA_DIR=data_dir,
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    assert checkpoint.digest(weights(folder)) == checkpoint.digest(weights(finished))
+    assert digest(weights(folder)) == digest(weights(finished))
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -198,7 +200,9 @@ def test_a_compiled_run_has_the_same_curve(curves, tmp_path, data_dir):
 
 def test_a_checkpoint_survives_both_conversions(curves):
     """Keras → PyTorch → Keras: −(−v/η)·η rounds twice, by half of 2⁻²³ each."""
-    found, meta = checkpoint.load(checkpoint.checkpoints(curves["tensorflow"] / "checkpoints")[0])
+    found, meta = checkpoint_file.load(
+        checkpoint.checkpoints(curves["tensorflow"] / "checkpoints")[0]
+    )
     recipe = read_recipe(curves["tensorflow"])
     back = convert.to_keras(convert.to_torch(found), fit.compiled(recipe, 10), meta["step"])
     assert list(back) == list(found)

@@ -1,0 +1,35 @@
+"""Named arrays, the state of a model: their structure and their digest."""
+
+import hashlib
+
+import numpy as np
+
+from recipe.errors import RunError
+
+Arrays = dict[str, np.ndarray]
+
+
+def check_structure(ours: dict[str, tuple], arrays: dict[str, np.ndarray]) -> None:
+    """Raises RunError when a checkpoint doesn't hold exactly the arrays of a replica, whose shapes are `ours`."""
+    for name in arrays.keys() ^ ours.keys():
+        where = "the model lacks" if name in arrays else "the checkpoint lacks"
+        raise RunError(
+            f"{where} {name}: since the checkpoint config.model, its precision, config.optimizer.momentum or a library "
+            "has changed, or the framework, for which there is `python -m recipe.convert`"
+        )
+    for name, shape in ours.items():
+        if arrays[name].shape != shape:
+            raise RunError(
+                f"the checkpoint's {name} has the shape {arrays[name].shape}, the model's {shape}; the checkpoint is "
+                "of another model"
+            )
+
+
+def digest(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of names, types, shapes and values, in hexadecimal."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
