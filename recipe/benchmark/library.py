@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -37,6 +38,14 @@ STEPS, TURNS = 20, 9
 
 Stepper = Callable[[], object]  # trains one step
 Times = dict[str, list[float]]  # milliseconds a step in each turn, by what was measured
+
+
+class Spread(NamedTuple):
+    """What is printed of the values of several turns."""
+
+    median: float
+    least: float
+    most: float
 
 
 def main() -> None:
@@ -79,14 +88,15 @@ def compare_optimizers() -> None:
     }
     times = times_in_turns(steppers, TURNS)
     for name, of_turns in times.items():
-        median = statistics.median(of_turns)
-        print(f"{name:8} median {median:6.2f}   from {min(of_turns):6.2f} to {max(of_turns):6.2f}")
+        ms = spread_of(of_turns)
+        print(f"{name:8} median {ms.median:6.2f}   from {ms.least:6.2f} to {ms.most:6.2f}")
     for other in ("bare", "plain"):
-        ratios = ratios_of(times, "wrapped", other)
+        ratio = spread_of(ratios_of(times, "wrapped", other))
+        fastest = min(times["wrapped"]) / min(times[other])
         print(
-            f"wrapped/{other:6} median {statistics.median(ratios):.3f}   "
-            f"from {min(ratios):.3f} to {max(ratios):.3f}   "
-            f"of the fastest turns {min(times['wrapped']) / min(times[other]):.3f}"
+            f"wrapped/{other:6} median {ratio.median:.3f}   "
+            f"from {ratio.least:.3f} to {ratio.most:.3f}   "
+            f"of the fastest turns {fastest:.3f}"
         )
 
 
@@ -103,6 +113,11 @@ def times_in_turns(steppers: dict[str, Stepper], turns: int) -> Times:
             seconds = time.perf_counter() - began
             times[name].append(seconds / STEPS * 1000)
     return times
+
+
+def spread_of(values: list[float]) -> Spread:
+    """Return the median and the range of values."""
+    return Spread(statistics.median(values), min(values), max(values))
 
 
 def ratios_of(times: Times, one: str, other: str) -> list[float]:
@@ -147,13 +162,15 @@ def compare_agreement() -> None:
     times = times_in_turns({"alone": stepper(alone), "agreed": step_agreed}, 2 * TURNS)
     if hvd.rank() != 0:
         return
-    ratios = ratios_of(times, "agreed", "alone")
+    ms_alone = statistics.median(times["alone"])
+    ms_agreed = statistics.median(times["agreed"])
+    ratio = spread_of(ratios_of(times, "agreed", "alone"))
+    fastest = min(times["agreed"]) / min(times["alone"])
     print(
-        f"two ranks, {2 * TURNS} turns: a step takes {statistics.median(times['alone']):.2f} ms, "
-        f"with the ranks' agreement {statistics.median(times['agreed']):.2f} ms; "
-        f"ratio median {statistics.median(ratios):.3f}, "
-        f"from {min(ratios):.3f} to {max(ratios):.3f}; "
-        f"of the fastest turns {min(times['agreed']) / min(times['alone']):.3f}"
+        f"two ranks, {2 * TURNS} turns: a step takes {ms_alone:.2f} ms, "
+        f"with the ranks' agreement {ms_agreed:.2f} ms; "
+        f"ratio median {ratio.median:.3f}, from {ratio.least:.3f} to {ratio.most:.3f}; "
+        f"of the fastest turns {fastest:.3f}"
     )
 
 
@@ -179,14 +196,14 @@ def compare_replicas() -> None:
     if hvd.rank() != 0:
         return
 
-    size = sum(array.nbytes for array in replica.arrays().values()) / 1e6
+    megabytes = sum(array.nbytes for array in replica.arrays().values()) / 1e6
+    ms = statistics.median(checks) * 1000
+    share = spread_of(shares)
     every = recipe.run.replica_check_every
-    share = statistics.median(shares)
     print(
-        f"two ranks, {TURNS} turns: a replica check of {size:.1f} MB takes "
-        f"{statistics.median(checks) * 1000:.1f} ms, {share:.3f} of a step "
-        f"(from {min(shares):.3f} to {max(shares):.3f}); "
-        f"every {every} steps, as in quick, that is {share / every:.3%} of the time"
+        f"two ranks, {TURNS} turns: a replica check of {megabytes:.1f} MB takes {ms:.1f} ms, "
+        f"{share.median:.3f} of a step (from {share.least:.3f} to {share.most:.3f}); "
+        f"every {every} steps, as in quick, that is {share.median / every:.3%} of the time"
     )
 
 

@@ -63,13 +63,12 @@ class Together(keras.callbacks.Callback):
             callback.set_model(model)
 
     def on_train_begin(self, logs: dict | None = None) -> None:
+        collective_callbacks = [c for c in self.callbacks if isinstance(c, _COLLECTIVE)]
         own_facts = RankFacts(
             steps=self.params["steps"],
             steps_per_execution=self.model.steps_per_execution,
             epochs=self.params["epochs"],
-            collective_callbacks=[
-                type(c).__name__ for c in self.callbacks if isinstance(c, _COLLECTIVE)
-            ],
+            collective_callbacks=[type(c).__name__ for c in collective_callbacks],
             refusal=self._refusal,
         )
         facts = collectives.gather(own_facts, "fit.begin")
@@ -219,11 +218,10 @@ class Together(keras.callbacks.Callback):
 
         Raise RunError where this rank can't.
         """
-        calls = possible_calls(
-            self.agreement.calls[self.model],
-            self.model.steps_per_execution,
-            f"rank {collectives.rank()}'s data end after {self._done} steps of epoch {self._epoch}",
-        )
+        rank = collectives.rank()
+        where = f"rank {rank}'s data end after {self._done} steps of epoch {self._epoch}"
+        recorded = self.agreement.calls[self.model]
+        calls = possible_calls(recorded, self.model.steps_per_execution, where)
         if not calls:
             return False
         if self._begun < batch:

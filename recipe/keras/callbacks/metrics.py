@@ -125,9 +125,10 @@ def _over_all_ranks(
 ) -> dict[str, Number]:
     """Return the numbers of all logs over all ranks, also those of other ranks only. Collective."""
     # States are large: they travel as sums, afterwards.
+    without_states = {prefix: replace(c, state=[]) for prefix, c in captured.items()}
     own_report = Report(
         logs=_numbers(logs),
-        captured={prefix: replace(c, state=[]) for prefix, c in captured.items()},
+        captured=without_states,
         shapes={prefix: c.shapes for prefix, c in captured.items()},
         shapes_now=shapes_of(model),
     )

@@ -21,9 +21,8 @@ def weights(batches: tuple[int, ...], epochs: int) -> np.ndarray:
     w, velocity = np.zeros((4, 1)), np.zeros((4, 1))
     for step in list(range(max(batches))) * epochs:
         part = slice(step * BATCH, (step + 1) * BATCH)
-        gradients = [
-            2 / BATCH * x[part].T @ (x[part] @ w - y[part]) for x, y in shares if len(x[part])
-        ]
+        batches_now = [(x[part], y[part]) for x, y in shares if len(x[part])]
+        gradients = [2 / BATCH * x.T @ (x @ w - y) for x, y in batches_now]
         velocity = MOMENTUM * velocity - RATE * np.mean(gradients, axis=0)
         w = w + velocity
     return w.ravel()
