@@ -11,15 +11,12 @@ import numpy as np
 from recipe.config import Recipe
 from recipe.data import decode
 from recipe.data.batches import Batch, Batches, Jobs, aligned
+from recipe.data.element import Element, Examples
 from recipe.data.images import image_shape
 from recipe.data.sources import Source, SyntheticSource
 from recipe.errors import RunError
 from recipe.ranks import collectives
 from recipe.rules import augment, sharding
-
-# Of ImageNet's training images, RGB, for pixels from 0 to 255 (paper, sec. 5.1). The model subtracts and divides.
-MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 PART = 32  # examples that one thread makes at a time
 
@@ -72,11 +69,9 @@ def train_batches(
         weight = sharding.worker_weight(
             len(source), step, chosen[0], k, n
         )  # 1, where there are several
-        extra = (
-            [augment.keys(indices, recipe.seed, epoch).view(np.int64)]
-            if recipe.model.dropout
-            else []
-        )
+        keys = None
+        if recipe.model.dropout:
+            keys = augment.keys(indices, recipe.seed, epoch).view(np.int64)
 
         def boxes(shapes: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return augment.crop_boxes(shapes, indices, recipe.seed, epoch, data.min_area)
@@ -92,7 +87,8 @@ def train_batches(
             jobs.append(
                 functools.partial(order, epoch + 1)
             )  # so that nobody waits for it between two epochs
-        return (images, labels, np.full(len(indices), weight, dtype=np.float32), *extra), jobs
+        weights = np.full(len(indices), weight, dtype=np.float32)
+        return Element(images, labels, weights, keys), jobs
 
     return Batches(
         range(first_step * elements, recipe.epochs * steps * elements), make, collectives.cores()
@@ -136,7 +132,7 @@ def _made(source: Source, indices: np.ndarray, size: int, cutter: Cutter) -> tup
                     source, int(indices[place]), problem, cutter, images[place]
                 )
 
-    return (images, labels), [
+    return Examples(images, labels), [
         functools.partial(fill, slice(begin, begin + PART))
         for begin in range(0, len(indices), PART)
     ]

@@ -64,7 +64,7 @@ def tensorflow(floats: bool) -> Callable[[Path], Iterable]:
     def batches(folder: Path) -> Iterable:
         import tensorflow as tf
 
-        from recipe.data.pipeline import MEAN
+        from recipe.rules.pixels import MEAN
 
         def parsed(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             kinds = {

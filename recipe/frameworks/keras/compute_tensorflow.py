@@ -24,7 +24,7 @@ def use_local_device(local_rank: int, threads: int, deterministic: bool = False)
 
 def on_device(element: tuple) -> tuple:
     """The arrays of an element of the input pipeline as tensors, for `compiled` functions."""
-    return tuple(_tensor(part) for part in element)
+    return tuple(_tensor(part) for part in element if part is not None)
 
 
 def _tensor(part: Any) -> tf.Tensor:

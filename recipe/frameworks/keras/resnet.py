@@ -5,10 +5,10 @@ import numpy as np
 from keras import layers
 
 from recipe.config import Model, Recipe
-from recipe.data.pipeline import MEAN, STD
 from recipe.frameworks.keras.dropout import ExampleDropout
 from recipe.frameworks.keras.normalization import WorkerBatchNormalization
 from recipe.rules import initial
+from recipe.rules.pixels import MEAN, STD
 
 
 class Normal(keras.initializers.Initializer):

@@ -33,7 +33,7 @@ def on_device(element: tuple) -> tuple[torch.Tensor, ...]:
     """The arrays of an element of the input pipeline as tensors on this rank's device.
 
     On the CPU they share the arrays' memory. To a GPU they go through pinned memory, without waiting for the copy."""
-    return tuple(_on_device(part) for part in element)
+    return tuple(_on_device(part) for part in element if part is not None)
 
 
 def _on_device(part: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from recipe.config import Recipe
-from recipe.frameworks.replica import Figures, check_equal, check_structure, groups
+from recipe.frameworks.replica import Figures
 from recipe.frameworks.torch import device, resnet
 from recipe.frameworks.torch import weights as names
 from recipe.frameworks.torch.normalization import batch_statistics
@@ -18,6 +18,7 @@ from recipe.frameworks.torch.wire import PackedCompression, packed
 from recipe.ranks import binding, collectives
 from recipe.rules import sharding
 from recipe.rules.schedule import recipe_rate
+from recipe.system.arrays import check_structure, groups
 
 # Names in a checkpoint: of η, and of entries in the scaler's state dict.
 RATE = "optimizer/rate"
@@ -129,7 +130,9 @@ class TorchReplica:
             group["lr"] = rate
 
     def _check(self) -> None:
-        check_equal(((name, v.numpy(force=True)) for name, v in self._state().items()), self._done)
+        collectives.check_equal(
+            ((name, v.numpy(force=True)) for name, v in self._state().items()), self._done
+        )
 
     def _state(self) -> dict[str, torch.Tensor]:
         """All that training changes, but for the loss scale: the state dict and the velocities."""

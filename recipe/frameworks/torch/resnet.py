@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from recipe.config import Recipe
-from recipe.data.pipeline import MEAN, STD
 from recipe.frameworks.torch import weights as names
 from recipe.frameworks.torch.normalization import WorkerBatchNorm2d
 from recipe.rules import dropout, initial
+from recipe.rules.pixels import MEAN, STD
 
 
 def build(recipe: Recipe, num_classes: int) -> "ResNet":

@@ -34,8 +34,13 @@ def collected(batches: Iterable) -> list[tuple[np.ndarray, ...]]:
 def assert_equal(a: list[tuple], b: list[tuple]) -> None:
     assert len(a) == len(b)
     for left, right in zip(a, b, strict=True):
-        for x, y in zip(left, right, strict=True):
+        for x, y in zip(parts_of(left), parts_of(right), strict=True):
             assert np.array_equal(x, y)
+
+
+def parts_of(batch: tuple) -> list[np.ndarray]:
+    """An element without dropout has no keys."""
+    return [part for part in batch if part is not None]
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +57,13 @@ def source(data: Data) -> sources.TFDSSource:
 def test_batches_are_the_workers_shares(source: sources.TFDSSource, data: Data) -> None:
     recipe = recipe_of(data, k=3, n=32)
     batches = collected(pipeline.train_batches(source, recipe, [0, 1, 2]))
-    assert [len(images) for images, _, _ in batches] == ([32] * 6 + [20, 19, 19]) * 2
-    assert all(
-        images.dtype == np.uint8 and images.shape[1:] == (28, 28, 3) for images, _, _ in batches
-    )
+    assert [len(batch.images) for batch in batches] == ([32] * 6 + [20, 19, 19]) * 2
+    for batch in batches:
+        assert batch.images.dtype == np.uint8
+        assert batch.images.shape[1:] == (28, 28, 3)
+        assert batch.keys is None
     all_labels = source.read(np.arange(250))[1]
-    for position, (_, labels, weights) in enumerate(batches):
+    for position, (_, labels, weights, _) in enumerate(batches):
         epoch, step, worker = position // 9, position % 9 // 3, position % 3
         order = sharding.permutation(250, 5, epoch)
         assert np.array_equal(
@@ -70,7 +76,7 @@ def test_batches_are_the_workers_shares(source: sources.TFDSSource, data: Data) 
 def test_dropped_remainder(source: sources.TFDSSource, data: Data) -> None:
     recipe = recipe_of(dataclasses.replace(data, remainder="drop"), k=3, n=32)
     batches = collected(pipeline.train_batches(source, recipe, [1]))
-    assert [(len(images), weights[0]) for images, _, weights in batches] == [(32, 1.0)] * 4
+    assert [(len(batch.images), batch.weights[0]) for batch in batches] == [(32, 1.0)] * 4
 
 
 def test_the_division_among_ranks_changes_nothing(source: sources.TFDSSource, data: Data) -> None:
@@ -94,7 +100,7 @@ def test_several_workers_at_once_are_the_same_workers(
     apart = collected(pipeline.train_batches(source, recipe, range(6)))
     together = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, workers_at_once=3))
     joined = [
-        tuple(map(np.concatenate, zip(*apart[i : i + 3], strict=True)))
+        tuple(map(np.concatenate, zip(*map(parts_of, apart[i : i + 3]), strict=True)))
         for i in range(0, len(apart), 3)
     ]
     assert_equal(collected(pipeline.train_batches(source, together, range(6))), joined)
@@ -217,7 +223,7 @@ def test_training_pixels_are_the_box_resized(small_imagenet: tfds.core.DatasetBu
     recipe = recipe_of(Data(image_size=224), k=1, n=len(source), epochs=3)
     jpegs = source.read(np.arange(len(source)))[0]
     shapes = np.array([image_shape(jpeg) for jpeg in jpegs])
-    for epoch, (images, _, _) in enumerate(collected(pipeline.train_batches(source, recipe, [0]))):
+    for epoch, (images, *_) in enumerate(collected(pipeline.train_batches(source, recipe, [0]))):
         order = sharding.permutation(len(source), 5, epoch)
         boxes, flips = augment.crop_boxes(shapes[order], order, 5, epoch)
         for i, (y, x, h, w), flip, pixels in zip(order, boxes, flips, images, strict=True):
@@ -252,7 +258,7 @@ def test_png_data_sets(tmp_path: Path) -> None:
     data = Data(name="tiny_png", data_dir=str(tmp_path), image_size=32)
     sources.prepare(data)
     source = sources.open_source(data, "train")
-    images, labels, _ = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=20), [0]))[
+    images, labels, *_ = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=20), [0]))[
         0
     ]
     indices = sharding.permutation(20, 5, 0)
@@ -340,7 +346,7 @@ def test_a_bad_image_is_replaced_in_all_divisions_by_the_same(
             assert np.array_equal(joined, np.concatenate([element[part] for element in whole]))
     assert not capsys.readouterr().err, "once a run"
     labels = good.read(np.arange(16))[1]
-    for epoch, (_, found, _) in enumerate(whole):
+    for epoch, (_, found, *_) in enumerate(whole):
         order = sharding.permutation(16, 5, epoch)
         for index, label in zip(order, found, strict=True):
             drawn = [int(i) for i in augment.replacements(index, 16, 5, epoch) if i not in (5, 9)]
@@ -357,7 +363,7 @@ def test_synthetic_batches() -> None:
     source = sources.open_source(data, "train", 5)
     recipe = recipe_of(data, k=2, n=16)
     batches = collected(pipeline.train_batches(source, recipe, [0, 1]))
-    assert [len(images) for images, _, _ in batches] == [16, 16, 16, 16, 3, 3] * 2
+    assert [len(batch.images) for batch in batches] == [16, 16, 16, 16, 3, 3] * 2
     order = sharding.permutation(70, 5, 1)
     indices = sharding.worker_indices(order, 1, 1, 2, 16)
     assert np.array_equal(batches[9][0], source.images(indices, 32))
@@ -386,11 +392,10 @@ def test_frameworks_share_the_images_memory(source: sources.TFDSSource, data: Da
     from recipe.frameworks.keras import compute_tensorflow
     from recipe.frameworks.torch import device
 
-    images, labels, weights = next(
-        iter(pipeline.train_batches(source, recipe_of(data, k=1, n=64), [0]))
-    )
+    element = next(iter(pipeline.train_batches(source, recipe_of(data, k=1, n=64), [0])))
+    images, labels, *_ = element
     for on_device in (compute_tensorflow.on_device, device.on_device):
-        tensor, *others = on_device((images, labels, weights))
+        tensor, *others = on_device(element)
         for value in (3, 4):
             images[0] = value
             assert (tensor[0].numpy() == value).all()
@@ -401,7 +406,7 @@ def test_frameworks_share_the_images_memory(source: sources.TFDSSource, data: Da
 
 
 def test_keras_can_train_on_the_batches(source: sources.TFDSSource, data: Data) -> None:
-    """The element's form is that of model.fit: inputs, targets, sample weights."""
+    """The parts that an element has are those of model.fit: inputs, targets, sample weights."""
     import keras
 
     model = keras.Sequential(
@@ -409,7 +414,7 @@ def test_keras_can_train_on_the_batches(source: sources.TFDSSource, data: Data) 
     )
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     recipe = recipe_of(data, k=2, n=48)
-    history = model.fit(
-        iter(pipeline.train_batches(source, recipe, [1])), epochs=2, steps_per_epoch=3, verbose=0
-    )
+    elements = pipeline.train_batches(source, recipe, [1])
+    batches = (tuple(parts_of(element)) for element in elements)
+    history = model.fit(batches, epochs=2, steps_per_epoch=3, verbose=0)
     assert len(history.history["loss"]) == 2

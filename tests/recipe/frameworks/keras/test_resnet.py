@@ -8,8 +8,8 @@ import pytest
 
 from recipe.cli import load_recipe
 from recipe.config import Data, Model, Optimizer, Recipe
-from recipe.data.pipeline import MEAN
 from recipe.frameworks.keras import resnet
+from recipe.rules.pixels import MEAN
 
 
 @pytest.fixture(scope="module")
