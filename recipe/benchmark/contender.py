@@ -13,6 +13,7 @@ from pathlib import Path
 
 from recipe import cli
 from recipe.config import Recipe
+from recipe.data.element import Element
 from recipe.rules import sharding
 from recipe.system import noise
 
@@ -46,7 +47,7 @@ def settings(size: int) -> Recipe:
     return replace(recipe, k=size, n=BATCH, data=replace(recipe.data, remainder="drop"), run=run)
 
 
-def batches(recipe: Recipe, workers: range) -> Iterable[tuple]:
+def batches(recipe: Recipe, workers: range) -> Iterable[Element]:
     """Return the elements of these workers, as the recipe's own training has them."""
     from recipe.data.pipeline import train_batches
     from recipe.data.sources import open_source
@@ -92,7 +93,7 @@ def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
     optimizer = fit.sgd(recipe, network)
     elements = iter(batches(recipe, range(rank, rank + 1)))
     for _ in range(STEPS):
-        images, labels, _ = device.on_device(next(elements))
+        images, labels, *_ = device.on_device(next(elements))
         loss: torch.Tensor = cross_entropy(model(images), labels.long())
         loss.backward()
         optimizer.step()
@@ -116,7 +117,7 @@ def keras_fit(recipe: Recipe, rank: int, tick: Tick) -> None:
     optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
-    pairs = (((images,), labels) for images, labels, _ in batches(recipe, range(1)))
+    pairs = (((element.images,), element.labels) for element in batches(recipe, range(1)))
     model.fit(pairs, steps_per_epoch=STEPS, epochs=1, callbacks=[Clock()], verbose=0)
 
 
@@ -133,8 +134,9 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
 
     def dataset(context: object) -> tf.data.Dataset:
         elements = batches(recipe, range(rank, rank + 1))
+        arrays = ((element.images, element.labels, element.weights) for element in elements)
         signature = (images, labels, weights)
-        dataset = tf.data.Dataset.from_generator(lambda: elements, output_signature=signature)
+        dataset = tf.data.Dataset.from_generator(lambda: arrays, output_signature=signature)
         return dataset.prefetch(2)
 
     distributed = strategy.distribute_datasets_from_function(dataset)
