@@ -3,66 +3,74 @@
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
 from recipe.config import Recipe
-
-Figures = tuple[np.ndarray, np.ndarray, bool]
+from recipe.data.element import Element
+from recipe.frameworks.vector import StepResult
+from recipe.system.arrays import Arrays
 
 # Bytes of gradients that are reduced together when the order of their sum must not vary.
 GROUP = 2**24
 
 
 class Replica(Protocol):
-    """An element is what `recipe.data.pipeline.train_batches` yields: the input of one forward pass."""
+    """A rank's network, optimizer and schedule."""
 
     def begin(self, steps: int) -> None:
-        """Before the first step: rank 0's state on all ranks. `steps`: of an epoch. Collective."""
+        """Bring rank 0's state to all ranks, before the first step of `steps` an epoch. Collective."""
 
-    def step(
-        self, epoch: int, step: int, elements: Iterator[tuple], stop: bool
-    ) -> Callable[[], Figures]:
-        """Step `step` of an epoch: draws this rank's elements and updates. Collective.
+    def begin_epoch(self, epoch: int) -> None:
+        """Prepare for the steps of an epoch, counted from 0, of which the first ones may be done already."""
 
-        Returns a function that waits for it and gives (the k workers' sums of cross-entropies, float32[k]; their hits,
-        float32[k]; whether any rank passed `stop`), the same on all ranks."""
+    def step(self, step: int, elements: Iterator[Element], stop: bool) -> Callable[[], StepResult]:
+        """Draw this rank's elements for a step of the epoch, and update. Collective.
+
+        `stop` is this rank's wish to leave. The function that comes back waits for the step and returns its result.
+        """
 
     def end(self) -> None:
-        """After the last step: the replicas are compared. Collective."""
+        """Compare the replicas of all ranks, after the last step. Collective."""
 
     def rate(self) -> float:
-        """η of the last step."""
+        """Return η of the last step."""
 
-    def predict(self, images: Any) -> np.ndarray:
-        """Logits [b, classes] of uint8 images [b, s, s, 3]."""
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Return logits [b, classes] of uint8 images [b, s, s, 3]."""
 
-    def statistics_of(self, elements: Iterator[tuple]) -> AbstractContextManager:
-        """A context in which `predict` normalises by the mean statistics of all ranks' elements. Collective."""
+    def statistics_of(self, elements: Iterator[Element]) -> AbstractContextManager[None]:
+        """Return a context in which `predict` normalises by the mean statistics of all ranks' elements. Collective."""
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All state, the same on all ranks, by unique names."""
+    def arrays(self) -> Arrays:
+        """Return all state, the same on all ranks, by unique names."""
 
-    def weights(self) -> dict[str, np.ndarray]:
-        """The trained weights among it."""
+    def weights(self) -> Arrays:
+        """Return the trained weights among the state."""
 
-    def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """The inverse of `arrays`, on this rank. Raises RunError when they are another network's."""
+    def restore(self, arrays: Arrays) -> None:
+        """Take over the state that `arrays` returned, on this rank.
 
-
-def of(framework: str) -> ModuleType:
-    """The module that runs recipes of `config.framework`: its `start(deterministic)` begins, its `make_replica` gives a
-    Replica of a recipe and the number of classes."""
-    return importlib.import_module(f"recipe.frameworks.{framework}.replica")
+        Raise RunError when it is another network's.
+        """
 
 
-def figures(values: np.ndarray, k: int) -> Figures:
-    """The figures in a step's vector float32[2k + 1]: losses, hits, stop."""
-    return values[:k], values[k:-1], bool(values[-1])
+class Framework(Protocol):
+    """The module of a framework that runs recipes."""
+
+    def start(self, deterministic: bool = False) -> None:
+        """Start Horovod, and take this rank's share of its host."""
+
+    def make_replica(self, recipe: Recipe, num_classes: int) -> Replica:
+        """Return this rank's replica, with its initial weights."""
 
 
-def groups(recipe: Recipe, parameters: int) -> int | None:
-    """Into how many groups, fixed ones, a deterministic run fuses the gradients of so many parameters."""
+def framework(name: str) -> Framework:
+    """Return the framework that config.framework names; this loads Keras or PyTorch."""
+    return cast(Framework, importlib.import_module(f"recipe.frameworks.{name}.replica"))
+
+
+def gradient_groups(recipe: Recipe, parameters: int) -> int | None:
+    """Return into how many fixed groups a deterministic run fuses the gradients of so many parameters."""
     return max(1, 4 * parameters // GROUP) if recipe.run.deterministic else None

@@ -76,7 +76,7 @@ def _alone() -> bool:
     return {os.environ[v] for v in SIZE_VARIABLES if v in os.environ} <= {"1"}
 
 
-def start(framework: str, deterministic: bool) -> tuple[int, int]:
+def start(framework: str, deterministic: bool) -> machine.HostShare:
     """Starts Horovod for a run: (this rank's number on its host, its share of the host's cores)."""
     if deterministic:
         # Which tensors Horovod fuses depends on timing, and the order of a sum over three ranks or more on where in
@@ -89,7 +89,7 @@ def start(framework: str, deterministic: bool) -> tuple[int, int]:
     watchdog.start()
     init(framework)
     check_found()
-    return horovod().local_rank(), machine.cores(horovod().local_size())
+    return machine.HostShare(horovod().local_rank(), machine.cores(horovod().local_size()))
 
 
 def started() -> bool:

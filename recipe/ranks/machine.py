@@ -3,7 +3,16 @@
 import os
 import socket
 
+from typing import NamedTuple
+
 from recipe.errors import UsageError
+
+
+class HostShare(NamedTuple):
+    """What a rank has of its host."""
+
+    local_rank: int  # this rank's number on its host
+    threads: int  # its share of the host's cores
 
 
 def cores(ranks: int = 1) -> int:

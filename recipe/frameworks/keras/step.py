@@ -1,154 +1,181 @@
-"""One step of one rank: forward and backward of each of its workers, one round of allreduces, one update."""
+"""One step of one rank in Keras: forward and backward of its workers, one round of allreduces, one update."""
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from recipe.data.element import Element
 from recipe.frameworks.keras import compute
-from recipe.frameworks.replica import Figures, figures
+from recipe.frameworks.vector import StepResult, StepVector
 from recipe.keras import backend, names
 from recipe.ranks import collectives
+from recipe.rules.epoch import Share
+
+# Type and shape of each part of an element, for the tracing of a function.
+Signature = list[tuple[str, tuple[int | None, ...]]]
+
+NUMBER = ("int32", ())
 
 
 class Step:
-    """Gradients add up over this rank's workers, `together` of them in one forward pass, and are reduced while the last
-    backward pass is still running; then the optimizer, a DistributedOptimizer, updates.
+    """The step of a rank. Gradients add up over its forward passes, and are reduced while the last one's backward
+    pass is still running. Then the optimizer, a DistributedOptimizer, updates.
 
-    With the gradients goes one vector: the moving statistics after this step, averaged over all k workers, so that
-    they are equal on all ranks at any time; and the workers' losses, one place each, which so are the same numbers
-    whatever the number of ranks."""
+    A StepVector goes with the gradients. Its statistics are the moving ones after this step, averaged over all k
+    workers, so that they are equal on all ranks at any time.
+    """
 
-    def __init__(
-        self, model: keras.Model, k: int, workers: range, together: int, signature: list
-    ) -> None:
-        """`workers`: the numbers of this rank's; `signature`: type and shape of each part of an element of the input.
-
-        The optimizer must be built."""
-        self.model, self.k, self.workers, self.together = model, k, workers, together
-        self.calls = len(workers) // together
-        self._share = k / (collectives.size() * together)  # `calls`, where all ranks have as many
+    def __init__(self, model: keras.Model, k: int, share: Share, signature: Signature) -> None:
+        """Take the model, whose optimizer must be built, and the part of the k workers that this rank plays."""
+        self.model, self.k, self.share = model, k, share
         self.moving = moving_statistics(model)
-        self._name: str | None = None  # of the vector's allreduce
-        self._gradients = (
-            [_zeros(v.shape) for v in model.trainable_variables] if self.calls > 1 else []
-        )
-        self._vector = _zeros(sum(math.prod(v.shape) for v in self.moving) + 2 * k + 1)
-        number = ("int32", ())
-        self._accumulate = backend.compiled(self._accumulated, [number, *signature])
-        self._finish = backend.compiled(self._finished, [number, number, *signature])
+        self.layout = StepVector(_size(self.moving), k)
+        self._vector_name: str | None = None  # of its allreduce
 
-    def __call__(self, elements: Iterator[tuple], stop: bool) -> Callable[[], Figures]:
-        """Draws this rank's elements and updates. Collective.
+        # What all ranks' gradients are divided by: their passes, where every rank has as many.
+        self._mean_passes = k / (collectives.size() * share.workers_at_once)
+        self._gradient_sums = []
+        if share.passes > 1:
+            self._gradient_sums = [_zeros(v.shape) for v in model.trainable_variables]
+        self._vector_sum = _zeros((self.layout.length,))
 
-        Returns a function that waits for the step and gives (the k workers' sums of cross-entropies, float32[k]; their
-        numbers of hits, float32[k]; whether any rank passed `stop`)."""
-        for call in range(self.calls):
-            element = compute.on_device(next(elements))
-            first = np.int32(self.workers[call * self.together])
-            if call + 1 < self.calls:
-                self._accumulate(first, *element)
-        found = self._finish(first, np.int32(stop), *element)
-        return lambda: figures(ops.convert_to_numpy(found), self.k)
+        self._accumulate = backend.compiled(self._accumulate_pass, [NUMBER, *signature])
+        self._finish = backend.compiled(self._finish_step, [NUMBER, NUMBER, *signature])
 
-    def _accumulated(self, first: Any, *element: Any) -> None:
-        gradients, vector = self._backward(first, *element)
-        for total, gradient in zip(self._gradients, gradients, strict=True):
+    def __call__(self, elements: Iterator[Element], stop: bool) -> Callable[[], StepResult]:
+        """Draw this rank's elements and update. Collective.
+
+        The function that comes back waits for the step and returns its result.
+        """
+        firsts = [np.int32(self.share.workers_of(i)[0]) for i in range(self.share.passes)]
+        for first_worker in firsts[:-1]:
+            self._accumulate(first_worker, *compute.on_device(next(elements)))
+        last_element = compute.on_device(next(elements))
+        result = self._finish(firsts[-1], np.int32(stop), *last_element)
+        return lambda: self.layout.read(ops.convert_to_numpy(result))
+
+    def _accumulate_pass(self, first_worker: Any, *element: Any) -> None:
+        """Add one pass to the sums."""
+        gradients, vector = self._backward(first_worker, *element)
+        for total, gradient in zip(self._gradient_sums, gradients, strict=True):
             total.assign(total + gradient)
-        self._vector.assign(self._vector + vector)
+        self._vector_sum.assign(self._vector_sum + vector)
 
-    def _finished(self, first: Any, stop: Any, *element: Any) -> Any:
-        gradients, vector = self._backward(first, *element)
-        if self.calls > 1:
-            gradients = [t + g for t, g in zip(self._gradients, gradients, strict=True)]
-            vector = self._vector + vector
-        if self._share != 1:
-            gradients = [g / self._share for g in gradients]
-        self._name = self._name or names.give("workers")
-        stop = ops.reshape(ops.cast(stop, "float32"), (1,))
-        vector = ops.concatenate([vector[:-1], stop])
-        if collectives.size() > 1:
-            vector = backend.total(vector, self._name)
+    def _finish_step(self, first_worker: Any, stop: Any, *element: Any) -> Any:
+        """Run the last pass, reduce and update. Return the result part of the vector."""
+        gradients, vector = self._backward(first_worker, *element)
+
+        # Add the passes before this one.
+        if self.share.passes > 1:
+            sums = zip(self._gradient_sums, gradients, strict=True)
+            gradients = [total + gradient for total, gradient in sums]
+            vector = self._vector_sum + vector
+        if self._mean_passes != 1:
+            gradients = [gradient / self._mean_passes for gradient in gradients]
+
+        # Reduce over the ranks: the vector here, the gradients in the optimizer.
+        vector = self._reduced(vector, stop)
         self.model.optimizer.apply(gradients, self.model.trainable_variables)
-        for v, mean in zip(self.moving, split(vector, self.moving), strict=False):
-            v.assign(mean)
-        for total in [*self._gradients, self._vector] if self.calls > 1 else []:
-            total.assign(ops.zeros_like(total))
-        return vector[-(2 * self.k + 1) :]
+
+        # All ranks have the same statistics from here on.
+        for variable, mean in zip(self.moving, split(vector, self.moving), strict=False):
+            variable.assign(mean)
+        if self.share.passes > 1:
+            for total in [*self._gradient_sums, self._vector_sum]:
+                total.assign(ops.zeros_like(total))
+        return vector[self.layout.result]
+
+    def _reduced(self, vector: Any, stop: Any) -> Any:
+        """Return the sum of all ranks' vectors, with this rank's wish to stop in it."""
+        self._vector_name = self._vector_name or names.give("workers")
+        stop = ops.reshape(ops.cast(stop, "float32"), (1,))
+        vector = ops.concatenate([vector[: self.layout.stop], stop])
+        if collectives.size() == 1:
+            return vector
+        return backend.total(vector, self._vector_name)
 
     def _backward(
-        self, first: Any, images: Any, labels: Any, weights: Any, *keys: Any
-    ) -> tuple[list, Any]:
-        """(the gradients of the mean loss of `together` workers, their part of the vector)."""
+        self, first_worker: Any, images: Any, labels: Any, weights: Any, *keys: Any
+    ) -> tuple[list[Any], Any]:
+        """Return the gradients of the mean loss of one pass's workers, and their part of the vector."""
+        share_of_k = self.share.workers_at_once / self.k
 
-        def forward() -> tuple:
+        def forward() -> tuple[Any, Any]:
             with keras.StatelessScope() as scope:
                 logits = self.model(inputs(images, *keys), training=True)
             penalties = sum(self.model.losses)
-            moved = [
-                ops.ravel(ops.convert_to_tensor(scope.get_current_value(v))) for v in self.moving
-            ]
             losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-            hits = ops.cast(
-                ops.equal(ops.argmax(logits, axis=-1), ops.cast(labels, "int32")), "float32"
-            )
+            predictions = ops.argmax(logits, axis=-1)
+            hits = ops.cast(ops.equal(predictions, ops.cast(labels, "int32")), "float32")
+
             # The paper's remarks 1 and 3: weight decay is part of the loss; the mean is over all kn examples.
             loss = self.model.optimizer.scale_loss(ops.mean(losses * weights) + penalties)
-            share = self.together / self.k
-            vector = (
-                [m * share for m in moved]
-                + [self._placed(first, v) for v in (losses, hits)]
-                + [ops.zeros(1)]
+
+            moved = [ops.convert_to_tensor(scope.get_current_value(v)) for v in self.moving]
+            parts = self.layout.parts(
+                statistics=[ops.ravel(statistic) * share_of_k for statistic in moved],
+                losses=self._sums_of_workers(first_worker, losses),
+                hits=self._sums_of_workers(first_worker, hits),
+                stop=ops.zeros(1),
             )
-            return loss, ops.concatenate(vector)
+            return loss, ops.concatenate(parts)
 
         gradients, (vector,) = compute.gradients(forward, self.model.trainable_variables)
         return gradients, vector
 
-    def _placed(self, first: Any, values: Any) -> Any:
-        """float32[k]: the sums of each of `together` workers' values, at their places."""
-        sums = ops.sum(ops.reshape(values, (self.together, -1)), axis=1)
-        places = ops.reshape(first + ops.arange(self.together, dtype="int32"), (-1, 1))
+    def _sums_of_workers(self, first_worker: Any, values: Any) -> Any:
+        """Return float32[k]: the sums of each worker's values in a pass, at the workers' places."""
+        together = self.share.workers_at_once
+        sums = ops.sum(ops.reshape(values, (together, -1)), axis=1)
+        places = ops.reshape(first_worker + ops.arange(together, dtype="int32"), (-1, 1))
         return ops.scatter(places, sums, (self.k,))
 
 
 def inputs(images: Any, *keys: Any) -> Any:
-    """What the network takes: images, and keys when it has dropout."""
+    """Return what the network takes: images, and keys when it has dropout."""
     return [images, *keys] if keys else images
 
 
 def moving_statistics(model: keras.Model) -> list[keras.Variable]:
-    """The means and variances that batch normalisation has seen."""
+    """Return the variables of the means and variances that batch normalisation has seen."""
     return [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
 
 
-def batch_statistics(model: keras.Model, momentum: float, signature: list) -> Callable:
-    """A function of an element that gives the statistics of this one batch, in the order of `moving_statistics`, as one
-    vector: what the moving ones become from zero, divided by 1 − momentum."""
+def batch_statistics(
+    model: keras.Model, momentum: float, signature: Signature
+) -> Callable[..., Any]:
+    """Return a function of an element that gives the statistics of this one batch, as one vector.
+
+    They are in the order of `moving_statistics`: what these become from zero, divided by 1 − momentum.
+    """
     moving = moving_statistics(model)
 
     def statistics(images: Any, labels: Any, weights: Any, *keys: Any) -> Any:
         with keras.StatelessScope([(v, ops.zeros(v.shape)) for v in moving]) as scope:
             model(inputs(images, *keys), training=True)
-        return ops.concatenate([ops.ravel(scope.get_current_value(v)) for v in moving]) / (
-            1 - momentum
-        )
+        moved = [ops.ravel(scope.get_current_value(v)) for v in moving]
+        return ops.concatenate(moved) / (1 - momentum)
 
     return backend.compiled(statistics, signature)
 
 
-def split(vector: Any, variables: list) -> list:
-    """A vector's pieces in the shapes of the variables that it begins with."""
-    ends = np.cumsum([math.prod(v.shape) for v in variables]).tolist()
-    starts = [0, *ends]
+def split(vector: Any, variables: Sequence[keras.Variable]) -> list[Any]:
+    """Return the vector's pieces in the shapes of the variables that it begins with."""
+    starts = itertools.accumulate((math.prod(v.shape) for v in variables), initial=0)
     return [
-        ops.reshape(vector[a:b], v.shape) for a, b, v in zip(starts, ends, variables, strict=False)
+        ops.reshape(vector[start : start + math.prod(v.shape)], v.shape)
+        for start, v in zip(starts, variables, strict=False)
     ]
 
 
-def _zeros(shape: tuple | int) -> keras.Variable:
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    return keras.Variable(initializer="zeros", shape=shape, dtype="float32", trainable=False)
+def _size(variables: Sequence[keras.Variable]) -> int:
+    return sum(math.prod(v.shape) for v in variables)
+
+
+def _zeros(shape: Sequence[int]) -> keras.Variable:
+    return keras.Variable(initializer="zeros", shape=tuple(shape), dtype="float32", trainable=False)
