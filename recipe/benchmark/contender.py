@@ -61,14 +61,15 @@ def ours(framework: str) -> Callable[[Recipe, int, Tick], None]:
     def run(recipe: Recipe, rank: int, tick: Tick) -> None:
         from recipe.frameworks import replica as frameworks
 
-        fit = frameworks.of(framework)
-        fit.start()
-        replica = fit.make_replica(replace(recipe, framework=framework), 10)
+        module = frameworks.framework(framework)
+        module.start()
+        replica = module.make_replica(replace(recipe, framework=framework), 10)
         workers = sharding.own_workers(recipe.k, rank, recipe.k)
         elements = iter(batches(recipe, workers))
         replica.begin(STEPS)
+        replica.begin_epoch(0)
         for step in range(STEPS):
-            replica.step(0, step, elements, False)()
+            replica.step(step, elements, stop=False)()
             tick()
 
     return run

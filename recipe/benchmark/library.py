@@ -180,14 +180,15 @@ def compare_replicas() -> None:
     source = open_source(recipe.data, "train")
     replica = fit.KerasReplica(recipe, source.num_classes)
     replica.begin(steps=1)
+    replica.begin_epoch(0)
     elements = iter(train_batches(source, recipe, [hvd.rank()]))
-    replica.step(0, 0, elements, stop=False)()  # traced
+    replica.step(0, elements, stop=False)()  # traced
 
     # A step and a check in each turn.
     checks, shares = [], []
     for _ in range(TURNS):
         began = time.perf_counter()
-        replica.step(0, 0, elements, stop=False)()
+        replica.step(0, elements, stop=False)()
         stepped = time.perf_counter()
         state.check_replicas(replica.model, moving_statistics(replica.model))
         checked = time.perf_counter()

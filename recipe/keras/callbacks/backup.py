@@ -12,7 +12,7 @@ from recipe.keras import backend, passing, state, velocities
 from recipe.keras.callbacks import backup_content as content
 from recipe.keras.callbacks.backup_content import Arrays, Backup, Description, Variables
 from recipe.keras.callbacks.rates import rate_of
-from recipe.keras.distributed import is_distributed, optimizers_of, reduction_of
+from recipe.keras.distributed import is_distributed, optimizers_of
 from recipe.ranks import collectives
 
 
@@ -184,9 +184,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         """Give those of the variables that are this rank's own their values in the backup."""
         for name in variables.keys() & self._own.keys():
             variables[name].assign(self._own[name])
-        reduction = reduction_of(self.model.optimizer)
-        if reduction is not None and content.SEEN in self._own:
-            reduction.seen = set(self._own[content.SEEN].tolist())
+        accumulator = content.accumulator_of(self.model)
+        if accumulator is not None and content.SEEN in self._own:
+            accumulator.seen = set(self._own[content.SEEN].tolist())
 
     def _hold_rate(self, description: Description) -> None:
         if description.rate is not None:
@@ -241,9 +241,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         if with_metrics:
             variables |= content.metrics_of(self.model)
         arrays = {name: keras.ops.convert_to_numpy(v) for name, v in variables.items()}
-        reduction = reduction_of(self.model.optimizer)
-        if reduction is not None and reduction.sums:
-            arrays[content.SEEN] = np.array(sorted(reduction.seen), np.int64)
+        accumulator = content.accumulator_of(self.model)
+        if accumulator is not None:
+            arrays[content.SEEN] = np.array(sorted(accumulator.seen), np.int64)
         arrays[content.RANDOM] = backend.random_state()
         return arrays
 

@@ -16,6 +16,7 @@ import numpy as np
 from recipe.errors import RunError
 from recipe.keras import velocities
 from recipe.keras.distributed import reduction_of
+from recipe.keras.reduction import Accumulator
 from recipe.ranks import collectives
 from recipe.system.arrays import digest
 
@@ -56,10 +57,16 @@ def variables_of(model: keras.Model) -> Variables:
     """Return all state but the metrics', by names that hold in every process."""
     variables = _numbered(MODEL, model.variables)
     variables |= _numbered(OPTIMIZER, model.optimizer.variables)
-    reduction = reduction_of(model.optimizer)
-    if reduction is not None and reduction.sums:
-        variables |= _numbered(PASSES, [*reduction.sums, reduction.count])
+    accumulator = accumulator_of(model)
+    if accumulator is not None:
+        variables |= _numbered(PASSES, [*accumulator.sums, accumulator.count])
     return variables
+
+
+def accumulator_of(model: keras.Model) -> Accumulator | None:
+    """Return the sums of gradients since the last step, if DistributedOptimizer adds them up."""
+    reduction = reduction_of(model.optimizer)
+    return reduction.accumulator if reduction is not None else None
 
 
 def metrics_of(model: keras.Model) -> Variables:
@@ -138,8 +145,8 @@ def receive_own(arrays: Arrays, differing: set[str], size: int) -> Arrays:
 
 def is_accumulating(model: keras.Model) -> bool:
     """Return whether DistributedOptimizer, or Keras, has added up gradients since the last step."""
-    reduction = reduction_of(model.optimizer)
-    if reduction is not None and reduction.sums and _integer(reduction.count):
+    accumulator = accumulator_of(model)
+    if accumulator is not None and _integer(accumulator.count):
         return True
     inner = velocities.innermost(model.optimizer)
     passes = inner.gradient_accumulation_steps
