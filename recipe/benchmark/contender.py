@@ -14,7 +14,6 @@ from pathlib import Path
 from recipe import cli
 from recipe.config import Recipe
 from recipe.data.element import Element
-from recipe.rules import sharding
 from recipe.system import noise
 
 BATCH = 64  # examples per rank and step
@@ -64,8 +63,7 @@ def ours(framework: str) -> Callable[[Recipe, int, Tick], None]:
         module = frameworks.framework(framework)
         module.start()
         replica = module.make_replica(replace(recipe, framework=framework), 10)
-        workers = sharding.own_workers(recipe.k, rank, recipe.k)
-        elements = iter(batches(recipe, workers))
+        elements = iter(batches(recipe, range(rank, rank + 1)))
         replica.begin(STEPS)
         replica.begin_epoch(0)
         for step in range(STEPS):
