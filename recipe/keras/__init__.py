@@ -137,9 +137,10 @@ def init(
     """Start Horovod through the binding of Keras's backend.
 
     `comm` is a list of ranks or an mpi4py communicator (default: all). `process_sets` are the
-    ProcessSets to register. A job in which the ranks wait for each other for `step_timeout` seconds
-    ends with where each of them is (default: RECIPE_STEP_TIMEOUT in the environment, or 600; 0:
-    never).
+    ProcessSets to register.
+
+    A job in which the ranks wait for each other for `step_timeout` seconds ends and says where each
+    of them is. The default is RECIPE_STEP_TIMEOUT in the environment, or 600. With 0 it never ends.
     """
     binding.init(backend.FRAMEWORK, comm=comm, process_sets=process_sets)
     if comm is None:

@@ -30,7 +30,7 @@ def reduce(
     reduction: "Reduction",
     word: tf.Tensor | None = None,
 ) -> Reduced:
-    """Reduce the gradients at the places in `groups` over the ranks; the others stay as they are.
+    """Reduce the gradients at the places in `groups` over the ranks, and keep the others.
 
     Each group is one named allreduce. In a traced step it starts when backprop has produced its
     gradients, and Horovod fuses those that wait together. None stays None: the traced step, and so
@@ -61,7 +61,7 @@ def sum_word(
 ) -> tf.Tensor:
     """Return the sum of all ranks' `word`, which travels alone. Collective.
 
-    It waits for the first of the gradients that backprop makes, the last variable's: a step that
+    It waits for the first of the gradients that backprop makes, the last variable's. A step that
     finds no more data must not have told its word.
     """
     reduction.give_name()
@@ -81,10 +81,10 @@ def after(tensor: tf.Tensor | None) -> contextlib.AbstractContextManager:
 
 
 def divided(gradients: list[Gradient], by: tf.Tensor) -> list[Gradient]:
-    """Return the gradients divided by a number; where it is 1, as usual, nothing is computed.
+    """Return the gradients divided by a number. Where it is 1, as usual, nothing is computed.
 
-    They are not multiplied: TensorFlow would merge products with other numbers, otherwise on a rank
-    without examples than on the others, whose weights would differ in their last bit.
+    They are not multiplied: TensorFlow would merge products with other numbers. It would do so
+    otherwise on a rank without examples, and the ranks' weights would differ in their last bit.
     """
     values = [_values(gradient) for gradient in gradients if gradient is not None]
     if not values:
@@ -178,7 +178,7 @@ def _gathered(gradient: tf.IndexedSlices, name: str, reduction: "Reduction") -> 
 
 
 def dense(gradient: Gradient) -> Gradient:
-    """Return IndexedSlices as a tensor, their repeated rows added up; anything else as it is."""
+    """Return IndexedSlices as a tensor, their repeated rows added up, anything else as it is."""
     return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
 
 
@@ -260,7 +260,7 @@ def without_gradients() -> contextlib.AbstractContextManager:
 
 
 def strategy() -> str:
-    """Return the name of the tf.distribute strategy in force; empty: none."""
+    """Return the name of the tf.distribute strategy in force, or nothing."""
     return type(tf.distribute.get_strategy()).__name__ if tf.distribute.has_strategy() else ""
 
 

@@ -36,11 +36,11 @@ def reduce(
     reduction: "Reduction",
     word: torch.Tensor | None = None,
 ) -> Reduced:
-    """Reduce the gradients at the places in `groups` over the ranks; the others stay as they are.
+    """Reduce the gradients at the places in `groups` over the ranks, and keep the others.
 
     Keras hands the gradients over when backprop is done, so they don't overlap with it. A rank that
-    lacks a gradient sends zeros: the others may have it (a layer that only some ranks' examples
-    reach) and would wait for ever. None comes back when no rank has it. Collective.
+    lacks a gradient sends zeros. The others may have it, where only some ranks' examples reach a
+    layer, and would wait for ever. None comes back when no rank has it. Collective.
     """
     # Start all before the first is waited for, so that Horovod fuses them.
     places = [i for group in groups for i in group]
@@ -142,7 +142,7 @@ def zeros(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
 
 
 def dense(gradient: Gradient) -> Gradient:
-    """Return a sparse gradient as a dense one, its repeated rows added up; any other as it is."""
+    """Return a sparse gradient as a dense one, its repeated rows added up, any other as it is."""
     return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
 
 
@@ -195,7 +195,7 @@ def without_gradients() -> contextlib.AbstractContextManager:
 
 
 def strategy() -> str:
-    """Return what Keras averages gradients with; empty: nothing.
+    """Return what Keras averages gradients with, or nothing.
 
     From 3.16 on it does so wherever PyTorch has a process group.
     """
@@ -231,7 +231,7 @@ def random_state() -> np.ndarray:
 
 
 def set_random_state(state: np.ndarray) -> None:
-    """Restore what `random_state` returned; a GPU's part needs a GPU."""
+    """Restore what `random_state` returned. A GPU's part needs a GPU."""
     states = torch.from_numpy(state)
     cpu = torch.get_rng_state().numel()
     torch.set_rng_state(states[:cpu])

@@ -20,6 +20,8 @@ global_process_set = backend.horovod.global_process_set
 
 if TYPE_CHECKING:
     from keras.optimizers import Optimizer as _Optimizer
+
+    from recipe.keras.agreement import Agreement
 else:
     _Optimizer = object
 
@@ -46,7 +48,7 @@ class _Distributed(_Optimizer):
 
     @property
     def variables(self) -> "_CallableList":
-        """The optimizer's variables; `variables()`, as Horovod has it, is the same."""
+        """The optimizer's variables. `variables()`, as Horovod has it, is the same."""
         return _CallableList(super().variables)
 
     @property
@@ -87,26 +89,17 @@ class _Distributed(_Optimizer):
 
         kinds = [backend.kind(gradient) for gradient in gradients]
         recording.note(recording.Update(self, list(variables), kinds))
+        agreement = self._hvd_reduction.agreement
         if self._has_several_passes():
             self._build_once(variables)
             self._apply_pass(gradients, variables)
-            return
-        agreement = self._hvd_reduction.agreement
-        if agreement is None:
+        elif agreement is not None:
+            # Variables can't be made where operations wait for those of other ranks.
+            self._build_once(variables)
+            self._apply_agreed(agreement, gradients, variables)
+        else:
             reduced = self._hvd_reduction.reduce(gradients, variables)
             super().apply(reduced.gradients, variables)
-            return
-
-        # The agreement's word travels with the gradients. Variables can't be made where
-        # operations wait for those of other ranks.
-        self._build_once(variables)
-        reduced = self._hvd_reduction.reduce(gradients, variables, agreement.word(self))
-        share = agreement.hear(reduced.word)
-        if not backend.WORD_ALONE and agreement.nobody():
-            return
-        weighted = self._hvd_reduction.weighted(reduced.gradients, share)
-        with backend.after(reduced.word):
-            super().apply(weighted, variables)
 
     def take_part(self, variables: list, kinds: list[str]) -> Iterator[Callable[[], None]]:
         """Yield what this rank does in an `apply` of the others for which it has no examples.
@@ -140,6 +133,18 @@ class _Distributed(_Optimizer):
             self.build(variables)
             self.built = True
 
+    def _apply_agreed(
+        self, agreement: "Agreement", gradients: list[Gradient], variables: list
+    ) -> None:
+        """Reduce and update. The agreement's word travels with the gradients."""
+        reduced = self._hvd_reduction.reduce(gradients, variables, agreement.word(self))
+        share = agreement.hear(reduced.word)
+        if not backend.WORD_ALONE and agreement.nobody():
+            return
+        weighted = self._hvd_reduction.weighted(reduced.gradients, share)
+        with backend.after(reduced.word):
+            super().apply(weighted, variables)
+
     def _apply_pass(self, gradients: list[Gradient], variables: list) -> None:
         """Do one of several backward passes of a step.
 
@@ -163,7 +168,7 @@ class _Distributed(_Optimizer):
     def _apply_after_passes(
         self, accumulator: Accumulator, gradients: list[Gradient], variables: list
     ) -> None:
-        """Add up on this rank; reduce and update after `backward_passes_per_step` passes.
+        """Add up on this rank, then reduce and update after `backward_passes_per_step` passes.
 
         `iterations` counts updates.
         """
@@ -344,7 +349,7 @@ def is_distributed(optimizer: object) -> bool:
 
 
 def reduction_of(optimizer: object) -> Reduction | None:
-    """Return how a DistributedOptimizer reduces; None for any other."""
+    """Return how a DistributedOptimizer reduces, None for any other."""
     return optimizer._hvd_reduction if isinstance(optimizer, _Distributed) else None
 
 

@@ -264,7 +264,7 @@ def _unknown(what: str, name: str) -> str:
 
 
 def _object_of(value: Any) -> Any:
-    """Return a serialized schedule or inner optimizer as an object; anything else as it is."""
+    """Return a serialized schedule or inner optimizer as an object, anything else as it is."""
     if isinstance(value, dict) and "class_name" in value:
         return keras.saving.deserialize_keras_object(value)
     return value
@@ -333,7 +333,7 @@ def _checked_path(filepath: str | os.PathLike | h5py.File) -> str:
 
 
 def _compile_config(path: str) -> dict[str, Any] | None:
-    """Return what the model in an archive was compiled with; None if it wasn't."""
+    """Return what the model in an archive was compiled with, None if it wasn't."""
     if Path(path).is_dir():
         config = json.loads(Path(path, "config.json").read_text())
     else:

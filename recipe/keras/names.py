@@ -1,8 +1,8 @@
 """Names of collectives: they differ within a process and agree over the ranks of a process set.
 
 A name is given when its owner first takes part in a collective, not when the owner is made. All
-ranks use the same optimizers and layers in the same order, while one of them may make more of them:
-rank 0 loads a model to evaluate it.
+ranks use the same optimizers and layers in the same order. One of them may make more of them, as
+rank 0 does when it loads a model to evaluate it.
 """
 
 from collections import Counter

@@ -102,7 +102,7 @@ class Reduction:
         variables: list[keras.Variable],
         word: Tensor | None = None,
     ) -> Reduced:
-        """Reduce the gradients over the ranks; those of local variables stay as they are.
+        """Reduce the gradients over the ranks, but for those of local variables.
 
         An agreement's `word` travels with them. Raise ValueError for a process set that Horovod
         doesn't know. Collective.

@@ -26,7 +26,7 @@ def hold(optimizer: keras.optimizers.Optimizer, rate: float) -> None:
 
 
 def held(optimizer: keras.optimizers.Optimizer) -> float | None:
-    """Return the rate that the velocities hold; None if it was not noted since the last step."""
+    """Return the rate that the velocities hold, None if it was not noted since the last step."""
     inner = innermost(optimizer)
     if inner not in _held:
         return None
@@ -43,7 +43,7 @@ def forget(optimizer: keras.optimizers.Optimizer) -> None:
 
 
 def innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """Return the optimizer inside a LossScaleOptimizer; any other as it is."""
+    """Return the optimizer inside a LossScaleOptimizer, any other as it is."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 

@@ -32,8 +32,8 @@ def divide(
     example less than another, which weighs as much more: ranks' gradients are averaged with equal
     weights.
 
-    The order of an epoch is a function of `seed` and the epoch, the same for all numbers of ranks,
-    and another one in each epoch. `first_epoch` is the number of the first one: that of
+    The order of an epoch is a function of `seed` and the epoch: another one in each epoch, and the
+    same for all numbers of ranks. `first_epoch` is the number of the first one: that of
     fit(initial_epoch=…). With shuffle=False the order is that of the data.
 
     - NumPy arrays and tensors, alone or in tuples and dictionaries, become a PyDataset, which takes

@@ -123,7 +123,7 @@ class _Divided(keras.utils.PyDataset):
 
 
 class DividedArrays(_Divided):
-    """This rank's batches of arrays that all ranks have."""
+    """A rank's batches of arrays that all ranks have."""
 
     def __init__(
         self, arrays: Structure, count: int, batch_size: int, order: Order, rank: int, size: int
@@ -148,8 +148,8 @@ class DividedArrays(_Divided):
 class DividedBatches(_Divided):
     """Every size-th batch of a PyDataset, and a share of those that are left over.
 
-    If their number isn't a multiple of `size`, each rank's last batch and its share of the examples
-    in those left over make two smaller steps. The last batch, which may be a short one, stays the
+    If some are left over, each rank's last batch and its share of their examples make two smaller
+    steps. The last batch, which may be a short one, stays the
     last.
     """
 
@@ -241,7 +241,7 @@ def _is_tensor_of(framework: str, value: Any) -> bool:
 
 
 def _mapped(function: Callable, *structures: Structure) -> Structure:
-    """Return the structure of the function's results; None stays None."""
+    """Return the structure of the function's results. None stays None."""
     return keras.tree.map_structure(lambda *a: None if a[0] is None else function(*a), *structures)
 
 

@@ -17,7 +17,7 @@ Element = Any  # a structure of tensors
 
 
 class _OwnSteps(NamedTuple):
-    """This rank's part of an epoch."""
+    """A rank's part of an epoch."""
 
     steps: int
     batches: tf.data.Dataset
@@ -164,7 +164,7 @@ class _Rounds:
         return tf.where(number < self.rounds - 1, np.int64(1), np.int64(self.parts))
 
     def _steps_of(self, number: tf.Tensor, window: tf.data.Dataset) -> tf.data.Dataset:
-        """Return a round's batch; of the last round, with what is left over, two halves."""
+        """Return a round's batch, or two halves of the last round's and what is left over."""
         window = window.map(self._own_part)
         first = window.take(1).get_single_element()
         joined = window.skip(1).reduce(first, _concatenated)
