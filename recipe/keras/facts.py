@@ -19,7 +19,7 @@ class RankFacts:
     refusal: str  # why this rank's `fit` can't go on; empty: it can
 
 
-def refusal_of(callbacks: list[keras.callbacks.Callback]) -> str:
+def refusal_of_callbacks(callbacks: list[keras.callbacks.Callback]) -> str:
     """Return why a rank's callbacks can't train on several ranks. Empty: they can."""
     if any(isinstance(c, keras.callbacks.BackupAndRestore) for c in callbacks):
         return (

@@ -53,7 +53,7 @@ def _fit_together(
 ) -> keras.callbacks.History:
     """Train a model that has a DistributedOptimizer."""
     check_started()
-    if refusal := _refusal_of(model):
+    if refusal := _refusal_of_model(model):
         raise ValueError(refusal)
     _switch_off_compiler(model)
 
@@ -69,14 +69,14 @@ def _fit_together(
     callbacks = _listed(call.arguments.get("callbacks"))
     keras_callbacks = [c for c in callbacks if isinstance(c, _KERAS_OWN)]
     user_callbacks = [c for c in callbacks if not isinstance(c, _KERAS_OWN)]
-    together = Together(user_callbacks, agreement, facts.refusal_of(user_callbacks))
+    together = Together(user_callbacks, agreement, facts.refusal_of_callbacks(user_callbacks))
     call.arguments["callbacks"] = [together, *keras_callbacks]
 
     with _recorded_steps(model), rollcall.failure_announced():
         return keras_fit(*call.args, **call.kwargs)
 
 
-def _refusal_of(model: keras.Model) -> str:
+def _refusal_of_model(model: keras.Model) -> str:
     """Return why a model can't be trained, on any number of ranks. Empty: it can."""
     if any(is_distributed(getattr(o, "inner_optimizer", None)) for o in optimizers_of(model)):
         return (
@@ -92,7 +92,7 @@ def _refusal_of(model: keras.Model) -> str:
 
 
 def _switch_off_compiler(model: keras.Model) -> None:
-    """Neither XLA nor PyTorch's compiler can compile Horovod's operations."""
+    """Switch off XLA and PyTorch's compiler, which can't compile Horovod's operations."""
     if not model.jit_compile:
         return
     if backend.FRAMEWORK == "torch" and collectives.rank() == 0:
