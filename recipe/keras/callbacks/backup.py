@@ -145,7 +145,7 @@ class BackupAndRestore(keras.callbacks.Callback):
                 variable.assign(arrays[name])
         state.broadcast_model(self.model, [self.model.optimizer])
 
-        # What is each rank's own. On other ranks the metrics would lack some ranks' examples.
+        # What is each rank's own. With another number of ranks the metrics would lack examples.
         self._own = content.receive_own(arrays, set(description.own), description.size)
         if description.size != collectives.size():
             self._own = content.without_metrics(self._own)
