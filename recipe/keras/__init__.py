@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from horovod.common.process_sets import ProcessSet
 
-from recipe.keras import backend, callbacks, elastic, rollcall, together
+from recipe.keras import backend, callbacks, elastic, fitting, rollcall
 from recipe.keras.backend import Compression
 from recipe.keras.distributed import DistributedOptimizer, PartialDistributedOptimizer
 from recipe.keras.division import divide
@@ -148,4 +148,4 @@ def init(
     rollcall.start(step_timeout)
 
 
-together.install()
+fitting.install()
