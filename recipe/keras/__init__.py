@@ -128,7 +128,7 @@ def init(comm: Any = None, process_sets: Any = None, step_timeout: float | None 
     RECIPE_STEP_TIMEOUT in the environment, or 600; 0: never)."""
     binding.init(backend.FRAMEWORK, comm=comm, process_sets=process_sets)
     if comm is None:
-        binding.check_found(program=False)
+        binding.check_all_ranks_found(in_program=False)
     rollcall.start(step_timeout)
 
 

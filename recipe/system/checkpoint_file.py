@@ -1,6 +1,6 @@
-"""Files of named arrays with a description: one .npz each, written atomically, with a checksum over all its bytes.
+"""Files of named arrays with a description: one .npz each, written atomically, with a checksum.
 
-They are read without unpickling. Checkpoints are such files.
+The checksum is over all the bytes before it. No file is unpickled. Checkpoints are such files.
 """
 
 import contextlib
@@ -11,30 +11,34 @@ import json
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from recipe.errors import RunError
+from recipe.system.arrays import Arrays
 from recipe.system.output import warn
 
 _META = "checkpoint.json"  # name of the description among the arrays
 _DIGEST = 64  # hexadecimal digits of a SHA-256: the zip file's comment, its last bytes
-# What a file system says that has no order to bring a file to the disk.
+_BLOCK = 1 << 20  # bytes that are hashed at once
+# The errors of a file system that has no fsync.
 _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 _warned: set[str] = set()
 
 
-def write(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-    """Writes one checkpoint, which appears under its name only when it is complete and on the disk.
+def write(path: Path, arrays: Arrays, meta: dict[str, Any]) -> None:
+    """Write a file that appears under its name only when it is complete and on the disk.
 
-    Raises OSError when that fails; a file of that name is then untouched."""
+    Raise OSError when that fails. A file of that name is then unchanged.
+    """
     partial = partial_of(path)
+    description = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
     try:
-        _write(partial, arrays | {_META: np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)})
+        _write(partial, arrays | {_META: description})
         partial.replace(path)
-        _sync(path.parent)
+        _sync_folder(path.parent)
     except OSError:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -42,20 +46,27 @@ def write(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> No
 
 
 def partial_of(path: Path) -> Path:
-    """What a checkpoint is called while it is being written."""
+    """Return the name of a file while it is being written."""
     return path.with_name(f".{path.name}.partial")
 
 
-def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the description of a checkpoint. Raises RunError for a file of which a single bit has changed."""
+def load(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Return a file's arrays and its description.
+
+    Raise RunError when the file can't be read, or when a single bit of it has changed.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path} can't be read: {error.strerror}")
-    if hashlib.sha256(content[:-_DIGEST]).hexdigest().encode() != content[-_DIGEST:]:
+
+    # Verify the bytes before anything parses them.
+    checksum = hashlib.sha256(content[:-_DIGEST]).hexdigest().encode()
+    if checksum != content[-_DIGEST:]:
         raise RunError(
             f"{path} is damaged: its {len(content)} bytes don't have the checksum they end with"
         )
+
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -64,57 +75,68 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise RunError(f"{path} is not a checkpoint ({error})")
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """An .npz file that ends with the digest of what comes before."""
+def _write(path: Path, arrays: Arrays) -> None:
+    """Write an .npz file that ends with the digest of the bytes before it."""
     with path.open("w+b") as file:
-        np.savez(file, **arrays)
+        # Reserve the digest's place: the zip file's comment is its last bytes.
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # an array's name is no option
         with zipfile.ZipFile(file, "a") as archive:
             archive.comment = b"0" * _DIGEST
+        # Fill it with the digest of everything before.
         file.seek(0)
-        content = hashlib.sha256()
-        left = os.fstat(file.fileno()).st_size - _DIGEST
-        while left:
-            block = file.read(min(left, 1 << 20))
-            content.update(block)
-            left -= len(block)
-        file.write(content.hexdigest().encode())
+        file.write(_digest_but_end(file).encode())
         file.flush()
-        _to_disk(file.fileno(), path)
+        _sync_file(file.fileno(), path)
 
 
-def _sync(folder: Path) -> None:
-    """Makes the rename itself durable, where the file system can."""
+def _digest_but_end(file: BinaryIO) -> str:
+    """Return the digest of a file's bytes before its last _DIGEST, where the position then is."""
+    digest = hashlib.sha256()
+    remaining = os.fstat(file.fileno()).st_size - _DIGEST
+    while remaining:
+        block = file.read(min(remaining, _BLOCK))
+        digest.update(block)
+        remaining -= len(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable, where the file system can; warn where it can't."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        warn_once(
-            f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without"
-        )
+        _warn_unsynced(folder, error)
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        warn_once(
-            f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without"
-        )
+        _warn_unsynced(folder, error)
     finally:
         os.close(descriptor)
 
 
-def _to_disk(descriptor: int, path: Path) -> None:
-    """Raises OSError when the disk is full or broken, and not when the file system has no such order."""
+def _warn_unsynced(folder: Path, error: OSError) -> None:
+    warn_once(f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without")
+
+
+def _sync_file(descriptor: int, path: Path) -> None:
+    """Raise OSError when the disk is full or broken, but only warn when there is no fsync."""
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _UNABLE:
             raise
         warn_once(
-            f"{path} can't be brought to the disk at once: {error.strerror}; the run goes on without"
+            f"{path} can't be brought to the disk at once: {error.strerror}; "
+            "the run goes on without"
         )
 
 
 def warn_once(text: str) -> None:
-    """One warning of a kind: the file's name, of which there will be more, is no part of the kind."""
+    """Warn, unless the same warning has been given for another file.
+
+    What follows " can't " says which warning it is: the file's name before it is left out.
+    """
     kind = text.partition(" can't ")[2]
     if kind not in _warned:
         _warned.add(kind)
