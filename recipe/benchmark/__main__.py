@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     repeats, names = argv[0] if argv else "3", argv[1:] or list(CONTENDERS)
     check(repeats, names)
     with noise.filtered():
-        from recipe.data.sources import prepare
+        from recipe.data.prepare.builders import prepare
 
         prepare(cli.load_recipe("quick").data)
     found: Found = {entry: [] for entry in entries(names)}

@@ -14,7 +14,7 @@ from pathlib import Path
 from recipe import cli
 from recipe.config import Recipe
 from recipe.rules import sharding
-from recipe.system import noise
+from recipe.system import noise, processor
 
 BATCH = 64  # examples per rank and step
 STEPS = 45
@@ -45,19 +45,21 @@ def settings(size: int) -> Recipe:
 
 
 def batches(recipe: Recipe, workers: range) -> object:
-    from recipe.data.pipeline import train_batches
+    from recipe.data.pipeline import TrainingExamples
     from recipe.data.sources import open_source
+    from recipe.rules.epoch import Share
 
-    return train_batches(open_source(recipe.data, "train", recipe.seed), recipe, workers)
+    source = open_source(recipe.data, "train", recipe.seed)
+    return TrainingExamples(source, recipe, Share(workers), processor.cores()).elements()
 
 
 def ours(framework: str) -> Callable[[Recipe, int, Tick], None]:
     """The recipe's replica, as recipe.run.loop runs it."""
 
     def run(recipe: Recipe, rank: int, tick: Tick) -> None:
-        from recipe.frameworks import replica
+        from recipe.frameworks.replica import load_framework
 
-        fit = replica.of(framework)
+        fit = load_framework(framework)
         fit.start()
         made = fit.make_replica(replace(recipe, framework=framework), 10)
         elements: Iterator = iter(batches(recipe, sharding.own_workers(recipe.k, rank, recipe.k)))

@@ -23,14 +23,15 @@ import numpy as np
 
 import recipe.keras as hvd
 from recipe.configs import quick
-from recipe.data.pipeline import train_batches
+from recipe.data.pipeline import TrainingExamples
 from recipe.data.sources import open_source
 from recipe.frameworks.keras import replica as fit
 from recipe.frameworks.keras.step import moving_statistics
 from recipe.keras import backend, state
 from recipe.keras.agreement import Agreement
 from recipe.keras.distributed import reduction_of
-from recipe.ranks import launched
+from recipe.ranks import binding, launched
+from recipe.rules.epoch import Share
 
 BATCH, WIDTH, LAYERS = 32, 256, 12
 STEPS, TURNS = 20, 9
@@ -156,7 +157,9 @@ def compare_replicas() -> None:
     source = open_source(recipe.data, "train")
     replica = fit.KerasReplica(recipe, source.num_classes)
     replica.begin(steps=1)
-    elements = iter(train_batches(source, recipe, [hvd.rank()]))
+    share = Share(range(hvd.rank(), hvd.rank() + 1))
+    examples = TrainingExamples(source, recipe, share, binding.cores())
+    elements = iter(examples.elements())
     replica.step(0, 0, elements, stop=False)()  # traced
     steps, checks = [], []
     for _ in range(TURNS):

@@ -10,9 +10,7 @@ class Element(NamedTuple):
 
     images: np.ndarray  # uint8[b, s, s, 3]
     labels: np.ndarray  # int32[b]
-    weights: (
-        np.ndarray
-    )  # float32[b], k·n_j/M of the example's worker (recipe.rules.sharding.worker_weight)
+    weights: np.ndarray  # float32[b], k·n_j/M of the example's worker (recipe.rules.epoch)
     keys: np.ndarray | None = None  # int64[b], only with model.dropout (recipe.rules.augment.keys)
 
 

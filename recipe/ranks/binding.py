@@ -18,7 +18,7 @@ from typing import Any
 
 from recipe.errors import RunError, UsageError
 from recipe.ranks import launched, machine
-from recipe.system import watchdog
+from recipe.system import processor, watchdog
 
 # The number of ranks, as horovodrun, Open MPI's mpirun, MPICH's mpiexec and srun give it.
 SIZE_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
@@ -80,8 +80,12 @@ def start(framework: str, deterministic: bool) -> machine.HostShare:
     watchdog.start()
     init(framework)
     check_all_ranks_found()
-    horovod_ = horovod()
-    return machine.HostShare(horovod_.local_rank(), machine.cores(horovod_.local_size()))
+    return machine.HostShare(horovod().local_rank(), cores())
+
+
+def cores() -> int:
+    """Return this rank's share of its host's cores."""
+    return processor.cores(horovod().local_size())
 
 
 def check_all_ranks_found(in_program: bool = True) -> None:

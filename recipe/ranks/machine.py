@@ -1,6 +1,5 @@
 """This rank's share of its host: CPU cores and GPUs."""
 
-import os
 import socket
 from typing import NamedTuple
 
@@ -12,11 +11,6 @@ class HostShare(NamedTuple):
 
     local_rank: int  # this rank's number on its host
     threads: int  # its share of the host's cores
-
-
-def cores(ranks: int = 1) -> int:
-    """Return a rank's share of the cores of a host with so many ranks, of those it may use."""
-    return max(1, min((os.cpu_count() or 1) // ranks, len(os.sched_getaffinity(0))))
 
 
 def check_gpus(visible: int, local_rank: int) -> None:

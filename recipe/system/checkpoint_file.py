@@ -1,9 +1,8 @@
-"""Files of named arrays with a description: one .npz each, written atomically, with a checksum.
+"""Checkpoint files: one .npz each, written atomically, with a checksum over all its bytes.
 
-The checksum is over all the bytes before it. No file is unpickled. Checkpoints are such files.
+They are read without unpickling.
 """
 
-import contextlib
 import errno
 import hashlib
 import io
@@ -11,47 +10,52 @@ import json
 import os
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from recipe.errors import RunError
 from recipe.system.arrays import Arrays
+from recipe.system.files import whole_file
 from recipe.system.output import warn
 
 _META = "checkpoint.json"  # name of the description among the arrays
 _DIGEST = 64  # hexadecimal digits of a SHA-256: the zip file's comment, its last bytes
-_BLOCK = 1 << 20  # bytes that are hashed at once
+_BLOCK = 2**20  # bytes that are hashed at a time
 # The errors of a file system that has no fsync.
-_UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 _warned: set[str] = set()
 
 
+class Checkpoint(NamedTuple):
+    """What is in a checkpoint."""
+
+    arrays: Arrays
+    meta: dict[str, Any]  # the description
+
+
 def write(path: Path, arrays: Arrays, meta: dict[str, Any]) -> None:
-    """Write a file that appears under its name only when it is complete and on the disk.
+    """Write a checkpoint that appears under its name only when it is complete and on the disk.
 
     Raise OSError when that fails. A file of that name is then unchanged.
     """
-    partial = partial_of(path)
     description = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
-    try:
-        _write(partial, arrays | {_META: description})
-        partial.replace(path)
-        _sync_folder(path.parent)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+    with whole_file(path, partial_of(path)) as file:
+        np.savez(file, **(arrays | {_META: description}))  # type: ignore[arg-type]
+        _append_digest(file)
+        file.flush()
+        _sync_file(file.fileno(), path)
+    _sync_folder(path.parent)
 
 
 def partial_of(path: Path) -> Path:
-    """Return the name of a file while it is being written."""
+    """Return the name of a checkpoint while it is being written."""
     return path.with_name(f".{path.name}.partial")
 
 
-def load(path: Path) -> tuple[Arrays, dict[str, Any]]:
-    """Return a file's arrays and its description.
+def load(path: Path) -> Checkpoint:
+    """Return what is in a checkpoint.
 
     Raise RunError when the file can't be read, or when a single bit of it has changed.
     """
@@ -61,8 +65,8 @@ def load(path: Path) -> tuple[Arrays, dict[str, Any]]:
         raise RunError(f"{path} can't be read: {error.strerror}")
 
     # Verify the bytes before anything parses them.
-    checksum = hashlib.sha256(content[:-_DIGEST]).hexdigest().encode()
-    if checksum != content[-_DIGEST:]:
+    digest = hashlib.sha256(content[:-_DIGEST]).hexdigest()
+    if digest.encode() != content[-_DIGEST:]:
         raise RunError(
             f"{path} is damaged: its {len(content)} bytes don't have the checksum they end with"
         )
@@ -70,66 +74,10 @@ def load(path: Path) -> tuple[Arrays, dict[str, Any]]:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        return arrays, json.loads(arrays.pop(_META).tobytes())
+        meta = json.loads(arrays.pop(_META).tobytes())
+        return Checkpoint(arrays, meta)
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(f"{path} is not a checkpoint ({error})")
-
-
-def _write(path: Path, arrays: Arrays) -> None:
-    """Write an .npz file that ends with the digest of the bytes before it."""
-    with path.open("w+b") as file:
-        # Reserve the digest's place: the zip file's comment is its last bytes.
-        np.savez(file, **arrays)  # type: ignore[arg-type]  # an array's name is no option
-        with zipfile.ZipFile(file, "a") as archive:
-            archive.comment = b"0" * _DIGEST
-        # Fill it with the digest of everything before.
-        file.seek(0)
-        file.write(_digest_but_end(file).encode())
-        file.flush()
-        _sync_file(file.fileno(), path)
-
-
-def _digest_but_end(file: BinaryIO) -> str:
-    """Return the digest of a file's bytes before its last _DIGEST, where the position then is."""
-    digest = hashlib.sha256()
-    remaining = os.fstat(file.fileno()).st_size - _DIGEST
-    while remaining:
-        block = file.read(min(remaining, _BLOCK))
-        digest.update(block)
-        remaining -= len(block)
-    return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where the file system can; warn where it can't."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        _warn_unsynced(folder, error)
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        _warn_unsynced(folder, error)
-    finally:
-        os.close(descriptor)
-
-
-def _warn_unsynced(folder: Path, error: OSError) -> None:
-    warn_once(f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without")
-
-
-def _sync_file(descriptor: int, path: Path) -> None:
-    """Raise OSError when the disk is full or broken, but only warn when there is no fsync."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _UNABLE:
-            raise
-        warn_once(
-            f"{path} can't be brought to the disk at once: {error.strerror}; "
-            "the run goes on without"
-        )
 
 
 def warn_once(text: str) -> None:
@@ -141,3 +89,46 @@ def warn_once(text: str) -> None:
     if kind not in _warned:
         _warned.add(kind)
         warn(text)
+
+
+def _append_digest(file: BinaryIO) -> None:
+    """Let an .npz file end with the digest of the bytes before, as the zip file's comment."""
+    # Reserve the digest's place, then fill it.
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = b"0" * _DIGEST
+    size = file.seek(0, os.SEEK_END) - _DIGEST
+    file.seek(0)
+    digest = hashlib.sha256()
+    while file.tell() < size:
+        digest.update(file.read(min(size - file.tell(), _BLOCK)))
+    file.write(digest.hexdigest().encode())
+
+
+def _sync_file(descriptor: int, path: Path) -> None:
+    """Bring a file to the disk. Warn when the file system has no fsync.
+
+    Raise OSError when the disk is full or broken.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+        warn_once(
+            f"{path} can't be brought to the disk at once: {error.strerror}; "
+            "the run goes on without"
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name durable. Warn when the file system can't."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        warn_once(
+            f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without"
+        )

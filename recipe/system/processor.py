@@ -1,5 +1,6 @@
 """This host's processor: its kind, and the instructions that decide how libraries round."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def processor() -> str:
     for names in CHOSEN_BY.values():
         instructions += [name for name in names if name in flags][:1]
     return f"{kind} ({platform.machine()}: {' '.join(instructions) or 'unknown instructions'})"
+
+
+def cores(processes: int = 1) -> int:
+    """Return how many CPU cores each of so many processes on this host may use."""
+    share = (os.cpu_count() or 1) // processes
+    return max(1, min(share, len(os.sched_getaffinity(0))))
 
 
 def _facts() -> dict[str, str]:

@@ -10,7 +10,6 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from recipe.config import Data
-from recipe.data import sources
 from recipe.data.prepare import builders
 
 SYNSETS = ("n01440764", "n01443537")  # classes 0 and 1
@@ -44,7 +43,7 @@ def tar_of(members: dict[str, bytes]) -> bytes:
 @pytest.fixture(scope="session")
 def fashion(tmp_path_factory: pytest.TempPathFactory) -> Data:
     data = Data(name="fashion_photos", data_dir=str(tmp_path_factory.mktemp("data")), image_size=28)
-    sources.prepare(data)
+    builders.prepare(data)
     return data
 
 

@@ -20,9 +20,10 @@ from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.proto import tf_example_pb2
 
 from recipe.config import Data
-from recipe.data import decode, records, sources
+from recipe.data import datasets, decode, records, sources
+from recipe.data.decode import Cut, Filter
 from recipe.data.images import image_shape
-from recipe.data.prepare import builders, reencode, tars, verify
+from recipe.data.prepare import reencode, tars, verify
 from tests.recipe.data.conftest import photo, tar_of
 from tests.recipe.data.prepare import prepare_program
 
@@ -198,7 +199,7 @@ def test_one_preparation_at_a_time(tmp_path: Path, manual_dir: Path) -> None:
 
 def test_too_small_a_disk_is_refused_before_it_starts(tmp_path: Path) -> None:
     """Tars of the real sizes (of holes), and a file system without any room."""
-    for name, size in builders.IMAGENET_TARS.items():
+    for name, size in datasets.IMAGENET_TARS.items():
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
     words = [
@@ -309,7 +310,7 @@ CUT = photo(64, 64, seed=1)[:-900]
 @pytest.mark.parametrize("content", [b"", b"not an image", CUT, CUT + b"\xff\xd9"])
 def test_an_image_that_does_not_decode_is_bad(content: bytes) -> None:
     """Also a cut one that has an end again, of which Pillow makes the rest grey: a run would end at it."""
-    for action in (verify.kind_of, lambda image: reencode.smaller(image, 32, 90)):
+    for action in (verify.kind_of, lambda image: reencode.smaller(image, reencode.Form(32, 90))):
         with pytest.raises(ValueError, match=r"neither JPEG nor PNG|[Pp]remature end"):
             action(content)
 
@@ -328,8 +329,9 @@ def test_what_a_run_reads_is_good_however_large(monkeypatch: pytest.MonkeyPatch)
     """Pillow refuses more than 179 million pixels, and here more than 2,000; the run's decoder doesn't."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     large = photo(64, 64, seed=1)
-    box, out = np.array([[0.0, 0.0, 64.0, 64.0]]), np.empty((1, 8, 8, 3), dtype=np.uint8)
-    assert decode.decode([large], box, np.zeros(1, dtype=bool), 8, decode.BILINEAR, out) == {}
+    box = np.array([[0.0, 0.0, 64.0, 64.0]])
+    cut = Cut(box, np.zeros(1, dtype=bool), 8, Filter.BILINEAR)
+    assert decode.decode([large], cut, np.empty((1, 8, 8, 3), dtype=np.uint8)) == []
     assert verify.kind_of(large) == "JPEG RGB"
 
 
@@ -344,7 +346,7 @@ def test_deep_pixels_are_refused() -> None:
     """Pillow would make all brighter than 255 white."""
     out = io.BytesIO()
     Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(out, "PNG")
-    for action in (verify.kind_of, lambda png: reencode.smaller(png, 32, 90)):
+    for action in (verify.kind_of, lambda png: reencode.smaller(png, reencode.Form(32, 90))):
         with pytest.raises(ValueError, match=r"its pixels have more than 8 bits \(Pillow's mode I"):
             action(out.getvalue())
 
@@ -369,7 +371,7 @@ def test_a_copy_of_smaller_images(
     assert done.returncode == 0, done.stderr
     assert not (copied / name / "5.1.0" / leftover.name).exists()
     assert f"--config.data.name={name}" in done.stdout
-    monkeypatch.setattr(builders, "IMAGENET_EXAMPLES", {"train": 36, "validation": 6})
+    monkeypatch.setattr(datasets, "IMAGENET_EXAMPLES", {"train": 36, "validation": 6})
     small = sources.open_source(Data(name=name, data_dir=str(copied)), "train")
     original = sources.open_source(Data(name="imagenet2012", data_dir=str(copied)), "train")
     (ours, labels), (theirs, their_labels) = (
@@ -387,14 +389,14 @@ def test_a_copy_of_smaller_images(
         )
         expected = np.asarray(before.resize(after.size, Image.Resampling.BICUBIC), dtype=int)
         assert np.abs(np.asarray(after, dtype=int) - expected).mean() < 8  # quality 80 on noise
-    info = builders.find_builder(Data(name=name, data_dir=str(copied))).info
+    info = datasets.find_builder(Data(name=name, data_dir=str(copied))).info
     assert "shorter side at most 90, JPEG quality 80" in info.description
     assert info.splits["train"].num_bytes == sum(
         p.stat().st_size - 16 * n for p, n in sizes(info.splits["train"])
     )
     assert (
         info.splits["train"].num_bytes
-        < builders.find_builder(Data(name="imagenet2012", data_dir=str(copied)))
+        < datasets.find_builder(Data(name="imagenet2012", data_dir=str(copied)))
         .info.splits["train"]
         .num_bytes
     )
@@ -416,7 +418,7 @@ def test_a_damaged_original_is_named(copied: Path, manual_dir: Path) -> None:
 def test_a_tar_that_shrinks_meanwhile_is_named(tmp_path: Path, manual_dir: Path) -> None:
     tar = tmp_path / "t.tar"
     shutil.copyfile(manual_dir / "ILSVRC2012_img_val.tar", tar)
-    images = np.array(list(tars._heads(tar)), dtype=tars.IMAGE)
+    images = np.array(list(tars._heads(tar)), dtype=tars.HEAD_TYPE)
     os.truncate(tar, 2000)
     with (
         tar.open("rb") as file,
