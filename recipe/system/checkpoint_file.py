@@ -1,4 +1,7 @@
-"""Checkpoint files: one .npz each, written atomically, with a checksum over all its bytes, read without unpickling."""
+"""Checkpoint files: one .npz each, written atomically, with a checksum over all its bytes.
+
+They are read without unpickling.
+"""
 
 import errno
 import hashlib
@@ -19,7 +22,7 @@ from recipe.system.output import warn
 _META = "checkpoint.json"  # name of the description among the arrays
 _DIGEST = 64  # hexadecimal digits of a SHA-256: the zip file's comment, its last bytes
 _BLOCK = 2**20  # bytes that are hashed at a time
-# What a file system says that has no order to bring a file to the disk.
+# The errors of a file system that has no fsync.
 _NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 _warned: set[str] = set()
@@ -33,13 +36,13 @@ class Checkpoint(NamedTuple):
 
 
 def write(path: Path, arrays: Arrays, meta: dict[str, Any]) -> None:
-    """Write one checkpoint, which appears under its name only when it is complete and on the disk.
+    """Write a checkpoint that appears under its name only when it is complete and on the disk.
 
-    Raise OSError when that fails. A file of that name is then untouched.
+    Raise OSError when that fails. A file of that name is then unchanged.
     """
     description = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
     with whole_file(path, partial_of(path)) as file:
-        np.savez(file, **arrays, **{_META: description})
+        np.savez(file, **(arrays | {_META: description}))  # type: ignore[arg-type]
         _append_digest(file)
         file.flush()
         _sync_file(file.fileno(), path)
@@ -47,21 +50,27 @@ def write(path: Path, arrays: Arrays, meta: dict[str, Any]) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Return what a checkpoint is called while it is being written."""
+    """Return the name of a checkpoint while it is being written."""
     return path.with_name(f".{path.name}.partial")
 
 
 def load(path: Path) -> Checkpoint:
-    """Return what is in a checkpoint. Raise RunError for a file of which a single bit has changed."""
+    """Return what is in a checkpoint.
+
+    Raise RunError when the file can't be read, or when a single bit of it has changed.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path} can't be read: {error.strerror}")
+
+    # Verify the bytes before anything parses them.
     digest = hashlib.sha256(content[:-_DIGEST]).hexdigest()
     if digest.encode() != content[-_DIGEST:]:
         raise RunError(
             f"{path} is damaged: its {len(content)} bytes don't have the checksum they end with"
         )
+
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -72,7 +81,10 @@ def load(path: Path) -> Checkpoint:
 
 
 def warn_once(text: str) -> None:
-    """Warn once of a kind: the file's name, of which there will be more, is no part of the kind."""
+    """Warn, unless the same warning has been given for another file.
+
+    What follows " can't " says which warning it is: the file's name before it is left out.
+    """
     kind = text.partition(" can't ")[2]
     if kind not in _warned:
         _warned.add(kind)
@@ -80,9 +92,10 @@ def warn_once(text: str) -> None:
 
 
 def _append_digest(file: BinaryIO) -> None:
-    """Let an .npz file end with the digest of what comes before, as the zip file's comment."""
+    """Let an .npz file end with the digest of the bytes before, as the zip file's comment."""
+    # Reserve the digest's place, then fill it.
     with zipfile.ZipFile(file, "a") as archive:
-        archive.comment = b"0" * _DIGEST  # to be overwritten
+        archive.comment = b"0" * _DIGEST
     size = file.seek(0, os.SEEK_END) - _DIGEST
     file.seek(0)
     digest = hashlib.sha256()
@@ -92,19 +105,23 @@ def _append_digest(file: BinaryIO) -> None:
 
 
 def _sync_file(descriptor: int, path: Path) -> None:
-    """Bring a file to the disk. Raise OSError when that is full or broken, not when the file system has no fsync."""
+    """Bring a file to the disk. Warn when the file system has no fsync.
+
+    Raise OSError when the disk is full or broken.
+    """
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _NO_FSYNC:
             raise
         warn_once(
-            f"{path} can't be brought to the disk at once: {error.strerror}; the run goes on without"
+            f"{path} can't be brought to the disk at once: {error.strerror}; "
+            "the run goes on without"
         )
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name itself durable, where the file system can."""
+    """Make the new name durable. Warn when the file system can't."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
