@@ -1,10 +1,11 @@
 """The input pipeline against its peers: `python -m recipe.data.benchmark [REPEATS]` (default: 3).
 
-All make training batches from the same JPEGs, made for this: noise with the spectrum, size and weight
-of ImageNet's photographs. Each runs in a process of its own on all cores, in turns. Printed as median
-and range over the repeats: images per second of processor time, images/s, seconds to the first batch
-once its packages are imported, KB read an image (0: from memory or mapped files), peak memory of all
-its processes. The floor is libjpeg-turbo decoding the same crops from memory, nothing around it.
+All make training batches from the same JPEGs, made for this: noise with the spectrum, size and
+weight of ImageNet's photographs. Each runs in a process of its own on all cores, in turns. Printed
+as median and range over the repeats: images per second of processor time, images/s, seconds to the
+first batch once its packages are imported, KB read an image (0: from memory or mapped files), peak
+memory of all its processes. The floor is libjpeg-turbo decoding the same crops from memory, nothing
+around it.
 """
 
 import json

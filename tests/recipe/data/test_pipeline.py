@@ -102,7 +102,10 @@ def test_dropped_remainder(source: sources.TFDSSource, data: Data) -> None:
 
 
 def test_the_division_among_ranks_changes_nothing(source: sources.TFDSSource, data: Data) -> None:
-    """One rank with both workers, two ranks with one each, one worker with all examples: the same images."""
+    """The images are the same on one rank with both workers and on two ranks with one each.
+
+    They are also those of one worker with all examples.
+    """
     recipe = recipe_of(data, k=2, n=48)
     both = elements_of(source, recipe, range(2))
     assert_equal(both[0::2], elements_of(source, recipe, range(1)))
@@ -199,8 +202,11 @@ def test_a_rank_without_examples_evaluates_nothing(data: Data) -> None:
 
 
 def test_evaluation_pixels_are_pil_s(small_imagenet: tfds.core.DatasetBuilder) -> None:
-    """torchvision's Resize(256) and CenterCrop(224), done with PIL, which rounds to whole levels between two passes;
-    here both are one, in floating point. So two levels at most, a quarter of one on average."""
+    """They differ by two levels at most, and by a quarter of one on average.
+
+    PIL does torchvision's Resize(256) and CenterCrop(224), and rounds to whole levels between two
+    passes. Here both are one, in floating point.
+    """
     source = sources.TFDSSource(small_imagenet, "train")
     recipe = recipe_of(Data(image_size=224), k=1, n=1)
     batches = evaluated(source, recipe, np.arange(len(source)), 4)
@@ -286,7 +292,10 @@ def test_png_data_sets(tmp_path: Path) -> None:
 
 
 def overwrite(data: Data, example: int, replace: dict[bytes, bytes]) -> str:
-    """Changes bytes in the record of an example of the first shard, as if written so; returns the file's name."""
+    """Change bytes in the record of an example of the first shard, as if it was written so.
+
+    Return the file's name.
+    """
     path = next(Path(data.data_dir).rglob("*train.tfrecord-00000*"))
     start, end = records.scan(str(path))[example : example + 2]
     content = bytearray(path.read_bytes())
@@ -329,7 +338,7 @@ def test_a_bad_image_is_named(
 def test_a_bad_image_is_replaced_in_all_divisions_by_the_same(
     fashion: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two bad ones, of which the first may be drawn to replace the second; with any number of ranks and threads."""
+    """Of two bad ones the first may be drawn to replace the second."""
     shutil.copytree(fashion.data_dir, tmp_path, dirs_exist_ok=True)
     data = dataclasses.replace(
         fashion, data_dir=str(tmp_path), train_examples=16, bad_images="replace"
@@ -390,12 +399,14 @@ def test_synthetic_batches() -> None:
 def test_images_are_read_without_tensorflow(fashion: Data) -> None:
     """Native PyTorch neither waits for it nor holds its memory."""
     program = (
-        "import sys; from recipe.frameworks import replica; from recipe.run import loop; from recipe.config import Data, Recipe; replica.framework('torch'); "
+        "import sys; from recipe.frameworks import replica; from recipe.run import loop; "
+        "from recipe.config import Data, Recipe; replica.framework('torch'); "
         "from recipe.data.pipeline import TrainingExamples; "
         "from recipe.data.sources import open_source; from recipe.rules.epoch import Share; "
         "data = Data('fashion_photos', sys.argv[1], image_size=28); "
-        "source = open_source(data, 'train'); "
-        "next(iter(TrainingExamples(source, Recipe(k=1, n=8, data=data), Share(range(1)), 2).elements())); "
+        "source, recipe = open_source(data, 'train'), Recipe(k=1, n=8, data=data); "
+        "examples = TrainingExamples(source, recipe, Share(range(1)), 2); "
+        "next(iter(examples.elements())); "
         "assert 'torch' in sys.modules and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, fashion.data_dir], check=True)

@@ -1,4 +1,4 @@
-"""ImageNet from its tars: TFDS's examples, after a kill too; verification of good and damaged copies; re-encoding."""
+"""ImageNet from its tars: TFDS's examples, after a kill too; verification; re-encoding."""
 
 import fcntl
 import hashlib
@@ -101,7 +101,10 @@ def run(*arguments: str | Path | float, **options: str) -> subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, manual_dir: Path) -> tuple[Path, str]:
-    """A data folder that was killed among its files and then finished, and what the second command printed."""
+    """A data folder whose preparation was killed among its files and then finished.
+
+    The second part is what the second command printed.
+    """
     data_dir = tmp_path_factory.mktemp("prepared")
     unfinished = data_dir / "imagenet2012" / "unfinished.5.1.0"
     environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[4])}
@@ -127,7 +130,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, manual_dir: Path) -> tupl
 def test_a_killed_preparation_goes_on_to_tfds_s_own_files(
     prepared: tuple, expected: dict[str, bytes]
 ) -> None:
-    """To the byte, but for the order of the features within an example: TFDS leaves that to the process."""
+    """To the byte, but for the order of the features: TFDS leaves that to the process."""
     data_dir, printed = prepared
     assert [path.name for path in (data_dir / "imagenet2012").iterdir()] == ["5.1.0"]
     found = {
@@ -158,8 +161,10 @@ def examples(content: bytes) -> list[tf_example_pb2.Example]:
 def test_two_preparations_are_the_same_to_the_byte(
     prepared: tuple, tmp_path: Path, manual_dir: Path
 ) -> None:
-    """One was killed, another not, and has files of a tar that was damaged: the digests, by which copies are compared,
-    are equal."""
+    """The digests, by which copies are compared, are equal.
+
+    One preparation was killed. The other was not, and has files of a tar that was damaged.
+    """
     unfinished = tmp_path / "imagenet2012" / "unfinished.5.1.0"
     unfinished.mkdir(parents=True)
     for name in ("train.1.2.heads.npy", "imagenet2012-train.tfrecord-00001-of-00004"):
@@ -261,7 +266,10 @@ def copied(prepared: tuple, tmp_path: Path) -> Path:
 
 
 def test_each_kind_of_damage_is_named_and_all_is_counted(copied: Path, manual_dir: Path) -> None:
-    """A flipped bit in an image, one in a record's length, a file cut off, a file gone; also without old digests."""
+    """A flipped bit in an image, one in a record's length, a file cut off, a file gone.
+
+    Also without old digests.
+    """
     (copied / "imagenet2012" / "5.1.0" / verify.SUMS).unlink()
     first, second, third, fourth = shards(copied)
     starts = [records.scan(str(path)).tolist() for path in shards(copied)]
@@ -309,7 +317,10 @@ CUT = photo(64, 64, seed=1)[:-900]
 
 @pytest.mark.parametrize("content", [b"", b"not an image", CUT, CUT + b"\xff\xd9"])
 def test_an_image_that_does_not_decode_is_bad(content: bytes) -> None:
-    """Also a cut one that has an end again, of which Pillow makes the rest grey: a run would end at it."""
+    """Also a cut one that has an end again.
+
+    Pillow makes the rest of it grey, and a run would end at it.
+    """
     for action in (verify.kind_of, lambda image: reencode.smaller(image, reencode.Form(32, 90))):
         with pytest.raises(ValueError, match=r"neither JPEG nor PNG|[Pp]remature end"):
             action(content)
@@ -326,7 +337,10 @@ def test_markers_without_a_length_are_passed_over() -> None:
 
 
 def test_what_a_run_reads_is_good_however_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow refuses more than 179 million pixels, and here more than 2,000; the run's decoder doesn't."""
+    """Pillow refuses more than 179 million pixels, and here more than 2,000.
+
+    The run's decoder doesn't.
+    """
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     large = photo(64, 64, seed=1)
     box = np.array([[0.0, 0.0, 64.0, 64.0]])
@@ -354,8 +368,11 @@ def test_deep_pixels_are_refused() -> None:
 def test_a_copy_of_smaller_images(
     copied: Path, manual_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the original's order, by a name that the recipe reads; an image that is small enough keeps its bytes. What a
-    killed process was writing is removed, and what it made of files that were here before."""
+    """It is in the original's order, by a name that the recipe reads.
+
+    An image that is small enough keeps its bytes. What a killed process was writing is removed, and
+    what it made of files that were here before.
+    """
     leftover = (
         copied
         / "imagenet2012_short90_q80"
