@@ -57,9 +57,9 @@ def ours(framework: str) -> Callable[[Recipe, int, Tick], None]:
     """The recipe's replica, as recipe.run.loop runs it."""
 
     def run(recipe: Recipe, rank: int, tick: Tick) -> None:
-        from recipe.frameworks import replica
+        from recipe.frameworks.replica import load_framework
 
-        fit = replica.of(framework)
+        fit = load_framework(framework)
         fit.start()
         made = fit.make_replica(replace(recipe, framework=framework), 10)
         elements: Iterator = iter(batches(recipe, sharding.own_workers(recipe.k, rank, recipe.k)))

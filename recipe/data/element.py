@@ -10,8 +10,8 @@ class Element(NamedTuple):
 
     images: np.ndarray  # uint8[b, s, s, 3]
     labels: np.ndarray  # int32[b]
-    weights: np.ndarray  # float32[b], k·n_j/M of the example's worker (rules.epoch.Epoch.weight)
-    keys: np.ndarray | None = None  # int64[b], only with model.dropout (rules.augment.keys)
+    weights: np.ndarray  # float32[b], k·n_j/M of the example's worker (recipe.rules.epoch)
+    keys: np.ndarray | None = None  # int64[b], only with model.dropout (recipe.rules.augment.keys)
 
 
 class Examples(NamedTuple):

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from recipe.errors import RunError
 from recipe.system import checkpoint_file
+from recipe.system.checkpoint_file import Checkpoint
 
 _NAME = re.compile(r"step-([0-9]{8,})\.npz")
 _PARTIAL = re.compile(r"\.step-[0-9]{8,}\.npz\.partial")
@@ -43,9 +44,7 @@ def save(
     return path
 
 
-def newest(
-    folder: Path, warn: Callable[[str], None]
-) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that is whole, None when there are none; `warn` is told of each newer, damaged one.
 
     Raises RunError when there are some and all are damaged."""
@@ -75,7 +74,7 @@ def unfinished(folder: Path) -> list[Path]:
     return _listed(folder, _PARTIAL)
 
 
-def set_aside(paths: list[Path]) -> None:
+def set_aside(paths: Iterable[Path]) -> None:
     """Takes checkpoints out of the way of the run, but leaves them to the user, as aside-step-SSSSSSSS.npz.
 
     Raises RunError when one can't be renamed."""

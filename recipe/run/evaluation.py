@@ -7,27 +7,26 @@ from recipe.data.pipeline import EvaluationExamples, TrainingExamples
 from recipe.data.sources import Source
 from recipe.frameworks.replica import Replica
 from recipe.ranks import collectives
-from recipe.rules import sharding
+from recipe.rules.epoch import eval_indices
 from recipe.rules.sums import Sums
 from recipe.system import watchdog
 
 BATCH = 256  # examples at a time; without effect on the result
 
-Sources = tuple[Source, Source]  # training and evaluation examples
-
 
 def evaluate(
-    recipe: Recipe, replica: Replica, training: TrainingExamples, evaluation: Source, epoch: int
+    recipe: Recipe, replica: Replica, training: TrainingExamples, evaluation: Source, epochs: int
 ) -> Sums:
-    """The sums over all evaluation examples after `epoch` epochs. Collective.
+    """Return the sums over all evaluation examples after so many epochs. Collective.
 
-    Batch normalisation uses the moving statistics, or with `model.precise_bn` those of the last epoch's first
-    minibatches under the present weights."""
-    mine = sharding.eval_indices(len(evaluation), collectives.rank(), collectives.size())
+    Batch normalisation uses the moving statistics or, with `model.precise_bn`, those of the last
+    epoch's first minibatches under the present weights.
+    """
+    indices = eval_indices(len(evaluation), collectives.rank(), collectives.size())
+    examples = EvaluationExamples(evaluation, recipe, training.threads)
     sums = Sums()
-    with _statistics(replica, training, epoch):
-        examples = EvaluationExamples(evaluation, recipe, training.threads)
-        for images, labels in examples.batches(mine, BATCH):
+    with _statistics(recipe, replica, training, epochs):
+        for images, labels in examples.batches(indices, BATCH):
             sums.add(replica.predict(images), labels)
             watchdog.beat(f"the evaluation of {sums.count:.0f} examples")
     loss, correct, count = collectives.total([sums.loss, sums.correct, sums.count], "evaluate")
@@ -35,11 +34,12 @@ def evaluate(
 
 
 def _statistics(
-    replica: Replica, training: TrainingExamples, epoch: int
-) -> contextlib.AbstractContextManager:
-    if not training.recipe.model.precise_bn:
+    recipe: Recipe, replica: Replica, training: TrainingExamples, epochs: int
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which the replica predicts."""
+    if not recipe.model.precise_bn:
         return contextlib.nullcontext()
-    steps_per_epoch = training.division.steps
-    elements = training.elements((max(epoch, 1) - 1) * steps_per_epoch)
-    steps = min(training.recipe.model.precise_bn, steps_per_epoch)
-    return replica.statistics_of(iter(elements.take(steps * training.share.passes)))
+    first_step = (max(epochs, 1) - 1) * training.division.steps
+    minibatches = min(recipe.model.precise_bn, training.division.steps)
+    elements = training.elements(first_step).take(minibatches * training.share.passes)
+    return replica.statistics_of(iter(elements))

@@ -13,11 +13,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from recipe.config import Recipe, differences, identity
+from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
-from recipe.run import checkpoint
 from recipe.system import owner
 from recipe.system.output import warn
 
@@ -27,6 +26,9 @@ ENVIRONMENT = "environment.json"
 CHECKPOINTS = "checkpoints"
 EVENTS = "tensorboard"
 LOCK = ".lock"
+
+Figures = dict[str, Any]  # of one line: float, int, str or None
+
 PACKAGES = (
     "horovod",
     "keras",
@@ -39,37 +41,11 @@ PACKAGES = (
 )
 
 
-def check_run(folder: Path, recipe: Recipe, resume: str) -> None:
-    """Makes sure that a run may be written into the directory. One rank only.
+class RankHost(NamedTuple):
+    """Where a rank runs."""
 
-    `resume`: "no", "yes" or "force". Raises UsageError when the directory holds a run already and `resume` is "no",
-    another recipe's and it isn't "force", none to resume, or can't be one."""
-    try:
-        for path in (folder, folder / CHECKPOINTS):
-            _check_folder(path)
-        remains = [METRICS] * _there(folder / METRICS)
-        remains += [CHECKPOINTS] * bool(checkpoint.checkpoints(folder / CHECKPOINTS))
-        begun = _there(folder / CONFIG)
-    except OSError as error:
-        raise UsageError(
-            f"--run_dir={folder} can't be used: {error.strerror}; name another directory"
-        )
-    if begun:
-        if resume == "no":
-            raise UsageError(
-                f"--run_dir={folder} holds a run already; add --resume or choose another directory"
-            )
-        if resume != "force":
-            refuse_another(identity(read_recipe(folder)), recipe, folder)
-    elif remains:
-        raise UsageError(
-            f"--run_dir={folder} holds {' and '.join(remains)} of a run, and its {CONFIG} is missing: bring that back, "
-            "or choose another directory"
-        )
-    elif resume != "no":
-        raise UsageError(
-            f"--run_dir={folder} holds no run to resume; leave --resume out to start one"
-        )
+    host: str
+    processor: str
 
 
 @contextlib.contextmanager
@@ -86,7 +62,7 @@ def owned(folder: Path) -> Iterator[None]:
         yield
 
 
-def begin_run(folder: Path, recipe: Recipe, ranks: list[tuple[str, str]]) -> None:
+def begin_run(folder: Path, recipe: Recipe, ranks: list[RankHost]) -> None:
     """Writes what runs, and where. `ranks`: each one's host and processor. One rank only.
 
     Raises UsageError when the directory can't be made or written."""
@@ -96,48 +72,6 @@ def begin_run(folder: Path, recipe: Recipe, ranks: list[tuple[str, str]]) -> Non
         _write_json(folder / ENVIRONMENT, environment(ranks))
     except OSError as error:
         raise _unwritable(folder, error)
-
-
-def check_progress(folder: Path) -> None:
-    """Raises UsageError when the figures of a run without checkpoints say that it had some. One rank only."""
-    if not _there(folder / METRICS) or checkpoint.unfinished(folder / CHECKPOINTS):
-        return  # ended before the first one, or while it was written
-    recipe, epochs, steps = (
-        read_recipe(folder),
-        read_lines(folder, "epoch"),
-        read_lines(folder, "step"),
-    )
-    if _saved_at_epoch(recipe, epochs) or _saved_at_step(recipe.run.checkpoint_steps, steps):
-        done = f"{len(epochs)} finished epochs" if epochs else f"{steps[-1]['step']} steps"
-        raise UsageError(
-            f"--run_dir={folder}: its {METRICS} has {done}, and its {CHECKPOINTS}/ holds no checkpoint to go on from: "
-            "bring the checkpoints back, or begin at step 0 in another directory, or here with --resume=force"
-        )
-
-
-def _saved_at_epoch(recipe: Recipe, lines: list[dict[str, Any]]) -> bool:
-    """Whether a run with these lines of epochs has had a checkpoint at the end of one."""
-    finished = [line.get("epoch", 0) for line in lines]
-    return any(
-        epoch == recipe.epochs or epoch % recipe.run.checkpoint_every == 0 for epoch in finished
-    )
-
-
-def _saved_at_step(every: int, lines: list[dict[str, Any]]) -> bool:
-    """Whether a run with these lines of steps has had a checkpoint within an epoch, before the last of them."""
-    if not every or not lines or not lines[-1].get("epoch"):
-        return False
-    of_epoch = round(lines[-1]["step"] / lines[-1]["epoch"])
-    return any(step % of_epoch for step in range(every, lines[-1]["step"], every))
-
-
-def refuse_another(old: dict[str, Any], recipe: Recipe, folder: Path) -> None:
-    """Raises UsageError, naming the fields, when `recipe` is not the one whose `identity` is given."""
-    if changed := differences(old, identity(recipe)):
-        raise UsageError(
-            f"--run_dir={folder} was started with another recipe: {changed}; resume with the old values, or with "
-            "--resume=force"
-        )
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -179,13 +113,13 @@ def read_lines(folder: Path, kind: str) -> list[dict[str, Any]]:
         )
 
 
-def environment(ranks: list[tuple[str, str]]) -> dict[str, Any]:
+def environment(ranks: list[RankHost]) -> dict[str, Any]:
     """What a figure needs to be believed: hosts, processors, versions, source revision, command line."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
-        "hosts": [host for host, _ in ranks],  # one entry a rank
-        "processors": sorted({processor for _, processor in ranks}),  # each kind once
+        "hosts": [rank.host for rank in ranks],  # one entry a rank
+        "processors": sorted({rank.processor for rank in ranks}),  # each kind once
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions(),
@@ -221,7 +155,7 @@ class RunLog:
             raise self._unwritable(error)
         self._events = Events(folder / EVENTS, step)
 
-    def write(self, kind: str, step: int, values: dict[str, float | int | str | None]) -> None:
+    def write(self, kind: str, step: int, values: Figures) -> None:
         """One line: kind ("start", "step" or "epoch"), the number of finished steps, and the figures.
 
         JSON has no NaN and no infinity: they become null."""
@@ -255,7 +189,7 @@ class RunLog:
 
     def _keep_until(self, step: int, epochs: int) -> None:
         try:
-            if not _there(self._path):
+            if not exists(self._path):
                 if step:
                     warn(f"{self._path} is missing: it begins anew after step {step}")
                 return
@@ -290,22 +224,13 @@ def _whole_lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _there(path: Path) -> bool:
+def exists(path: Path) -> bool:
     """Whether there is something of this name, a dead link included. Raises OSError when that can't be found out."""
     try:
         path.lstat()
         return True
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def _check_folder(path: Path) -> None:
-    """Raises UsageError when something is there that is no folder."""
-    if _there(path) and not path.is_dir():
-        kind = "a link that leads to no folder" if path.is_symlink() else "a file and no folder"
-        raise UsageError(
-            f"{path} is {kind}: mend it or take it away, or name another directory with --run_dir"
-        )
 
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:

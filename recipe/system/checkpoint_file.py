@@ -11,11 +11,12 @@ import json
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from recipe.errors import RunError
+from recipe.system.arrays import Arrays
 from recipe.system.output import warn
 
 _META = "checkpoint.json"  # name of the description among the arrays
@@ -24,6 +25,13 @@ _DIGEST = 64  # hexadecimal digits of a SHA-256: the zip file's comment, its las
 _UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 _warned: set[str] = set()
+
+
+class Checkpoint(NamedTuple):
+    """What is in a checkpoint."""
+
+    arrays: Arrays
+    meta: dict[str, Any]  # the description
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
@@ -46,7 +54,7 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load(path: Path) -> Checkpoint:
     """The arrays and the description of a checkpoint. Raises RunError for a file of which a single bit has changed."""
     try:
         content = path.read_bytes()
@@ -59,7 +67,8 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        return arrays, json.loads(arrays.pop(_META).tobytes())
+        meta = json.loads(arrays.pop(_META).tobytes())
+        return Checkpoint(arrays, meta)
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(f"{path} is not a checkpoint ({error})")
 

@@ -399,8 +399,9 @@ def test_synthetic_batches() -> None:
 def test_images_are_read_without_tensorflow(fashion: Data) -> None:
     """Native PyTorch neither waits for it nor holds its memory."""
     program = (
-        "import sys; from recipe.frameworks import replica; from recipe.run import loop; "
-        "from recipe.config import Data, Recipe; replica.framework('torch'); "
+        "import sys; from recipe.frameworks.replica import load_framework; "
+        "from recipe.run import loop; from recipe.config import Data, Recipe; "
+        "load_framework('torch'); "
         "from recipe.data.pipeline import TrainingExamples; "
         "from recipe.data.sources import open_source; from recipe.rules.epoch import Share; "
         "data = Data('fashion_photos', sys.argv[1], image_size=28); "
