@@ -91,12 +91,17 @@ def prepare(builder: tfds.core.GeneratorBasedBuilder, manual_dir: Path) -> None:
     check_disk(unfinished, manual_dir)
     unfinished.mkdir(parents=True, exist_ok=True)
     with alone(unfinished):
+        # The examples.
         infos = []
         for split in _splits(builder, manual_dir, unfinished):
             infos.append(_write_split(builder, split, unfinished))
+
+        # TFDS's description of them, last of all.
         builder.info.set_splits(tfds.core.splits.SplitDict(infos))
         builder.info.download_size = 0
         builder.info.write_to_directory(unfinished)
+
+        # The folder gets its name when it holds nothing but the data set.
         for path in _kept_heads(r".+", unfinished):
             path.unlink()
         unfinished.replace(finished)
