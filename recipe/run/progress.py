@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -13,28 +13,23 @@ from recipe.system.progress import LongWork
 
 BAR = 4  # columns that the bar has at least
 HEAD = "{percentage:3.0f}%|{bar}| {n}/{total} [{remaining}]"
-LEAVE_OUT = ("rate", "error", "loss")  # figures beside the bar, what matters least first
 
 
-class Begin(NamedTuple):
-    """From where on the steps are timed."""
+class Milestone(NamedTuple):
+    """A step, and when it was done."""
 
     step: int
     time: float  # seconds
 
 
 class Progress(LongWork):
-    """Shows the steps done of all, loss, η, images/s and the time left.
-
-    Where something else takes long, show what it is.
-    """
+    """Shows steps done of all, loss, η, images/s and the time left, and what else takes long."""
 
     def __init__(self, steps: int, steps_per_epoch: int, first_step: int = 0) -> None:
-        self.steps = steps
-        self.steps_per_epoch = steps_per_epoch
+        self.steps, self.steps_per_epoch = steps, steps_per_epoch
         self._doing = "the first step"
-        self._timed_from: Begin | None = None
-        self._beside = ""  # what stands beside the bar while steps are done
+        self._first_timed: Milestone | None = None  # from here on the steps are timed
+        self._beside = ""  # the text beside the bar while steps are done
         self._width = terminal_width()
         bar = None
         if self._width:
@@ -45,7 +40,7 @@ class Progress(LongWork):
         super().__init__(bar)
 
     def step(self, step: int) -> None:
-        """Show that step number `step` is done.
+        """Show that so many steps are done.
 
         The first one, with all that is made ready in it, isn't timed.
         """
@@ -53,12 +48,12 @@ class Progress(LongWork):
         if self._bar is not None:
             self._bar.bar_format = f"{HEAD}  {self._beside}"
             self._bar.update(step - self._bar.n)
-        if self._timed_from is None:
-            self._timed_from = Begin(step, time.monotonic())
+        if self._first_timed is None:
+            self._first_timed = Milestone(step, time.monotonic())
             if self._bar is not None:
                 self._bar.unpause()
 
-    def line(self, step: int, figures: dict[str, float | None]) -> None:
+    def show(self, step: int, figures: dict[str, Any]) -> None:
         """Show new figures: loss, error, rate, images_per_second (None: not measured yet)."""
         parts = {
             "loss": f"loss {figures['loss']:.3f}",
@@ -69,64 +64,66 @@ class Progress(LongWork):
             parts["speed"] = f"{figures['images_per_second']:,.0f} images/s"
         if self._bar is not None:
             self._beside = self._fitting(parts)
-            self._show(self._beside)
+            self._draw(self._beside)
             return
         epoch, epochs = step / self.steps_per_epoch, self.steps / self.steps_per_epoch
-        words = [f"epoch {epoch:6.2f} of {epochs:g}", f"step {step} of {self.steps}"]
-        words += [*parts.values(), self._time_left(step)]
-        self.say("  ".join(filter(None, words)))
+        place = [f"epoch {epoch:6.2f} of {epochs:g}", f"step {step} of {self.steps}"]
+        words = [*place, *parts.values(), self._time_left(step)]
+        self.say("  ".join(word for word in words if word))
 
     def doing(self, what: str) -> None:
-        """Note what is under way, beside steps."""
+        """Remember what is under way, beside steps."""
         self._doing = what
 
     def refresh(self) -> None:
-        """Draw the bar again, with what is under way."""
+        """Draw the bar again, with what is under way where that isn't a step."""
         in_steps = self._doing.startswith("step")
-        self._show(self._beside if in_steps else self._doing[: self._width // 2])
+        self._draw(self._beside if in_steps else self._doing[: self._width // 2])
 
-    def sign_of_life(self) -> str:
-        """Return what is under way, and for how long the run is."""
-        since_start = ticking.elapsed(time.monotonic() - self._began)
-        return f"{self._doing}: under way, {since_start} since the start"
+    def line(self) -> str:
+        """Return what is under way, for a log in which nothing was said for a while."""
+        elapsed = ticking.elapsed(time.monotonic() - self._began)
+        return f"{self._doing}: under way, {elapsed} since the start"
 
-    def _show(self, text: str) -> None:
-        """Show a text beside the bar."""
+    def _draw(self, text: str) -> None:
+        """Draw the bar with a text beside it."""
         if self._bar is not None:
             self._bar.bar_format = f"{HEAD}  {text}"
             self._bar.refresh()
 
     def _fitting(self, parts: dict[str, str]) -> str:
-        """Return as many of the figures as the terminal has room for."""
+        """Return as many of the figures as the terminal has room for, the most important ones."""
         room = self._width - len(f"100%|| {self.steps}/{self.steps} [00:00:00]  ") - BAR
-        for name in LEAVE_OUT:
-            if len("  ".join(parts.values())) <= room:
+        text = "  ".join(parts.values())
+        for least_important in ("rate", "error", "loss"):
+            if len(text) <= room:
                 break
-            parts.pop(name)
-        return "  ".join(parts.values())
+            parts.pop(least_important)
+            text = "  ".join(parts.values())
+        return text
 
     def _time_left(self, step: int) -> str:
-        """Return the time left if the steps to come take as long as those that were timed."""
-        timed = self._timed_from
-        if timed is None or step <= timed.step:
+        """Return how long the steps to come take if they take as long as those that were timed."""
+        first = self._first_timed
+        if first is None or step <= first.step:
             return ""
-        seconds_per_step = (time.monotonic() - timed.time) / (step - timed.step)
+        seconds_per_step = (time.monotonic() - first.time) / (step - first.step)
         return f"{tqdm.format_interval(seconds_per_step * (self.steps - step))} left"
 
 
 def terminal_width() -> int:
-    """Return the columns of the terminal that a person looks at, 0 if there is none.
+    """Return the columns of the terminal that a person looks at; 0 without one.
 
-    It is 80 where the terminal says that it has none. Launchers give their ranks a pipe and copy it
-    to their own stderr: mpirun is rank 0's parent, and asked instead.
+    A terminal that says that it has none has 80. Launchers give their ranks a pipe and copy it to
+    their own stderr: mpirun is rank 0's parent, and its stderr is asked instead.
     """
     with contextlib.suppress(OSError, AttributeError, ValueError):
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    launchers = f"/proc/{os.getppid()}/fd/2"
+    launcher_stderr = f"/proc/{os.getppid()}/fd/2"
     with contextlib.suppress(OSError):
-        # Only a terminal is opened: anything else is the user's file.
-        if os.path.realpath(launchers).startswith("/dev/"):
-            descriptor = os.open(launchers, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        # Only look: anything else than a device is the user's file.
+        if os.path.realpath(launcher_stderr).startswith("/dev/"):
+            descriptor = os.open(launcher_stderr, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
             try:
                 return os.get_terminal_size(descriptor).columns or 80
             finally:

@@ -78,7 +78,7 @@ class Record:
         self._line_meter.restart()
         collectives.on_root(lambda: self._write("step", figures), "loop")
         if self._progress:
-            self._progress.line(self.state.step, figures)
+            self._progress.show(self.state.step, figures)
 
     def epoch_figures(self, rate: float) -> Figures:
         """Return the figures of the epoch that is over. Collective."""

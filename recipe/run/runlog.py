@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
 from recipe.system import owner
+from recipe.system.files import whole_file
 from recipe.system.output import warn
 
 CONFIG = "config.json"
@@ -249,15 +250,9 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes a file that is whole at any time; raises OSError when it can't, and leaves nothing behind."""
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+    """Write a file that is whole at any time. Raise OSError when it can't be, and leave nothing behind."""
+    with whole_file(path, path.with_suffix(".partial")) as file:
+        file.write(text.encode())
 
 
 def _version(package: str) -> str | None:

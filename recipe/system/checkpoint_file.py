@@ -1,9 +1,5 @@
-"""Files of named arrays with a description: one .npz each, written atomically, with a checksum over all its bytes.
+"""Checkpoint files: one .npz each, written atomically, with a checksum over all its bytes, read without unpickling."""
 
-They are read without unpickling. Checkpoints are such files.
-"""
-
-import contextlib
 import errno
 import hashlib
 import io
@@ -11,18 +7,20 @@ import json
 import os
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from recipe.errors import RunError
 from recipe.system.arrays import Arrays
+from recipe.system.files import whole_file
 from recipe.system.output import warn
 
 _META = "checkpoint.json"  # name of the description among the arrays
 _DIGEST = 64  # hexadecimal digits of a SHA-256: the zip file's comment, its last bytes
+_BLOCK = 2**20  # bytes that are hashed at a time
 # What a file system says that has no order to bring a file to the disk.
-_UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 _warned: set[str] = set()
 
@@ -34,33 +32,33 @@ class Checkpoint(NamedTuple):
     meta: dict[str, Any]  # the description
 
 
-def write(path: Path, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-    """Writes one checkpoint, which appears under its name only when it is complete and on the disk.
+def write(path: Path, arrays: Arrays, meta: dict[str, Any]) -> None:
+    """Write one checkpoint, which appears under its name only when it is complete and on the disk.
 
-    Raises OSError when that fails; a file of that name is then untouched."""
-    partial = partial_of(path)
-    try:
-        _write(partial, arrays | {_META: np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)})
-        partial.replace(path)
-        _sync(path.parent)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+    Raise OSError when that fails. A file of that name is then untouched.
+    """
+    description = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
+    with whole_file(path, partial_of(path)) as file:
+        np.savez(file, **arrays, **{_META: description})
+        _append_digest(file)
+        file.flush()
+        _sync_file(file.fileno(), path)
+    _sync_folder(path.parent)
 
 
 def partial_of(path: Path) -> Path:
-    """What a checkpoint is called while it is being written."""
+    """Return what a checkpoint is called while it is being written."""
     return path.with_name(f".{path.name}.partial")
 
 
 def load(path: Path) -> Checkpoint:
-    """The arrays and the description of a checkpoint. Raises RunError for a file of which a single bit has changed."""
+    """Return what is in a checkpoint. Raise RunError for a file of which a single bit has changed."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path} can't be read: {error.strerror}")
-    if hashlib.sha256(content[:-_DIGEST]).hexdigest().encode() != content[-_DIGEST:]:
+    digest = hashlib.sha256(content[:-_DIGEST]).hexdigest()
+    if digest.encode() != content[-_DIGEST:]:
         raise RunError(
             f"{path} is damaged: its {len(content)} bytes don't have the checksum they end with"
         )
@@ -73,58 +71,47 @@ def load(path: Path) -> Checkpoint:
         raise RunError(f"{path} is not a checkpoint ({error})")
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """An .npz file that ends with the digest of what comes before."""
-    with path.open("w+b") as file:
-        np.savez(file, **arrays)
-        with zipfile.ZipFile(file, "a") as archive:
-            archive.comment = b"0" * _DIGEST
-        file.seek(0)
-        content = hashlib.sha256()
-        left = os.fstat(file.fileno()).st_size - _DIGEST
-        while left:
-            block = file.read(min(left, 1 << 20))
-            content.update(block)
-            left -= len(block)
-        file.write(content.hexdigest().encode())
-        file.flush()
-        _to_disk(file.fileno(), path)
+def warn_once(text: str) -> None:
+    """Warn once of a kind: the file's name, of which there will be more, is no part of the kind."""
+    kind = text.partition(" can't ")[2]
+    if kind not in _warned:
+        _warned.add(kind)
+        warn(text)
 
 
-def _sync(folder: Path) -> None:
-    """Makes the rename itself durable, where the file system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        warn_once(
-            f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without"
-        )
-        return
+def _append_digest(file: BinaryIO) -> None:
+    """Let an .npz file end with the digest of what comes before, as the zip file's comment."""
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = b"0" * _DIGEST  # to be overwritten
+    size = file.seek(0, os.SEEK_END) - _DIGEST
+    file.seek(0)
+    digest = hashlib.sha256()
+    while file.tell() < size:
+        digest.update(file.read(min(size - file.tell(), _BLOCK)))
+    file.write(digest.hexdigest().encode())
+
+
+def _sync_file(descriptor: int, path: Path) -> None:
+    """Bring a file to the disk. Raise OSError when that is full or broken, not when the file system has no fsync."""
     try:
         os.fsync(descriptor)
     except OSError as error:
-        warn_once(
-            f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without"
-        )
-    finally:
-        os.close(descriptor)
-
-
-def _to_disk(descriptor: int, path: Path) -> None:
-    """Raises OSError when the disk is full or broken, and not when the file system has no such order."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _UNABLE:
+        if error.errno not in _NO_FSYNC:
             raise
         warn_once(
             f"{path} can't be brought to the disk at once: {error.strerror}; the run goes on without"
         )
 
 
-def warn_once(text: str) -> None:
-    """One warning of a kind: the file's name, of which there will be more, is no part of the kind."""
-    kind = text.partition(" can't ")[2]
-    if kind not in _warned:
-        _warned.add(kind)
-        warn(text)
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself durable, where the file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        warn_once(
+            f"{folder} can't be brought to the disk: {error.strerror}; the run goes on without"
+        )

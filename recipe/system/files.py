@@ -30,8 +30,10 @@ def whole_file(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
             file.flush()
             _write_to_disk(file.fileno())
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def leftovers(folder: Path, name: str) -> list[Path]:

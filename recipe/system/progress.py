@@ -17,7 +17,7 @@ class LongWork(ABC):
     """Work that shows that it goes on: a terminal's bar moves, and in a log no silence is long."""
 
     def __init__(self, bar: tqdm | None) -> None:
-        """Begin. Without a `bar` there are lines. Set what the other methods need before this."""
+        """Begin. Without a `bar` there are lines. Set what `refresh` and `line` use before this."""
         self._bar = bar
         self._began = self._last_line = time.monotonic()
         self._ticks = contextlib.ExitStack()
@@ -28,7 +28,7 @@ class LongWork(ABC):
         """Draw the bar again, also where nothing has moved it for a while."""
 
     @abstractmethod
-    def sign_of_life(self) -> str:
+    def line(self) -> str:
         """Return what a log says after a long silence."""
 
     def say(self, text: str) -> None:
@@ -49,7 +49,7 @@ class LongWork(ABC):
         if self._bar is not None:
             self.refresh()
         elif time.monotonic() - self._last_line >= ticking.LOG:
-            self.say(self.sign_of_life())
+            self.say(self.line())
 
 
 class Tally(LongWork):
@@ -86,7 +86,7 @@ class Tally(LongWork):
             if self._bar is not None:
                 self._bar.refresh()
 
-    def sign_of_life(self) -> str:
+    def line(self) -> str:
         """Return the count, the speed and the time left."""
         rate = self._done / (time.monotonic() - self._began)
         left = "not one yet"
