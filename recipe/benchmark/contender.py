@@ -13,7 +13,6 @@ from pathlib import Path
 
 from recipe import cli
 from recipe.config import Recipe
-from recipe.rules import sharding
 from recipe.system import noise, processor
 
 BATCH = 64  # examples per rank and step
@@ -62,7 +61,7 @@ def ours(framework: str) -> Callable[[Recipe, int, Tick], None]:
         fit = load_framework(framework)
         fit.start()
         made = fit.make_replica(replace(recipe, framework=framework), 10)
-        elements: Iterator = iter(batches(recipe, sharding.own_workers(recipe.k, rank, recipe.k)))
+        elements: Iterator = iter(batches(recipe, range(rank, rank + 1)))
         made.begin(STEPS)
         for step in range(STEPS):
             made.step(0, step, elements, False)()

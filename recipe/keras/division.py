@@ -14,6 +14,7 @@ import numpy as np
 from recipe.keras import backend
 from recipe.ranks import collectives
 from recipe.rules import sharding
+from recipe.rules.epoch import permutation
 
 _TOO_SMALL = "a batch of one example can't be shared out: make batches larger, or their number a multiple of size()"
 
@@ -76,7 +77,7 @@ class _Order:
         if not self.shuffle:
             return np.arange(count)
         if (kept := self._kept) is None or kept[0] != epoch:  # several threads may ask
-            shuffled = sharding.permutation(count - last, self.seed, epoch)
+            shuffled = permutation(count - last, self.seed, epoch)
             kept = self._kept = epoch, np.append(shuffled, np.arange(count - last, count))
         return kept[1]
 
