@@ -1,1 +1,1 @@
-"""Frameworks and their peers, side by side on the same network and the same images: `python -m recipe.benchmark`."""
+"""Frameworks and their peers on the same network and images: `python -m recipe.benchmark`."""

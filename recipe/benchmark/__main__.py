@@ -1,13 +1,14 @@
-"""Native PyTorch and Keras here against their peers: `python -m recipe.benchmark [REPEATS] [CONTENDER …]`.
+"""PyTorch and Keras here beside their peers: `python -m recipe.benchmark [REPEATS] [CONTENDER …]`.
 
-By default three repeats of all. Each contender (torch-here, torch-ddp, keras-here, keras-fit, tf-mirrored) trains the
-same small network on the same images on 1 and 2 ranks of this machine, one core a rank, all in turns. Prints medians
-over the repeats and their range:
+By default three repeats of all. Each contender (torch-here, torch-ddp, keras-here, keras-fit,
+tf-mirrored) trains the same small network on the same images on 1 and 2 ranks of this machine, one
+core a rank, all in turns. Prints medians over the repeats and their range:
 
 - images/s of a rank, and the seconds from the launch to the end of the first step;
 - ours to the peer's speed, within each repeat; the target is 1;
-- weak scaling: what a rank of two does of what one alone does; the target is 0.95. It is the product of what the
-  machine keeps (two alone, side by side, share its caches and memory) and what working together keeps.
+- weak scaling: what a rank of two does of what one alone does; the target is 0.95. It is the
+  product of what the machine keeps (two alone, side by side, share its caches and memory) and what
+  working together keeps.
 """
 
 import json
@@ -29,56 +30,75 @@ from recipe.ranks import launched
 from recipe.system import noise, ticking
 
 WARMUP = 5  # steps that don't count
+# Of each of ours, on 1 and on 2 ranks.
 PEERS = {
     "torch-here": ("torch-ddp", "torch-ddp"),
     "keras-here": ("keras-fit", "tf-mirrored"),
-}  # on 1 and 2 ranks
+}
 PATIENCE = 300  # seconds for the steps of one contender
 PROGRAM = ["-m", "recipe.benchmark.contender"]
+SPEED_TARGET, SCALING_TARGET = 1.0, 0.95
 
 
 class Entry(NamedTuple):
-    """What is measured: a contender on so many ranks; or copies of one, side by side."""
+    """What is measured: a contender on so many ranks, or copies of one rank side by side."""
 
     name: str
     ranks: int
     copies: int = 1
 
     def __str__(self) -> str:
-        return f"{self.name:12} {'2 alone' if self.copies > 1 else f'{self.ranks} rank' + 's' * (self.ranks > 1):8}"
+        how = "2 alone" if self.copies > 1 else ranks_in_words(self.ranks)
+        return f"{self.name:12} {how:8}"
 
 
-Found = dict[
-    Entry, list[tuple[float, float]]
-]  # images/s of a rank and seconds to the first step, of each repeat
+class Measurement(NamedTuple):
+    """What one repeat of an entry has shown."""
+
+    speed: float  # images/s of a rank
+    start: float  # seconds from the launch to the end of the first step
+
+
+class Process(NamedTuple):
+    """A process to start."""
+
+    command: list[str]
+    environment: dict[str, str]  # what it needs beside ours
+
+
+Measurements = dict[Entry, list[Measurement]]  # of each repeat
 
 
 def main(argv: list[str]) -> None:
-    repeats, names = argv[0] if argv else "3", argv[1:] or list(CONTENDERS)
+    repeats = argv[0] if argv else "3"
+    names = argv[1:] or list(CONTENDERS)
     check(repeats, names)
     with noise.filtered():
         from recipe.data.prepare.builders import prepare
 
         prepare(cli.load_recipe("quick").data)
-    found: Found = {entry: [] for entry in entries(names)}
+    measurements: Measurements = {entry: [] for entry in entries(names)}
     print(
-        f"{BATCH} images per rank and step, {STEPS - WARMUP} steps after {WARMUP}, one core per rank; median (range)",
+        f"{BATCH} images per rank and step, {STEPS - WARMUP} steps after {WARMUP}, "
+        "one core per rank; median (range)",
         flush=True,
     )
-    total, done = int(repeats) * len(found), 0
+    total = int(repeats) * len(measurements)
+    number = 0
     for _ in range(int(repeats)):
-        for entry, pairs in found.items():
-            done += 1
-            with ticking.ticking(f"measuring {str(entry).strip()}, {done} of {total}"):
-                pairs.append(measured(entry))
-    report(found)
+        for entry, of_entry in measurements.items():
+            number += 1
+            with ticking.ticking(f"measuring {str(entry).strip()}, {number} of {total}"):
+                of_entry.append(measure(entry))
+    report(measurements)
 
 
 def check(repeats: str, names: list[str]) -> None:
-    """Raises UsageError."""
+    """Raise UsageError for wrong arguments, or when there is one core only."""
     if not repeats.isdecimal() or int(repeats) == 0:
         raise UsageError(
-            f"{repeats} is no number of repeats: give 1 or more, then the contenders' names, if not all"
+            f"{repeats} is no number of repeats: "
+            "give 1 or more, then the contenders' names, if not all"
         )
     if unknown := set(names) - set(CONTENDERS):
         raise UsageError(f"{min(unknown)} is no contender; there are {', '.join(CONTENDERS)}")
@@ -87,37 +107,46 @@ def check(repeats: str, names: list[str]) -> None:
 
 
 def entries(names: list[str]) -> list[Entry]:
-    """Those that are compared stand side by side."""
-    several = [name for name in names if name != "keras-fit"]
-    apart = [Entry(name, 1, copies=2) for name in names if name in PEERS]
-    return [*(Entry(name, 1) for name in names), *(Entry(name, 2) for name in several), *apart]
+    """Return what is measured, in an order in which those that are compared are neighbours."""
+    alone = [Entry(name, 1) for name in names]
+    together = [Entry(name, 2) for name in names if name != "keras-fit"]
+    side_by_side = [Entry(name, 1, copies=2) for name in names if name in PEERS]
+    return [*alone, *together, *side_by_side]
 
 
-def measured(entry: Entry) -> tuple[float, float]:
-    """(images/s of a rank, seconds from the launch to the end of the first step); of copies, while all of them run."""
+def measure(entry: Entry) -> Measurement:
+    """Run an entry once. Copies are measured while all of them run."""
     with tempfile.TemporaryDirectory() as folder:
-        began, results = (
-            time.time(),
-            [Path(folder) / f"{copy}.json" for copy in range(entry.copies)],
-        )
-        jobs = [
-            subprocess.Popen(
-                command, env=os.environ | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-            for core, result in enumerate(results)
-            for command, extra in commands(
-                entry, core, [*PROGRAM, entry.name, str(entry.ranks), str(result)]
-            )
-        ]
+        began = time.time()
+        results = [Path(folder) / f"{copy}.json" for copy in range(entry.copies)]
+        jobs = []
+        for core, result in enumerate(results):
+            arguments = [*PROGRAM, entry.name, str(entry.ranks), str(result)]
+            jobs += [start(process) for process in processes(entry, core, arguments)]
+
         printed = outputs(entry, jobs)
-        if failed := [text for text, job in zip(printed, jobs, strict=True) if job.returncode]:
-            raise RunError(f"{entry} failed: {failed[0][-2000:]}")
+        for text, job in zip(printed, jobs, strict=True):
+            if job.returncode:
+                raise RunError(f"{entry} failed: {text[-2000:]}")
         times = [json.loads(result.read_text()) for result in results]
-    return speed(times), max(each[0] for each in times) - began
+    first_steps = [ends[0] for ends in times]
+    return Measurement(speed(times), max(first_steps) - began)
+
+
+def start(process: Process) -> subprocess.Popen:
+    return subprocess.Popen(
+        process.command,
+        env=os.environ | process.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def outputs(entry: Entry, jobs: list[subprocess.Popen]) -> list[str]:
-    """What the jobs print until they end; none of them outlives this."""
+    """Return what each job prints until it ends. None of them outlives this.
+
+    Raise RunError when they don't end in PATIENCE seconds.
+    """
     try:
         return [job.communicate(timeout=PATIENCE)[0].decode() for job in jobs]
     except subprocess.TimeoutExpired:
@@ -128,101 +157,116 @@ def outputs(entry: Entry, jobs: list[subprocess.Popen]) -> list[str]:
 
 
 def speed(times: list[list[float]]) -> float:
-    """Mean images/s of copies, from the ends of their steps, over the time that they have in common."""
-    begin, end = max(each[WARMUP - 1] for each in times), min(each[-1] for each in times)
-    common = [[t for t in each if begin <= t <= end] for each in times]
-    if min(map(len, common)) < 3:
-        raise RunError("the copies did not run side by side: the machine is too busy to measure")
-    return statistics.mean(BATCH * (len(each) - 1) / (each[-1] - each[0]) for each in common)
+    """Return the mean images/s of copies over the time that they have in common.
+
+    `times` are the ends of each copy's steps. Raise RunError when they have too little in common.
+    """
+    begin = max(ends[WARMUP - 1] for ends in times)
+    end = min(ends[-1] for ends in times)
+    speeds = []
+    for ends in times:
+        common = [moment for moment in ends if begin <= moment <= end]
+        if len(common) < 3:
+            raise RunError(
+                "the copies did not run side by side: the machine is too busy to measure"
+            )
+        speeds.append(BATCH * (len(common) - 1) / (common[-1] - common[0]))
+    return statistics.mean(speeds)
 
 
-def commands(
-    entry: Entry, core: int, arguments: list[str]
-) -> list[tuple[list[str], dict[str, str]]]:
-    """The processes of a copy, each with what its environment lacks, as the contender's users would start them."""
-    name, size, first = entry.name, entry.ranks, {"BENCHMARK_CORE": str(core)}
-    if name in PEERS:
-        launcher = shutil.which(
-            "mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        )
-        mpirun = [launcher, "-np", str(size), "--oversubscribe", "--bind-to", "none"]
-        return [([*mpirun, sys.executable, *arguments], first | launched.ANYWHERE)]
-    if name == "torch-ddp":
-        torchrun = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={size}",
+def processes(entry: Entry, core: int, arguments: list[str]) -> list[Process]:
+    """Return the processes of a copy, as the contender's users would start them."""
+    core_variable = {"BENCHMARK_CORE": str(core)}
+    if entry.name in PEERS:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        mpirun = shutil.which("mpirun", path=path) or "mpirun"
+        options = ["-np", str(entry.ranks), "--oversubscribe", "--bind-to", "none"]
+        command = [mpirun, *options, sys.executable, *arguments]
+        return [Process(command, core_variable | launched.ANYWHERE)]
+    if entry.name == "torch-ddp":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*torchrun, f"--nproc-per-node={entry.ranks}", *arguments]
+        return [Process(command, core_variable)]
+    if entry.name == "tf-mirrored":
+        workers = [f"localhost:{free_port()}" for _ in range(entry.ranks)]
+        return [
+            Process([sys.executable, *arguments], core_variable | mirrored_variables(workers, rank))
+            for rank in range(entry.ranks)
         ]
-        return [([*torchrun, *arguments], first)]
-    if name == "tf-mirrored":
-        workers = [f"localhost:{free_port()}" for _ in range(size)]
-        tasks = [
-            {"cluster": {"worker": workers}, "task": {"type": "worker", "index": rank}}
-            for rank in range(size)
-        ]
-        return [([sys.executable, *arguments], first | {"TF_CONFIG": json.dumps(task), "BENCHMARK_RANK": str(rank)})
-                for rank, task in enumerate(tasks)]  # fmt: skip
-    return [([sys.executable, *arguments], first)]
+    return [Process([sys.executable, *arguments], core_variable)]
+
+
+def mirrored_variables(workers: list[str], rank: int) -> dict[str, str]:
+    """Return what TensorFlow's MultiWorkerMirroredStrategy finds its workers by."""
+    config = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": rank}}
+    return {"TF_CONFIG": json.dumps(config), "BENCHMARK_RANK": str(rank)}
 
 
 def free_port() -> int:
+    """Return a port of this host that nobody listens to now."""
     with socket.socket() as listening:
         listening.bind(("localhost", 0))
         return listening.getsockname()[1]
 
 
-def report(found: Found) -> None:
-    speeds = {entry: [speed for speed, _ in pairs] for entry, pairs in found.items()}
-    for entry, pairs in found.items():
-        starts = [start for _, start in pairs]
+def report(measurements: Measurements) -> None:
+    """Print the speeds of all entries, and the ratios of those that were measured."""
+    speeds = {entry: [m.speed for m in of_entry] for entry, of_entry in measurements.items()}
+    for entry, of_entry in measurements.items():
+        starts = [m.start for m in of_entry]
         print(
-            f"{entry} images/s per rank {spread(speeds[entry], 0):22} first step after {spread(starts, 1)} s"
+            f"{entry} images/s per rank {spread(speeds[entry], 0):22} "
+            f"first step after {spread(starts, 1)} s"
         )
+
+    # Ours to its peers.
     for name, peers in PEERS.items():
         for ranks, peer in enumerate(peers, 1):
-            ratio(
-                f"{name} to {peer}, {ranks} rank{'s' * (ranks > 1)}",
-                speeds,
-                Entry(name, ranks),
-                Entry(peer, ranks),
-                1,
-            )
+            title = f"{name} to {peer}, {ranks_in_words(ranks)}"
+            print_ratio(title, speeds, Entry(name, ranks), Entry(peer, ranks), SPEED_TARGET)
+
+    # Two ranks to one, and what that is the product of.
     for name in CONTENDERS:
-        ratio(
-            f"{name}, weak scaling",
-            speeds,
-            Entry(name, 2),
-            Entry(name, 1),
-            0.95 if name in PEERS else None,
-        )
-        apart = Entry(name, 1, copies=2)
-        ratio(f"{name}, kept by the machine", speeds, apart, Entry(name, 1))
-        ratio(f"{name}, kept by working together", speeds, Entry(name, 2), apart)
+        one, two = Entry(name, 1), Entry(name, 2)
+        side_by_side = Entry(name, 1, copies=2)
+        target = SCALING_TARGET if name in PEERS else None
+        print_ratio(f"{name}, weak scaling", speeds, two, one, target)
+        print_ratio(f"{name}, kept by the machine", speeds, side_by_side, one)
+        print_ratio(f"{name}, kept by working together", speeds, two, side_by_side)
 
 
-def ratio(
+def print_ratio(
     title: str,
     speeds: dict[Entry, list[float]],
     one: Entry,
     other: Entry,
     target: float | None = None,
 ) -> None:
-    """Prints the ratios of two speeds within each repeat, if both were measured, and how they stand to the target."""
-    if one in speeds and other in speeds:
-        values = [a / b for a, b in zip(speeds[one], speeds[other], strict=True)]
-        print(f"{title:42} {spread(values, 3)}{'' if target is None else verdict(values, target)}")
+    """Print the ratios of two speeds in each repeat, and a verdict, if both were measured."""
+    if one not in speeds or other not in speeds:
+        return
+    ratios = [a / b for a, b in zip(speeds[one], speeds[other], strict=True)]
+    ending = "" if target is None else verdict(ratios, target)
+    print(f"{title:42} {spread(ratios, 3)}{ending}")
 
 
 def verdict(values: list[float], target: float) -> str:
+    """Say whether values reach a target, by their median."""
     if statistics.median(values) >= target:
-        return f"  target {target:g}: reached"
-    return f"  target {target:g}: {'within the spread' if max(values) >= target else 'missed'}"
+        outcome = "reached"
+    else:
+        outcome = "within the spread" if max(values) >= target else "missed"
+    return f"  target {target:g}: {outcome}"
 
 
 def spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    """Return the median and the range of values, with so many digits after the point."""
+    median, least, most = statistics.median(values), min(values), max(values)
+    return f"{median:.{digits}f} ({least:.{digits}f} to {most:.{digits}f})"
+
+
+def ranks_in_words(ranks: int) -> str:
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
 if __name__ == "__main__":

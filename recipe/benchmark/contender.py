@@ -1,4 +1,4 @@
-"""One rank of one contender, started by `python -m recipe.benchmark`: trains STEPS steps and notes when each ended.
+"""One rank of one contender of `python -m recipe.benchmark`: it trains and notes when steps end.
 
 Every rank has one core, also where it is alone, so that two ranks have twice the machine of one.
 """
@@ -7,12 +7,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from recipe import cli
 from recipe.config import Recipe
+from recipe.data.element import Element
 from recipe.system import noise, processor
 
 BATCH = 64  # examples per rank and step
@@ -23,7 +24,9 @@ Tick = Callable[[], None]
 
 
 def main(name: str, size: int, result: str) -> None:
-    rank = int(next((os.environ[v] for v in RANK_VARIABLES if os.environ.get(v)), "0"))
+    """Train STEPS steps. Rank 0 writes the times of their ends to the file `result`."""
+    ranks = [os.environ[name] for name in RANK_VARIABLES if os.environ.get(name)]
+    rank = int(ranks[0]) if ranks else 0
     core = rank + int(os.environ["BENCHMARK_CORE"])
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -37,13 +40,14 @@ def main(name: str, size: int, result: str) -> None:
 
 
 def settings(size: int) -> Recipe:
-    """`quick` with `size` workers; weak scaling."""
+    """Return `quick` with `size` workers, each with BATCH examples: weak scaling."""
     recipe = cli.load_recipe("quick")
     run = replace(recipe.run, deterministic=False, replica_check_every=0)
     return replace(recipe, k=size, n=BATCH, data=replace(recipe.data, remainder="drop"), run=run)
 
 
-def batches(recipe: Recipe, workers: range) -> object:
+def batches(recipe: Recipe, workers: range) -> Iterable[Element]:
+    """Return the elements of these workers, as the recipe's own training has them."""
     from recipe.data.pipeline import TrainingExamples
     from recipe.data.sources import open_source
     from recipe.rules.epoch import Share
@@ -53,25 +57,26 @@ def batches(recipe: Recipe, workers: range) -> object:
 
 
 def ours(framework: str) -> Callable[[Recipe, int, Tick], None]:
-    """The recipe's replica, as recipe.run.loop runs it."""
+    """Return the training by the recipe's replica, as recipe.run.loop does it."""
 
     def run(recipe: Recipe, rank: int, tick: Tick) -> None:
         from recipe.frameworks.replica import load_framework
 
-        fit = load_framework(framework)
-        fit.start()
-        made = fit.make_replica(replace(recipe, framework=framework), 10)
-        elements: Iterator = iter(batches(recipe, range(rank, rank + 1)))
-        made.begin(STEPS)
+        module = load_framework(framework)
+        module.start()
+        replica = module.make_replica(replace(recipe, framework=framework), 10)
+        elements = iter(batches(recipe, range(rank, rank + 1)))
+        replica.begin(STEPS)
+        replica.begin_epoch(0)
         for step in range(STEPS):
-            made.step(0, step, elements, False)()
+            replica.step(step, elements, stop=False)()
             tick()
 
     return run
 
 
 def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
-    """torch.nn.parallel.DistributedDataParallel over Gloo, with PyTorch's own batch normalisation."""
+    """Train with PyTorch's DistributedDataParallel over Gloo and its own batch normalisation."""
     import torch
     from torch import distributed, nn
     from torch.nn.functional import cross_entropy
@@ -84,11 +89,12 @@ def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
     network = resnet.build(recipe, 10).train()
     for module in network.modules():
         if isinstance(module, normalization.WorkerBatchNorm2d):
-            module.__class__ = nn.BatchNorm2d
-    model, optimizer = nn.parallel.DistributedDataParallel(network), fit.sgd(recipe, network)
+            module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
+    model = nn.parallel.DistributedDataParallel(network)
+    optimizer = fit.sgd(recipe, network)
     elements = iter(batches(recipe, range(rank, rank + 1)))
     for _ in range(STEPS):
-        images, labels, _ = device.on_device(next(elements))
+        images, labels, *_ = device.on_device(next(elements))
         loss: torch.Tensor = cross_entropy(model(images), labels.long())
         loss.backward()
         optimizer.step()
@@ -99,7 +105,7 @@ def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
 
 
 def keras_fit(recipe: Recipe, rank: int, tick: Tick) -> None:
-    """`keras.Model.fit` on one process, nothing of Horovod."""
+    """Train with `keras.Model.fit` on one process, with nothing of Horovod."""
     import keras
 
     from recipe.frameworks.keras import resnet
@@ -112,12 +118,12 @@ def keras_fit(recipe: Recipe, rank: int, tick: Tick) -> None:
     optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
-    pairs = (((images,), labels) for images, labels, _ in batches(recipe, range(1)))
+    pairs = (((element.images,), element.labels) for element in batches(recipe, range(1)))
     model.fit(pairs, steps_per_epoch=STEPS, epochs=1, callbacks=[Clock()], verbose=0)
 
 
 def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
-    """tf.distribute.MultiWorkerMirroredStrategy in a loop of its own: Keras 3's `fit` can't read its batches."""
+    """Train with MultiWorkerMirroredStrategy, in a loop: Keras 3's `fit` can't read its batches."""
     import keras
     import tensorflow as tf
 
@@ -128,12 +134,13 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
     images, labels, weights = (tf.TensorSpec(shape, kind) for kind, shape in fit.signature(recipe))
 
     def dataset(context: object) -> tf.data.Dataset:
-        made = batches(recipe, range(rank, rank + 1))
-        return tf.data.Dataset.from_generator(
-            lambda: made, output_signature=(images, labels, weights)
-        ).prefetch(2)
+        elements = batches(recipe, range(rank, rank + 1))
+        arrays = ((element.images, element.labels, element.weights) for element in elements)
+        signature = (images, labels, weights)
+        dataset = tf.data.Dataset.from_generator(lambda: arrays, output_signature=signature)
+        return dataset.prefetch(2)
 
-    mine = strategy.distribute_datasets_from_function(dataset)
+    distributed = strategy.distribute_datasets_from_function(dataset)
     with strategy.scope():
         model = resnet.build(recipe, 10)
         optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
@@ -141,21 +148,19 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
 
     def worker(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
-            losses = keras.ops.sparse_categorical_crossentropy(
-                labels, model([images], training=True), from_logits=True
-            )
+            logits = model([images], training=True)
+            losses = keras.ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
             loss = (tf.reduce_mean(losses) + sum(model.losses)) / recipe.k
-        weights = [v.value for v in model.trainable_variables]
-        optimizer.apply_gradients(
-            zip(tape.gradient(loss, weights), model.trainable_variables, strict=True)
-        )
+        variables = model.trainable_variables
+        gradients = tape.gradient(loss, [v.value for v in variables])
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
         return loss
 
     @tf.function
     def step(element: tuple) -> tf.Tensor:
         return strategy.reduce("SUM", strategy.run(worker, element), None)
 
-    elements = iter(mine)
+    elements = iter(distributed)
     for _ in range(STEPS):
         float(step(next(elements)))
         tick()

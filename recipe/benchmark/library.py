@@ -1,13 +1,11 @@
-"""What DistributedOptimizer costs per step, when gradients are reduced, and what comparing the replicas costs:
-`python -m recipe.benchmark.library`.
+"""What recipe.keras costs a training step: `python -m recipe.benchmark.library`.
 
-Prints, on one rank, the times of a training step with the wrapped optimizer, with one that makes Horovod's bare calls
-and with the plain one, taken in turns. On two ranks: from Horovod's timeline, which part of the allreduces began before
-the last gradient was ready; what the ranks' agreement in `fit` adds to a step; and the time of a replica check as a
-fraction of a step of the `quick` recipe.
+On one rank: a step with the wrapped optimizer, with one that makes Horovod's bare calls and with
+the plain one. On two ranks: which part of the allreduces began before the last gradient was ready,
+from Horovod's timeline; what the ranks' agreement in `fit` adds to a step; the time of a replica
+check as a fraction of a step of the `quick` recipe. What is compared takes turns.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -17,11 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import numpy as np
 
 import recipe.keras as hvd
+from recipe.benchmark import timeline
 from recipe.configs import quick
 from recipe.data.pipeline import TrainingExamples
 from recipe.data.sources import open_source
@@ -34,32 +34,29 @@ from recipe.ranks import binding, launched
 from recipe.rules.epoch import Share
 
 BATCH, WIDTH, LAYERS = 32, 256, 12
+LARGE_BATCH = 2048  # so that backprop takes long enough to see
 STEPS, TURNS = 20, 9
-PAUSE = 200  # ms between the steps of the timeline, by which they are told apart
+
+Stepper = Callable[[], object]  # trains one step
+Times = dict[str, list[float]]  # milliseconds a step in each turn, by what was measured
+
+
+class Spread(NamedTuple):
+    """What is printed of the values of several turns."""
+
+    median: float
+    least: float
+    most: float
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        hvd.init()
+    hvd.init()
+    if len(sys.argv) > 1:  # one of two ranks, started by `overlap`
         record_timeline(sys.argv[1])
         compare_agreement()
         compare_replicas()
         return
-    hvd.init()
-    print(
-        f"{keras.backend.backend()}, {LAYERS} dense layers of {WIDTH}, batch {BATCH}, one rank; ms per step"
-    )
-    times = cost()
-    for name, found in times.items():
-        print(
-            f"{name:8} median {statistics.median(found):6.2f}   from {min(found):6.2f} to {max(found):6.2f}"
-        )
-    for other in ("bare", "plain"):
-        ratios = [w / o for w, o in zip(times["wrapped"], times[other], strict=True)]
-        print(
-            f"wrapped/{other:6} median {statistics.median(ratios):.3f}   from {min(ratios):.3f} to {max(ratios):.3f}   "
-            f"of the fastest turns {min(times['wrapped']) / min(times[other]):.3f}"
-        )
+    compare_optimizers()
     if hvd.is_initialized():
         hvd.shutdown()
     print(overlap())
@@ -70,124 +67,158 @@ class Bare(keras.optimizers.SGD):
 
     def apply(self, grads: list, trainable_variables: list | None = None) -> None:
         horovod = backend.horovod
+        named = [(gradient, f"bare.{i}") for i, gradient in enumerate(grads)]
         if backend.FRAMEWORK == "torch":
-            started = [horovod.allreduce_async_(g, name=f"bare.{i}") for i, g in enumerate(grads)]
-            averaged = [horovod.synchronize(handle) for handle in started]
+            handles = [horovod.allreduce_async_(gradient, name=name) for gradient, name in named]
+            averaged = [horovod.synchronize(handle) for handle in handles]
         else:
-            averaged = [horovod.allreduce(g, name=f"bare.{i}") for i, g in enumerate(grads)]
+            averaged = [horovod.allreduce(gradient, name=name) for gradient, name in named]
         super().apply(averaged, trainable_variables)
 
 
-def cost() -> dict[str, list[float]]:
-    """Milliseconds per step in TURNS turns of STEPS steps each: plain, with Horovod's bare calls, wrapped."""
+def compare_optimizers() -> None:
+    """Print the times of a step with each optimizer, on one rank."""
+    print(
+        f"{keras.backend.backend()}, {LAYERS} dense layers of {WIDTH}, batch {BATCH}, one rank; "
+        "ms per step"
+    )
     steppers = {
         "plain": stepper(keras.optimizers.SGD(0.01, 0.9)),
         "bare": stepper(Bare(0.01, 0.9)),
         "wrapped": stepper(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9))),
     }
-    times: dict[str, list[float]] = {name: [] for name in steppers}
+    times = times_in_turns(steppers, TURNS)
+    for name, of_turns in times.items():
+        ms = spread_of(of_turns)
+        print(f"{name:8} median {ms.median:6.2f}   from {ms.least:6.2f} to {ms.most:6.2f}")
+    for other in ("bare", "plain"):
+        ratio = spread_of(ratios_of(times, "wrapped", other))
+        fastest = min(times["wrapped"]) / min(times[other])
+        print(
+            f"wrapped/{other:6} median {ratio.median:.3f}   "
+            f"from {ratio.least:.3f} to {ratio.most:.3f}   "
+            f"of the fastest turns {fastest:.3f}"
+        )
+
+
+def times_in_turns(steppers: dict[str, Stepper], turns: int) -> Times:
+    """Time STEPS steps of each in every turn."""
+    times: Times = {name: [] for name in steppers}
     for step in steppers.values():
         step()  # traced
-    for _ in range(TURNS):
+    for _ in range(turns):
         for name, step in steppers.items():
             began = time.perf_counter()
             for _ in range(STEPS):
                 step()
-            times[name].append((time.perf_counter() - began) / STEPS * 1000)
+            seconds = time.perf_counter() - began
+            times[name].append(seconds / STEPS * 1000)
     return times
 
 
-def stepper(optimizer: keras.optimizers.Optimizer) -> Callable[[], object]:
-    """A function that trains one step of a network on one fixed batch."""
+def spread_of(values: list[float]) -> Spread:
+    """Return the median and the range of values."""
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def ratios_of(times: Times, one: str, other: str) -> list[float]:
+    """Return the ratio of two times in each turn."""
+    return [a / b for a, b in zip(times[one], times[other], strict=True)]
+
+
+def stepper(optimizer: keras.optimizers.Optimizer, batch: int = BATCH) -> Stepper:
+    """Return a function that trains one step of a network on one fixed batch."""
     layers = [keras.layers.Dense(WIDTH, activation="relu") for _ in range(LAYERS)]
     model = keras.Sequential([keras.Input((WIDTH,)), *layers])
     model.compile(optimizer, "mse", jit_compile=False)
-    x = np.random.default_rng(0).normal(size=(BATCH, WIDTH)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(batch, WIDTH)).astype(np.float32)
     return lambda: model.train_on_batch(x, x)
 
 
 def record_timeline(path: str) -> None:
-    """Run on each of two ranks: a few steps on a larger batch, rank 0 writing Horovod's timeline."""
-    global BATCH
-    BATCH = 2048  # so that backprop takes long enough to see
-    step = stepper(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9)))
+    """Do a few steps on a larger batch, while rank 0 writes Horovod's timeline. On two ranks."""
+    step = stepper(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9)), LARGE_BATCH)
     step()
     hvd.start_timeline(path)
     for _ in range(5):
         step()
-        time.sleep(PAUSE / 1000)
+        time.sleep(timeline.PAUSE / 1000)
     hvd.stop_timeline()
 
 
 def compare_agreement() -> None:
-    """Run on each of two ranks: steps whose gradients travel with the agreement's word, and without it, in turns."""
-    global BATCH
-    BATCH = 32
+    """Print what it costs that the agreement's word travels with the gradients. On two ranks."""
     agreement = Agreement()
-    optimizers = {
-        name: hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9))
-        for name in ("alone", "agreed")
-    }
-    reduction_of(optimizers["agreed"]).agreement = agreement
-    steppers = {name: stepper(optimizer) for name, optimizer in optimizers.items()}
-    times: dict[str, list[float]] = {name: [] for name in steppers}
-    for step in steppers.values():
-        step()  # traced
-    for _ in range(2 * TURNS):
-        for name, step in steppers.items():
-            began = time.perf_counter()
-            for _ in range(STEPS):
-                step()
-                if name == "agreed":
-                    agreement.heard()  # as fit does after each step
-            times[name].append((time.perf_counter() - began) / STEPS * 1000)
-    if hvd.rank() == 0:
-        ratios = [a / b for a, b in zip(times["agreed"], times["alone"], strict=True)]
-        print(
-            f"two ranks, {2 * TURNS} turns: a step takes {statistics.median(times['alone']):.2f} ms, with the ranks' "
-            f"agreement {statistics.median(times['agreed']):.2f} ms; ratio median {statistics.median(ratios):.3f}, "
-            f"from {min(ratios):.3f} to {max(ratios):.3f}; of the fastest turns "
-            f"{min(times['agreed']) / min(times['alone']):.3f}"
-        )
+    alone = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9))
+    agreed = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9))
+    reduction = reduction_of(agreed)
+    assert reduction is not None
+    reduction.agreement = agreement
+    train_agreed = stepper(agreed)
+
+    def step_agreed() -> None:
+        train_agreed()
+        agreement.words()  # as fit does after each step
+
+    times = times_in_turns({"alone": stepper(alone), "agreed": step_agreed}, 2 * TURNS)
+    if hvd.rank() != 0:
+        return
+    ms_alone = statistics.median(times["alone"])
+    ms_agreed = statistics.median(times["agreed"])
+    ratio = spread_of(ratios_of(times, "agreed", "alone"))
+    fastest = min(times["agreed"]) / min(times["alone"])
+    print(
+        f"two ranks, {2 * TURNS} turns: a step takes {ms_alone:.2f} ms, "
+        f"with the ranks' agreement {ms_agreed:.2f} ms; "
+        f"ratio median {ratio.median:.3f}, from {ratio.least:.3f} to {ratio.most:.3f}; "
+        f"of the fastest turns {fastest:.3f}"
+    )
 
 
 def compare_replicas() -> None:
-    """Run on each of two ranks: steps of the `quick` recipe and replica checks, in turns."""
+    """Print the time of a replica check as a fraction of a step of `quick`. On two ranks."""
     recipe = replace(quick.RECIPE, data=replace(quick.RECIPE.data, name="synthetic"))
     source = open_source(recipe.data, "train")
     replica = fit.KerasReplica(recipe, source.num_classes)
     replica.begin(steps=1)
+    replica.begin_epoch(0)
     share = Share(range(hvd.rank(), hvd.rank() + 1))
     examples = TrainingExamples(source, recipe, share, binding.cores())
     elements = iter(examples.elements())
-    replica.step(0, 0, elements, stop=False)()  # traced
-    steps, checks = [], []
+    replica.step(0, elements, stop=False)()  # traced
+
+    # A step and a check in each turn.
+    checks, shares = [], []
     for _ in range(TURNS):
         began = time.perf_counter()
-        replica.step(0, 0, elements, stop=False)()
-        steps.append(time.perf_counter() - began)
+        replica.step(0, elements, stop=False)()
+        stepped = time.perf_counter()
         state.check_replicas(replica.model, moving_statistics(replica.model))
-        checks.append(time.perf_counter() - began - steps[-1])
-    if hvd.rank() == 0:
-        shares = [check / step for check, step in zip(checks, steps, strict=True)]
-        size = sum(array.nbytes for array in replica.arrays().values()) / 1e6
-        every = recipe.run.replica_check_every
-        print(
-            f"two ranks, {TURNS} turns: a replica check of {size:.1f} MB takes {statistics.median(checks) * 1000:.1f} "
-            f"ms, {statistics.median(shares):.3f} of a step (from {min(shares):.3f} to {max(shares):.3f}); every "
-            f"{every} steps, as in quick, that is {statistics.median(shares) / every:.3%} of the time"
-        )
+        checked = time.perf_counter()
+        checks.append(checked - stepped)
+        shares.append((checked - stepped) / (stepped - began))
+    if hvd.rank() != 0:
+        return
+
+    megabytes = sum(array.nbytes for array in replica.arrays().values()) / 1e6
+    ms = statistics.median(checks) * 1000
+    share = spread_of(shares)
+    every = recipe.run.replica_check_every
+    print(
+        f"two ranks, {TURNS} turns: a replica check of {megabytes:.1f} MB takes {ms:.1f} ms, "
+        f"{share.median:.3f} of a step (from {share.least:.3f} to {share.most:.3f}); "
+        f"every {every} steps, as in quick, that is {share.median / every:.3%} of the time"
+    )
 
 
 def overlap() -> str:
-    """Two sentences about two ranks: from their timeline, and what they print."""
+    """Run two ranks and return what their timeline says and what they print."""
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/timeline.json"
         program = [sys.executable, "-m", "recipe.benchmark.library", path]
         mpirun = str(Path(sys.executable).parent / "mpirun")
-        command = [mpirun, "-np", "2", "--oversubscribe", "--bind-to", "none", *program]
-        done = subprocess.run(
-            command,
+        ranks = subprocess.run(
+            [mpirun, "-np", "2", "--oversubscribe", "--bind-to", "none", *program],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -195,54 +226,13 @@ def overlap() -> str:
             env=os.environ | launched.ANYWHERE | {"HOROVOD_TIMELINE": "DYNAMIC"},
             check=False,
         )
-        if done.returncode:
+        if ranks.returncode:
             return (
-                f"no timeline: two ranks ended with status {done.returncode}: {done.stdout[-2000:]}"
+                f"no timeline: two ranks ended with status {ranks.returncode}: "
+                f"{ranks.stdout[-2000:]}"
             )
-        return f"{described(steps_of(read_events(path)))}\n{done.stdout.strip()}"
-
-
-def read_events(path: str) -> list[dict]:
-    """The events of a Horovod timeline, which lacks its closing bracket when the run is cut."""
-    text = Path(path).read_text().rstrip().rstrip(",")
-    return [event for event in json.loads(text if text.endswith("]") else text + "]") if event]
-
-
-def steps_of(events: list[dict]) -> list[dict[str, tuple[float, float, float]]]:
-    """For each step and gradient: when it was ready on rank 0, when its allreduce began and ended, in ms."""
-    tensors = {e["pid"]: e["args"]["name"] for e in events if e.get("args", {}).get("name")}
-    steps: list[dict] = []
-    phases: dict[int, list[tuple[str, float]]] = {}  # begun and not ended, by tensor
-    ready: dict[int, float] = {}
-    for event in events:
-        tensor = event.get("pid")
-        if "gradient" not in tensors.get(tensor, "") or event["ph"] not in "BE":
-            continue
-        at = event["ts"] / 1000
-        if event["ph"] == "B":
-            phases.setdefault(tensor, []).append((event["name"], at))
-            if event["name"].startswith("NEGOTIATE"):
-                if not ready or at - max(ready.values()) > PAUSE / 2:
-                    steps.append({})
-                ready[tensor] = at
-        elif (ended := phases[tensor].pop())[0] == "ALLREDUCE":
-            steps[-1][tensors[tensor]] = (ready[tensor], ended[1], at)
-    return [step for step in steps if step]
-
-
-def described(steps: list[dict[str, tuple[float, float, float]]]) -> str:
-    """How many allreduces began, and ended, before the last gradient of their step was ready."""
-    began, ended, total, spans = 0, 0, 0, []
-    for step in steps:
-        ready = max(times[0] for times in step.values())
-        began += sum(times[1] < ready for times in step.values())
-        ended += sum(times[2] < ready for times in step.values())
-        total += len(step)
-        spans.append(ready - min(times[0] for times in step.values()))
-    return (
-        f"two ranks, {len(steps)} steps: {began} of {total} allreduces began and {ended} ended before the last "
-        f"gradient of their step was ready (median {statistics.median(spans):.1f} ms after the first)"
-    )
+        steps = timeline.steps_of(timeline.read_events(path))
+        return f"{timeline.described(steps)}\n{ranks.stdout.strip()}"
 
 
 if __name__ == "__main__":

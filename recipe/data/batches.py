@@ -35,8 +35,8 @@ class Batches(Generic[B]):
     a batch let all threads work on the first one, too.
 
     Prefetch AHEAD batches, or more if needed to give every thread two jobs. Peak memory is those
-    plus the batch in use. An error of a job is raised in its batch's place. Each iterator has threads
-    of its own, which end when it is exhausted, closed or dropped.
+    plus the batch in use. An error of a job is raised in its batch's place. Each iterator has
+    threads of its own, which end when it is exhausted, closed or dropped.
     """
 
     def __init__(self, positions: range, make: Callable[[int], Unfilled[B]], threads: int) -> None:

@@ -8,8 +8,8 @@ scale. It sees nothing outside of the box, as if that were cut out first. The sm
 farther where the box shrinks, as a low-pass, and also beyond the box. Its pixels are those of PIL
 and torchvision but for the rounding between their passes.
 
-For the bilinear filter a JPEG whose box is to become half as large or less is decoded at 1/2, 1/4 or
-1/8.
+For the bilinear filter a JPEG whose box is to become half as large or less is decoded at 1/2, 1/4
+or 1/8.
 """
 
 import ctypes

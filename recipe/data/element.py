@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Element(NamedTuple):
-    """The input of one forward pass in training: the examples of one worker, or of run.workers_at_once of them."""
+    """The input of a forward pass: examples of one worker, or of run.workers_at_once of them."""
 
     images: np.ndarray  # uint8[b, s, s, 3]
     labels: np.ndarray  # int32[b]

@@ -80,6 +80,7 @@ class FolderSource:
     """
 
     def __init__(self, data: Data, split: str) -> None:
+        # The classes must be those of training: their places in the order are the labels.
         try:
             self.folder = split_folder(data, split)
             self.classes = _class_names(self.folder)
@@ -87,6 +88,8 @@ class FolderSource:
             self._index = _read_index(self.folder, self.classes)
         except OSError as error:
             raise RunError(records.unreadable(error.filename, error)) from None
+
+        # The files come class by class.
         self.num_classes = len(self.classes)
         numbers = np.arange(self.num_classes, dtype=np.int32)
         self._labels = np.repeat(numbers, self._index.counts)

@@ -72,6 +72,7 @@ class TrainingExamples:
 
     def element(self, position: int) -> Unfilled[Element]:
         """Return the element at a position of the run, still empty, and the jobs that fill it."""
+        # The arrays. The weights and the keys need no reading.
         place = self.place(position)
         indices = self.indices(place)
         element = Element(
@@ -80,6 +81,8 @@ class TrainingExamples:
             self.weights(place, len(indices)),
             self.keys(place, indices),
         )
+
+        # The jobs read images and labels. One of them draws the next epoch's order in time.
         jobs = _jobs(len(indices), functools.partial(self._fill, element, indices, place.epoch))
         if self._is_time_for_next_order(place):
             jobs.append(functools.partial(self.order, place.epoch + 1))

@@ -13,9 +13,9 @@ MOVES = 64  # places, a pixel apart, at which a class's pattern may begin
 class SyntheticSource:
     """Images of uint8 noise that depends on (seed, index), in ImageNet's 1000 classes.
 
-    All images of a class are one pattern, moved sideways by up to 63 pixels: so they can be learned,
-    and they cost a copy each. Evaluation examples are other moves of the same patterns. They aren't
-    augmented.
+    All images of a class are one pattern, moved sideways by up to 63 pixels: so they can be
+    learned, and they cost a copy each. Evaluation examples are other moves of the same patterns.
+    They aren't augmented.
     """
 
     num_classes = 1000

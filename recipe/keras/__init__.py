@@ -1,12 +1,15 @@
 """Horovod for Keras 3: `import recipe.keras as hvd`, on Keras's TensorFlow and PyTorch backends.
 
-The names, arguments and defaults are those of `horovod.keras` and `horovod.tensorflow.keras` 0.28.1; docs/keras.md
-lists them one by one, with what is better here and what is refused.
+The names, arguments and defaults are those of `horovod.keras` and `horovod.tensorflow.keras`
+0.28.1. docs/keras.md lists them one by one, with what is better here and what is refused.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from recipe.keras import backend, callbacks, elastic, rollcall, together
+from horovod.common.process_sets import ProcessSet
+
+from recipe.keras import backend, callbacks, elastic, fitting, rollcall
 from recipe.keras.backend import Compression
 from recipe.keras.distributed import DistributedOptimizer, PartialDistributedOptimizer
 from recipe.keras.division import divide
@@ -28,6 +31,34 @@ from recipe.keras.schedules import RateSchedule
 from recipe.keras.sgd import SGD
 from recipe.ranks import binding
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = [
+    "SGD",
+    "Compression",
+    "DistributedOptimizer",
+    "PartialDistributedOptimizer",
+    "RateSchedule",
+    "SyncBatchNormalization",
+    "allgather",
+    "allgather_object",
+    "allreduce",
+    "alltoall",
+    "broadcast",
+    "broadcast_global_variables",
+    "broadcast_object",
+    "broadcast_variables",
+    "callbacks",
+    "divide",
+    "elastic",
+    "grouped_allreduce",
+    "init",
+    "load_model",
+    "reducescatter",
+]
+
+# Horovod's own, as they are.
 _hvd = binding.bind(backend.FRAMEWORK)
 
 is_initialized = _hvd.is_initialized
@@ -60,49 +91,28 @@ Min = _hvd.Min
 Max = _hvd.Max
 Product = _hvd.Product
 
-ProcessSet = _hvd.ProcessSet
 global_process_set = _hvd.global_process_set
 add_process_set = _hvd.add_process_set
 remove_process_set = _hvd.remove_process_set
 
-__all__ = [
-    "SGD",
+__all__ += [
     "Adasum",
     "Average",
-    "Compression",
-    "DistributedOptimizer",
     "Max",
     "Min",
-    "PartialDistributedOptimizer",
     "ProcessSet",
     "Product",
-    "RateSchedule",
     "Sum",
-    "SyncBatchNormalization",
     "add_process_set",
-    "allgather",
-    "allgather_object",
-    "allreduce",
-    "alltoall",
-    "broadcast",
-    "broadcast_global_variables",
-    "broadcast_object",
-    "broadcast_variables",
-    "callbacks",
     "ccl_built",
     "cross_rank",
     "cross_size",
     "cuda_built",
     "ddl_built",
-    "divide",
-    "elastic",
     "global_process_set",
     "gloo_built",
     "gloo_enabled",
-    "grouped_allreduce",
-    "init",
     "is_initialized",
-    "load_model",
     "local_rank",
     "local_size",
     "mpi_built",
@@ -110,7 +120,6 @@ __all__ = [
     "mpi_threads_supported",
     "nccl_built",
     "rank",
-    "reducescatter",
     "remove_process_set",
     "rocm_built",
     "shutdown",
@@ -120,16 +129,23 @@ __all__ = [
 ]
 
 
-def init(comm: Any = None, process_sets: Any = None, step_timeout: float | None = None) -> None:
-    """Starts Horovod through the binding of Keras's backend.
+def init(
+    comm: "list[int] | MPI.Comm | None" = None,
+    process_sets: Sequence[ProcessSet] | str | None = None,
+    step_timeout: float | None = None,
+) -> None:
+    """Start Horovod through the binding of Keras's backend.
 
-    `comm` is a list of ranks or an mpi4py communicator (default: all), `process_sets` the ProcessSets to register.
-    A job in which the ranks wait for each other for `step_timeout` seconds ends with where each of them is (default:
-    RECIPE_STEP_TIMEOUT in the environment, or 600; 0: never)."""
+    `comm` is a list of ranks or an mpi4py communicator (default: all). `process_sets` are the
+    ProcessSets to register.
+
+    A job in which the ranks wait for each other for `step_timeout` seconds ends and says where each
+    of them is. The default is RECIPE_STEP_TIMEOUT in the environment, or 600. With 0 it never ends.
+    """
     binding.init(backend.FRAMEWORK, comm=comm, process_sets=process_sets)
     if comm is None:
         binding.check_all_ranks_found(in_program=False)
     rollcall.start(step_timeout)
 
 
-together.install()
+fitting.install()

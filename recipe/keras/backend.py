@@ -1,11 +1,10 @@
 """Chooses Horovod's side of the Keras backend in use."""
 
 import os
+from typing import Any
 
-if os.environ.get("KERAS_BACKEND", "tensorflow") not in (
-    "tensorflow",
-    "torch",
-):  # Keras would look for it first
+# Refuse another backend before Keras looks for it.
+if os.environ.get("KERAS_BACKEND", "tensorflow") not in ("tensorflow", "torch"):
     raise ImportError(
         f"Horovod has no binding for Keras's {os.environ['KERAS_BACKEND']!r} backend; "
         "set KERAS_BACKEND=tensorflow or KERAS_BACKEND=torch"
@@ -13,17 +12,19 @@ if os.environ.get("KERAS_BACKEND", "tensorflow") not in (
 
 import keras
 
-if keras.backend.backend() == "tensorflow":
+FRAMEWORK = keras.backend.backend()
+
+_module: Any
+if FRAMEWORK == "tensorflow":
     from recipe.keras import backend_tensorflow as _module
-elif keras.backend.backend() == "torch":
+elif FRAMEWORK == "torch":
     from recipe.keras import backend_torch as _module
 else:
     raise ImportError(
-        f"Horovod has no binding for Keras's {keras.backend.backend()!r} backend; "
+        f"Horovod has no binding for Keras's {FRAMEWORK!r} backend; "
         "set KERAS_BACKEND=tensorflow or KERAS_BACKEND=torch"
     )
 
-FRAMEWORK = keras.backend.backend()
 DEVICES = _module.DEVICES
 WORD_ALONE = _module.WORD_ALONE
 Compression = _module.Compression
@@ -41,8 +42,8 @@ prepare = _module.prepare
 random_state = _module.random_state
 reduce = _module.reduce
 set_random_state = _module.set_random_state
-spoken = _module.spoken
 strategy = _module.strategy
+sum_word = _module.sum_word
 total = _module.total
 without_gradients = _module.without_gradients
 zeros = _module.zeros

@@ -1,176 +1,243 @@
-"""`DistributedOptimizer` for Keras 3: any Keras optimizer, applied to the gradient reduced over all ranks."""
+"""`DistributedOptimizer`: any Keras 3 optimizer, applied to gradients reduced over all ranks."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
+from horovod.common.process_sets import ProcessSet
 
-from recipe.keras import backend, rollcall
-from recipe.keras.reduction import Reduction
+from recipe.keras import backend, recording, rollcall
+from recipe.keras.options import Groups, Options
+from recipe.keras.reduction import Accumulator, Reduction
+from recipe.keras.tensors import Gradient, Tensor, Variable
 
-Average, Sum, Adasum = backend.horovod.Average, backend.horovod.Sum, backend.horovod.Adasum
+Average, Sum = backend.horovod.Average, backend.horovod.Sum
 Compression = backend.Compression
 global_process_set = backend.horovod.global_process_set
 
+if TYPE_CHECKING:
+    from keras.optimizers import Optimizer as _Optimizer
 
-class _Distributed:
-    """Mixed into the class of a wrapped optimizer; `apply` is the one method that every trainer of Keras 3 calls."""
+    from recipe.keras.agreement import Agreement
+else:
+    _Optimizer = object
 
-    _hvd: Reduction
-    _hvd_wrapped: type
-    _hvd_options: dict[str, Any]
+
+class _Distributed(_Optimizer):
+    """Mixed into the class of a wrapped optimizer.
+
+    `apply` is the one method that every trainer of Keras 3 calls.
+    """
+
+    _hvd_reduction: Reduction
+    _hvd_options: Options
+    _hvd_wrapped: type[keras.optimizers.Optimizer]
+    built: bool
 
     @classmethod
     def from_config(
         cls, config: dict, custom_objects: dict | None = None
     ) -> keras.optimizers.Optimizer:
-        """An optimizer of this configuration, distributed in the same way."""
-        return DistributedOptimizer(
-            cls._hvd_wrapped.from_config(config, custom_objects), **cls._hvd_options
-        )
+        """Return an optimizer of this configuration, distributed in the same way."""
+        optimizer = cls._hvd_wrapped.from_config(config, custom_objects)
+        _check_optimizer(optimizer)
+        return _distribute(optimizer, cls._hvd_options)
 
     @property
-    def variables(self) -> list:
-        """The optimizer's variables; `variables()`, as Horovod has it, is the same."""
+    def variables(self) -> "_CallableList":
+        """The optimizer's variables. `variables()`, as Horovod has it, is the same."""
         return _CallableList(super().variables)
 
     @property
-    def process_set(self) -> Any:
+    def process_set(self) -> ProcessSet:
         """The ranks over which the gradients are reduced."""
-        return self._hvd.process_set
+        return self._hvd_reduction.process_set
 
     @property
     def scale_local_gradients(self) -> bool:
         """Whether local variables' gradients are divided by the number of ranks."""
-        return self._hvd.scale_local
+        return self._hvd_reduction.options.scale_local_gradients
 
-    def register_local_var(self, var: Any) -> None:
-        """The gradient of `var`, a Keras or a framework variable, stays on its rank: it is not reduced.
+    def register_local_var(self, var: Variable) -> None:
+        """Leave the gradient of `var`, a Keras or a framework variable, on its rank.
 
-        It is divided by the number of ranks when `scale_local_gradients` is set, so that it weighs what it would in
-        the average."""
-        self._hvd.add_local(var)
+        With `scale_local_gradients` it is divided by the number of ranks, so that it weighs what
+        it would in the average.
+        """
+        self._hvd_reduction.add_local(var)
 
     def build(self, variables: list) -> None:
+        """Make the optimizer's variables and the sums of several backward passes."""
         super().build(variables)
-        self._hvd.build(variables)
+        self._hvd_reduction.build(variables)
 
-    def apply(self, grads: Iterable, trainable_variables: Iterable | None = None) -> None:
+    def apply(
+        self, grads: Iterable[Gradient], trainable_variables: Iterable[Variable] | None = None
+    ) -> None:
+        """Reduce the gradients over the ranks and update the variables. Collective."""
         gradients = list(grads)
-        variables = (
-            self._trainable_variables if trainable_variables is None else list(trainable_variables)
-        )
+        if trainable_variables is None:
+            variables = self._trainable_variables
+        else:
+            variables = list(trainable_variables)
         if len(variables) != len(gradients):
-            super().apply(gradients, trainable_variables)  # which says what is wrong
+            super().apply(gradients, trainable_variables)  # raises Keras's own error
             return
-        self._hvd.note(self, gradients, variables)
-        if (
-            self._hvd.agreement and not self.built
-        ):  # variables can't be made where operations wait for others
-            self.build(variables)
-            self.built = True
-        if self._hvd.passes > 1 or self.gradient_accumulation_steps:
+
+        kinds = [backend.kind(gradient) for gradient in gradients]
+        recording.note(recording.Update(self, list(variables), kinds))
+        agreement = self._hvd_reduction.agreement
+        if self._has_several_passes():
+            self._build_once(variables)
             self._apply_pass(gradients, variables)
-            return
-        agreement = self._hvd.agreement
-        reduced, heard = self._hvd(gradients, variables, agreement and agreement.word(self))
-        if agreement:
-            share = agreement.hear(heard)
-            if not backend.WORD_ALONE and agreement.nobody():
-                return
-            reduced = self._hvd.weighted(reduced, share)
-        with backend.after(heard):
-            super().apply(reduced, variables)
+        elif agreement is not None:
+            # Variables can't be made where operations wait for those of other ranks.
+            self._build_once(variables)
+            self._apply_agreed(agreement, gradients, variables)
+        else:
+            reduced = self._hvd_reduction.reduce(gradients, variables)
+            super().apply(reduced.gradients, variables)
 
-    def _apply_pass(self, gradients: list, variables: list) -> None:
-        """One of several backward passes of a step. The agreement's word travels alone: most passes reduce nothing."""
-        if not self.built:
-            self.build(variables)
-            self.built = True
-        heard = None
-        if agreement := self._hvd.agreement:
-            word = agreement.word(self)
-            heard = None if word is None else backend.spoken(word, self._hvd, gradients)
-            gradients = self._hvd.weighted(gradients, agreement.hear(heard))
-        step = self._apply_after_passes if self._hvd.passes > 1 else self._apply_accumulating
-        with backend.after(heard):
-            step(gradients, variables)
+    def take_part(self, variables: list, kinds: list[str]) -> Iterator[Callable[[], None]]:
+        """Yield what this rank does in an `apply` of the others for which it has no examples.
 
-    def take_part(self, variables: list, kinds: list[str]) -> Iterator[Callable]:
-        """Yields what this rank does, one after another, in an `apply` of the other ranks for which it has no
-        examples: tells its word, then reduces nothing and updates. Collective.
-
-        Whoever runs them stops after the first when no rank has examples."""
-        agreement = self._hvd.agreement
-        alone = backend.WORD_ALONE or self._hvd.passes > 1 or self.gradient_accumulation_steps
+        It tells its word, then reduces nothing and updates. Whoever calls these stops after the
+        first when no rank has examples. Collective.
+        """
+        agreement = self._hvd_reduction.agreement
+        assert agreement is not None  # it is what asks this rank to take part
+        word_alone = backend.WORD_ALONE or self._has_several_passes()
 
         def tell() -> None:
-            agreement.hear(backend.spoken(agreement.word(self), self._hvd))
+            word = agreement.word(self)
+            agreement.hear(backend.sum_word(word, self._hvd_reduction))
 
         def update() -> None:
-            with agreement.told() if alone else contextlib.nullcontext():
-                self.apply(
-                    [backend.nothing(v, kind) for v, kind in zip(variables, kinds, strict=True)],
-                    variables,
-                )
+            nothing = [backend.nothing(v, kind) for v, kind in zip(variables, kinds, strict=True)]
+            with agreement.told() if word_alone else contextlib.nullcontext():
+                self.apply(nothing, variables)
 
-        if alone:
+        if word_alone:
             yield tell
         yield update
 
-    def _apply_after_passes(self, gradients: list, variables: list) -> None:
-        """Adds up on this rank; every `passes` passes reduces the sums and updates. `iterations` counts updates."""
-        how, update = self._hvd, super().apply
-        places = [self._get_variable_index(v) for v in variables]
-        how.accumulate(gradients, places)
+    def _has_several_passes(self) -> bool:
+        """Whether several calls of `apply` make one update, by Horovod's option or by Keras's."""
+        return self._hvd_reduction.accumulates or bool(self.gradient_accumulation_steps)
 
-        def last() -> None:
-            update(how(how.take(places), variables)[0], variables)
+    def _build_once(self, variables: list) -> None:
+        if not self.built:
+            self.build(variables)
+            self.built = True
 
-        keras.ops.cond(keras.ops.equal(how.count, how.passes), last, lambda: None)
+    def _apply_agreed(
+        self, agreement: "Agreement", gradients: list[Gradient], variables: list
+    ) -> None:
+        """Reduce and update. The agreement's word travels with the gradients."""
+        reduced = self._hvd_reduction.reduce(gradients, variables, agreement.word(self))
+        share = agreement.hear(reduced.word)
+        if not backend.WORD_ALONE and agreement.nobody():
+            return
+        weighted = self._hvd_reduction.weighted(reduced.gradients, share)
+        with backend.after(reduced.word):
+            super().apply(weighted, variables)
 
-    def _apply_accumulating(self, gradients: list, variables: list) -> None:
-        """The optimizer accumulates by itself: on its updating pass the accumulators become the reduced sums, and
-        zeros take the gradients' place (subtracting what was accumulated would round differently on each rank)."""
+    def _apply_pass(self, gradients: list[Gradient], variables: list) -> None:
+        """Do one of several backward passes of a step.
+
+        The agreement's word travels alone, as most passes reduce nothing.
+        """
+        summed_word = None
+        agreement = self._hvd_reduction.agreement
+        if agreement is not None:
+            word = agreement.word(self)
+            if word is not None:
+                summed_word = backend.sum_word(word, self._hvd_reduction, gradients)
+            share = agreement.hear(summed_word)
+            gradients = self._hvd_reduction.weighted(gradients, share)
+        accumulator = self._hvd_reduction.accumulator
+        with backend.after(summed_word):
+            if accumulator is not None:
+                self._apply_after_passes(accumulator, gradients, variables)
+            else:
+                self._apply_accumulating(gradients, variables)
+
+    def _apply_after_passes(
+        self, accumulator: Accumulator, gradients: list[Gradient], variables: list
+    ) -> None:
+        """Add up on this rank, then reduce and update after `backward_passes_per_step` passes.
+
+        `iterations` counts updates.
+        """
         update = super().apply
-        present = [i for i, g in enumerate(gradients) if g is not None]
-        mine = [backend.dense(gradients[i]) for i in present]
+        reduction = self._hvd_reduction
+        options = reduction.options
+        passes = options.backward_passes_per_step
+        factor = 1 / passes if options.average_aggregated_gradients else 1
+        places = [self._get_variable_index(v) for v in variables]
+        accumulator.add(gradients, places)
+
+        def reduce_and_update() -> None:
+            totals = accumulator.take(places, factor)
+            update(reduction.reduce(totals, variables).gradients, variables)
+
+        is_last = keras.ops.equal(accumulator.count, passes)
+        keras.ops.cond(is_last, reduce_and_update, lambda: None)
+
+    def _apply_accumulating(self, gradients: list[Gradient], variables: list) -> None:
+        """Reduce the sums of an optimizer with `gradient_accumulation_steps`, when it updates.
+
+        On that pass the optimizer's accumulators become the reduced sums, and zeros take the
+        gradients' place. To subtract what was accumulated would round differently on each rank.
+        """
+        update = super().apply
+        present = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        own = [backend.dense(gradients[i]) for i in present]
         variables = [variables[i] for i in present]
-        accumulators = [self._accumulated_gradients[self._get_variable_index(v)] for v in variables]
+        places = [self._get_variable_index(v) for v in variables]
+        accumulators = [self._accumulated_gradients[place] for place in places]
 
-        def last() -> list:
-            sums = [g + keras.ops.cast(a, g.dtype) for g, a in zip(mine, accumulators, strict=True)]
-            for accumulator, total in zip(accumulators, self._hvd(sums, variables)[0], strict=True):
+        def reduce_sums() -> list[Tensor]:
+            sums = []
+            for gradient, accumulator in zip(own, accumulators, strict=True):
+                sums.append(gradient + keras.ops.cast(accumulator, gradient.dtype))
+            totals = self._hvd_reduction.reduce(sums, variables).gradients
+            for accumulator, total in zip(accumulators, totals, strict=True):
                 accumulator.assign(total)
-            return [keras.ops.zeros_like(g) for g in mine]
+            return [keras.ops.zeros_like(gradient) for gradient in own]
 
-        due = keras.ops.equal((self._iterations + 1) % self.gradient_accumulation_steps, 0)
-        update(keras.ops.cond(due, last, lambda: mine), variables)
+        passes_done = (self._iterations + 1) % self.gradient_accumulation_steps
+        is_last = keras.ops.equal(passes_done, 0)
+        update(keras.ops.cond(is_last, reduce_sums, lambda: own), variables)
 
 
 class _CallableList(list):
-    def __call__(self) -> list:
+    def __call__(self) -> "_CallableList":
         return self
 
 
 class _NotInKeras3:
-    """What Horovod's optimizer has and Keras 3's have not; a wrapped class's own methods by these names come first."""
+    """What Horovod's optimizer has and Keras 3's have not.
+
+    A wrapped class's own methods by these names come first.
+    """
 
     def compute_gradients(self, loss: Any, var_list: Any, tape: Any = None) -> None:
-        """Raises ValueError: who trains takes the gradients."""
+        """Raise ValueError: who trains takes the gradients."""
         raise ValueError(_no_gradients("compute_gradients"))
 
     def get_gradients(self, loss: Any, params: Any) -> None:
-        """Raises ValueError: who trains takes the gradients."""
+        """Raise ValueError: who trains takes the gradients."""
         raise ValueError(_no_gradients("get_gradients"))
 
 
 def _no_gradients(name: str) -> str:
     return (
-        f"{name}: optimizers of Keras 3 compute no gradients; take them with the framework (tape.gradient or "
-        "loss.backward) and give them to apply_gradients, which reduces them"
+        f"{name}: optimizers of Keras 3 compute no gradients; take them with the framework "
+        "(tape.gradient or loss.backward) and give them to apply_gradients, which reduces them"
     )
 
 
@@ -186,66 +253,36 @@ def DistributedOptimizer(
     backward_passes_per_step: int = 1,
     average_aggregated_gradients: bool = False,
     num_groups: int = 0,
-    groups: int | Sequence[Sequence] | None = None,
-    process_set: Any = global_process_set,
+    groups: Groups = None,
+    process_set: ProcessSet = global_process_set,
     scale_local_gradients: bool = True,
 ) -> keras.optimizers.Optimizer:
-    """Makes `optimizer` reduce each gradient over all ranks before it uses it, and returns it.
+    """Make `optimizer` reduce each gradient over all ranks before it uses it, and return it.
 
-    The same object comes back, with its state: only its class gains methods. So clipping, weight decay and moving
-    averages of the optimizer act on the reduced gradient, and a model saved with it loads without this package.
+    The arguments are Horovod's, in its order: see `Options`. `num_groups` is an old `groups`.
+    The same object comes back, with its state. So clipping, weight decay and moving averages act
+    on the reduced gradient, and a model saved with it loads without this package.
 
-    Under the global policy "mixed_float16" a LossScaleOptimizer is put around the optimizer first, as
-    `Model.compile` would do: ranks must reduce the scaled gradients *before* they are tested for overflow, or they
-    would disagree about skipping the step and wait for each other for ever.
-
-    - `name`: prefix of the collectives' names; must be the same on all ranks.
-    - `device_dense`, `device_sparse`: TensorFlow device of the reductions; with PyTorch they must be empty.
-    - `compression`: `Compression.none` or `Compression.fp16`: how dense gradients travel.
-    - `sparse_as_dense`: sparse gradients are made dense and summed, instead of gathered with their indices.
-    - `gradient_predivide_factor` f: divides by f before the sum and multiplies by f/size after it.
-    - `op`: `Average` or `Sum`.
-    - `backward_passes_per_step` m: gradients of m calls are added up before they are reduced and used once; the sum
-      is divided by m with `average_aggregated_gradients`. Sparse gradients become dense.
-    - `groups`: the number of groups, or lists of variables, that are reduced together (`num_groups`: its old name).
-    - `process_set`: the ranks over which to reduce; ranks outside it keep their own gradients.
-    - `scale_local_gradients`: gradients of local variables (`register_local_var`) are divided by the size.
-
-    The arguments are Horovod's, in its order. Raises ValueError for what can't be done, and for anything that is not
-    a Keras optimizer or already is distributed.
+    Under the global policy "mixed_float16" a LossScaleOptimizer is put around it first.
+    Raise ValueError for what can't be done, and for anything that is not a Keras optimizer or
+    already is distributed.
     """
-    options = {k: v for k, v in locals().items() if k != "optimizer"}
     _check_optimizer(optimizer)
-    _check_reduction(
-        op, gradient_predivide_factor, backward_passes_per_step, device_dense, device_sparse
-    )
-    if num_groups:
-        warnings.warn("num_groups is an old name; use groups", DeprecationWarning, stacklevel=2)
-    groups = (num_groups or None) if groups is None else groups
-    _check_groups(groups)
-    loss_scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    if keras.config.dtype_policy().name == "mixed_float16" and not loss_scaled:
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-    optimizer._hvd = Reduction(
-        prefix=name or "gradient",
-        compression=compression,
-        op=op,
-        predivide=gradient_predivide_factor,
-        sparse_as_dense=sparse_as_dense,
+    options = Options(
+        name=name,
         device_dense=device_dense,
         device_sparse=device_sparse,
+        compression=compression,
+        sparse_as_dense=sparse_as_dense,
+        gradient_predivide_factor=gradient_predivide_factor,
+        op=op,
+        backward_passes_per_step=backward_passes_per_step,
+        average_aggregated_gradients=average_aggregated_gradients,
+        groups=_either(groups, num_groups),
         process_set=process_set,
-        groups=groups,
-        passes=backward_passes_per_step,
-        average_passes=average_aggregated_gradients,
-        scale_local=scale_local_gradients,
-        loss_scaled=isinstance(optimizer, keras.optimizers.LossScaleOptimizer),
+        scale_local_gradients=scale_local_gradients,
     )
-    if optimizer.built:
-        optimizer._hvd.build(optimizer._trainable_variables)
-    optimizer.__class__ = _distributed_class(type(optimizer), options)
-    rollcall.optimizers.add(optimizer)
-    return optimizer
+    return _distribute(optimizer, options)
 
 
 def PartialDistributedOptimizer(
@@ -257,26 +294,31 @@ def PartialDistributedOptimizer(
     sparse_as_dense: bool = False,
     gradient_predivide_factor: float = 1.0,
     op: int = Average,
-    groups: int | Sequence[Sequence] | None = None,
-    process_set: Any = global_process_set,
+    groups: Groups = None,
+    process_set: ProcessSet = global_process_set,
     local_layers: keras.layers.Layer | Iterable[keras.layers.Layer] | None = None,
     scale_local_gradients: bool = True,
 ) -> keras.optimizers.Optimizer:
-    """A DistributedOptimizer that leaves the gradients of `local_layers`, which must be built, on their ranks.
+    """Make `optimizer` a DistributedOptimizer that leaves the gradients of `local_layers` alone.
 
-    The other arguments are those of DistributedOptimizer. Raises ValueError also for what is not a built layer."""
-    options = {k: v for k, v in locals().items() if k not in ("optimizer", "local_layers")}
-    layers = (
-        [local_layers] if isinstance(local_layers, keras.layers.Layer) else list(local_layers or [])
+    The other arguments are those of DistributedOptimizer. Raise ValueError also for what is not a
+    built layer.
+    """
+    layers = _built_layers(local_layers)
+    _check_optimizer(optimizer)
+    options = Options(
+        name=name,
+        device_dense=device_dense,
+        device_sparse=device_sparse,
+        compression=compression,
+        sparse_as_dense=sparse_as_dense,
+        gradient_predivide_factor=gradient_predivide_factor,
+        op=op,
+        groups=groups,
+        process_set=process_set,
+        scale_local_gradients=scale_local_gradients,
     )
-    for layer in layers:
-        if not isinstance(layer, keras.layers.Layer):
-            raise ValueError(f"local_layers must be Keras layers, not {layer!r}")
-        if not layer.built:
-            raise ValueError(
-                f"local_layers: {layer.name!r} has no variables yet; build the model first"
-            )
-    optimizer = DistributedOptimizer(optimizer, **options)
+    optimizer = _distribute(optimizer, options)
     for layer in layers:
         for variable in layer.trainable_weights:
             optimizer.register_local_var(variable)
@@ -284,38 +326,42 @@ def PartialDistributedOptimizer(
 
 
 def optimizers_of(model: keras.Model) -> list[keras.optimizers.Optimizer]:
-    """Returns the optimizers that train a model: the compiled one first, then those in its attributes, as a GAN has,
-    or in lists and dictionaries there."""
-    held = [
-        model.optimizer,
-        *(member for value in vars(model).values() for member in _members(value)),
-    ]
-    found = {id(o): o for o in held if isinstance(o, keras.optimizers.Optimizer)}
-    return list(found.values())
+    """Return the optimizers that train a model.
+
+    The compiled one comes first, then those in its attributes, as a GAN has, or in lists and
+    dictionaries there.
+    """
+    candidates = [model.optimizer]
+    for attribute in vars(model).values():
+        if isinstance(attribute, dict):
+            candidates.extend(attribute.values())
+        elif isinstance(attribute, (list, tuple)):
+            candidates.extend(attribute)
+        else:
+            candidates.append(attribute)
+    optimizers = [c for c in candidates if isinstance(c, keras.optimizers.Optimizer)]
+    return list({id(optimizer): optimizer for optimizer in optimizers}.values())
 
 
-def _members(value: Any) -> Iterable:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, (list, tuple)) else [value]
-
-
-def is_distributed(optimizer: Any) -> bool:
-    """Whether `optimizer` came out of DistributedOptimizer."""
+def is_distributed(optimizer: object) -> bool:
+    """Return whether `optimizer` came out of DistributedOptimizer."""
     return isinstance(optimizer, _Distributed)
 
 
-def reduction_of(optimizer: Any) -> Reduction | None:
-    """How a DistributedOptimizer reduces; None for any other."""
-    return optimizer._hvd if is_distributed(optimizer) else None
+def reduction_of(optimizer: object) -> Reduction | None:
+    """Return how a DistributedOptimizer reduces, None for any other."""
+    return optimizer._hvd_reduction if isinstance(optimizer, _Distributed) else None
 
 
 def use_compression(optimizer: keras.optimizers.Optimizer, compression: type) -> None:
-    """Changes how a DistributedOptimizer's gradients travel."""
-    optimizer._hvd.compression = optimizer._hvd_options["compression"] = compression
+    """Change how a DistributedOptimizer's gradients travel."""
+    options = dataclasses.replace(optimizer._hvd_options, compression=compression)
+    optimizer._hvd_reduction.options = options
+    type(optimizer)._hvd_options = options
 
 
-def _check_optimizer(optimizer: Any) -> None:
+def _check_optimizer(optimizer: object) -> None:
+    """Raise ValueError for what can't be wrapped."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
             f"DistributedOptimizer wraps a keras.optimizers.Optimizer, not {optimizer!r}"
@@ -326,58 +372,69 @@ def _check_optimizer(optimizer: Any) -> None:
         )
 
 
-def _check_reduction(
-    op: int, predivide: float, passes: int, device_dense: str, device_sparse: str
-) -> None:
-    if op == Adasum:
-        raise ValueError(
-            "op=Adasum is not supported for Keras, by Horovod neither; use Average or Sum"
-        )
-    if op not in (Average, Sum):
-        raise ValueError(f"op={op!r} is not a reduction of gradients; use Average or Sum")
-    if predivide != 1.0 and op != Average:
-        raise ValueError(
-            f"gradient_predivide_factor={predivide} splits an average; it needs op=Average"
-        )
-    if predivide != 1.0 and backend.horovod.rocm_built():
-        raise ValueError(
-            f"gradient_predivide_factor={predivide} is not supported by Horovod built for ROCm; leave 1.0"
-        )
-    if predivide <= 0:
-        raise ValueError(f"gradient_predivide_factor={predivide} must be positive")
-    if not isinstance(passes, int) or passes < 1:
-        raise ValueError(f"backward_passes_per_step={passes!r} must be an integer of at least 1")
-    for argument, device in (("device_dense", device_dense), ("device_sparse", device_sparse)):
-        if device and not backend.DEVICES:
+def _either(groups: Groups, num_groups: int) -> Groups:
+    """Return `groups`, or `num_groups`, its old name, with a warning to the caller's caller."""
+    if not num_groups:
+        return groups
+    warnings.warn("num_groups is an old name; use groups", DeprecationWarning, stacklevel=3)
+    return num_groups if groups is None else groups
+
+
+def _built_layers(
+    layers: keras.layers.Layer | Iterable[keras.layers.Layer] | None,
+) -> Sequence[keras.layers.Layer]:
+    """Return the layers as a list. Raise ValueError for what is not a built layer."""
+    layers = [layers] if isinstance(layers, keras.layers.Layer) else list(layers or [])
+    for layer in layers:
+        if not isinstance(layer, keras.layers.Layer):
+            raise ValueError(f"local_layers must be Keras layers, not {layer!r}")
+        if not layer.built:
             raise ValueError(
-                f"{argument}={device!r}: with PyTorch a gradient is reduced where it lies; leave it empty"
+                f"local_layers: {layer.name!r} has no variables yet; build the model first"
             )
+    return layers
 
 
-def _check_groups(groups: Any) -> None:
-    if isinstance(groups, int) and not isinstance(groups, bool) and groups > 0:
-        return
-    if groups is not None and not (
-        isinstance(groups, (list, tuple)) and all(isinstance(g, list | tuple) for g in groups)
-    ):
-        raise ValueError(
-            f"groups={groups!r} must be a positive number of groups or a list of lists of variables"
-        )
+def _distribute(
+    optimizer: keras.optimizers.Optimizer, options: Options
+) -> keras.optimizers.Optimizer:
+    """Make the optimizer reduce its gradients as the options say, and return it."""
+    # Ranks must reduce the scaled gradients before they are tested for overflow. Else they would
+    # disagree about skipping the step and wait for each other for ever. Model.compile would put
+    # this optimizer around the distributed one.
+    is_mixed = keras.config.dtype_policy().name == "mixed_float16"
+    if is_mixed and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+
+    loss_scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    optimizer._hvd_reduction = Reduction(options, loss_scaled)
+    if optimizer.built:
+        optimizer._hvd_reduction.build(optimizer._trainable_variables)
+
+    # Change the class of this very object instead of making another around it: so its state,
+    # settings and variables stay, models and callbacks that hold it hold the distributed one, and
+    # Keras saves it as what it was.
+    optimizer.__class__ = _distributed_class(type(optimizer), options)
+    rollcall.optimizers.add(optimizer)
+    return optimizer
 
 
-def _distributed_class(wrapped: type, options: dict[str, Any]) -> type:
-    """A subclass that goes by the wrapped class's names, since Keras writes these into saved models."""
-    names = {
+def _distributed_class(wrapped: type[keras.optimizers.Optimizer], options: Options) -> type:
+    """Return a subclass that goes by the wrapped class's names: Keras saves these in models."""
+    attributes = {
         "__module__": wrapped.__module__,
         "__qualname__": wrapped.__qualname__,
         "__doc__": wrapped.__doc__,
         "_hvd_wrapped": wrapped,
         "_hvd_options": options,
     }
-    distributed = type(wrapped.__name__, (_Distributed, wrapped, _NotInKeras3), names)
+    distributed = type(wrapped.__name__, (_Distributed, wrapped, _NotInKeras3), attributes)
+
+    # A registered name must lead from both classes, but only to the wrapped one.
     registered = keras.saving.get_registered_name(wrapped)
-    if ">" in registered:  # the name must lead from both classes, but only to the wrapped one
-        register = keras.saving.register_keras_serializable(*registered.split(">", 1))
+    if ">" in registered:
+        package, name = registered.split(">", 1)
+        register = keras.saving.register_keras_serializable(package, name)
         register(distributed)
         register(wrapped)
     return distributed

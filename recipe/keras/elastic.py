@@ -1,8 +1,11 @@
-"""Elastic training with Keras 3: ranks may die and join; the survivors go on from the last commit."""
+"""Elastic training with Keras 3: ranks may die and join.
+
+The survivors go on from the last commit.
+"""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
@@ -12,26 +15,32 @@ from recipe.keras import backend, passing, state, velocities
 from recipe.keras.distributed import reduction_of
 from recipe.ranks import elastic
 
+T = TypeVar("T")
+
 _hvd = backend.horovod
 
 
 class KerasState(ObjectState):
-    """A model, its optimizer (default: the compiled one) and any picklable properties, as attributes.
+    """A model, its optimizer (default: the compiled one) and picklable properties, as attributes.
 
-    `commit()` keeps a copy of all variables in host memory, `restore()` goes back to it, `sync()` brings rank 0's to
-    all ranks, but for the seeds of random layers: each rank has its own, by its number after a reset. Raises ValueError
-    for a model without variables or without an optimizer."""
+    `commit()` keeps a copy of all variables in host memory. `restore()` goes back to it. `sync()`
+    brings rank 0's to all ranks, but for the seeds of random layers: each rank has its own, by its
+    number after a reset.
+
+    Raise ValueError for a model without variables or without an optimizer.
+    """
 
     def __init__(
         self, model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None, **kwargs: Any
     ) -> None:
-        if (
-            not model.built or not model.variables
-        ):  # a class's `build` may mark it built without making any
+        # A class's `build` may mark a model as built without making any variables.
+        if not model.built or not model.variables:
             raise ValueError(
-                f"model {model.name!r} has no variables yet; call it once on a batch first: model(x[:1])"
+                f"model {model.name!r} has no variables yet; call it once on a batch first: "
+                "model(x[:1])"
             )
-        self.model, self.optimizer = model, optimizer or model.optimizer
+        self.model = model
+        self.optimizer = optimizer or model.optimizer
         if self.optimizer is None:
             raise ValueError(f"model {model.name!r} is not compiled; compile it or pass optimizer=")
         if not self.optimizer.built:
@@ -40,10 +49,12 @@ class KerasState(ObjectState):
         super().__init__(bcast_object=_hvd.broadcast_object, get_rank=_hvd.rank, **kwargs)
 
     def save(self) -> None:
+        """Keep a copy of all variables and properties in host memory."""
         self._save_variables()
         super().save()
 
     def restore(self) -> None:
+        """Go back to the last copy."""
         for v, value in zip(self._variables(), self._saved, strict=True):
             v.assign(value)
         velocities.forget(self.optimizer)
@@ -51,45 +62,50 @@ class KerasState(ObjectState):
         super().restore()
 
     def sync(self) -> None:
+        """Bring rank 0's variables and properties to all ranks. Collective."""
         with elastic.lost_ranks_as_horovod_errors():
             state.broadcast_model(self.model, [self.optimizer])
         self._forget_passes()
         self._save_variables()
         super().sync()
 
-    def _variables(self) -> list:
+    def _variables(self) -> list[keras.Variable]:
         return self.model.variables + self.optimizer.variables
 
     def _save_variables(self) -> None:
         self._saved = [np.array(keras.ops.convert_to_numpy(v)) for v in self._variables()]
 
     def _forget_passes(self) -> None:
-        """A new rank has accumulated nothing, so that the others must forget what they have."""
-        if (reduction := reduction_of(self.optimizer)) and reduction.sums:
-            reduction.forget()
+        """Drop accumulated gradients: a new rank has none."""
+        reduction = reduction_of(self.optimizer)
+        if reduction and reduction.accumulator:
+            reduction.accumulator.forget()
 
 
-def run(func: Callable) -> Callable:
-    """Decorates a training function `func(state, …)`: runs it again, from the synchronised state, whenever ranks are
-    lost (after `state.restore()`) or join (at a commit)."""
+def run(func: Callable[..., T]) -> Callable[..., T]:
+    """Decorate a training function `func(state, …)`, to run it again from the synchronised state.
+
+    That happens when ranks are lost, after `state.restore()`, or when they join, at a commit.
+    """
 
     @functools.wraps(func)
-    def rerun(state: Any, *args: Any, **kwargs: Any) -> Any:
+    def rerun(state: ObjectState, *args: Any, **kwargs: Any) -> T:
         return elastic.rerun(lambda state: func(state, *args, **kwargs), state)
 
     return rerun
 
 
 class CommitStateCallback(keras.callbacks.Callback):
-    """Calls `commit()`, which commits `state`, every `batches_per_commit` batches and at the end of each epoch."""
+    """Call `commit()` every `batches_per_commit` batches and at the end of each epoch."""
 
-    def __init__(self, state: Any, batches_per_commit: int = 1) -> None:
+    def __init__(self, state: ObjectState, batches_per_commit: int = 1) -> None:
         super().__init__()
-        self.state, self.batches_per_commit = state, batches_per_commit
+        self.state = state
+        self.batches_per_commit = batches_per_commit
         self.batches_remaining = batches_per_commit
 
     def commit(self) -> None:
-        """Commits the state. A subclass may do more, or choose when to."""
+        """Commit the state. A subclass may do more, or choose when to."""
         self.state.commit()
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -106,12 +122,14 @@ class CommitStateCallback(keras.callbacks.Callback):
 
 
 class UpdateBatchStateCallback(keras.callbacks.Callback):
-    """Keeps in `state.batch` how many batches of the epoch are done, and 0 between epochs.
+    """Keep in `state.batch` how many batches of the epoch are done, and 0 between epochs.
 
-    The first epoch after a reset trains only the batches that were not done: the done ones pass by without a step,
-    so that every callback sees the batch's number in the whole epoch. Place it before CommitStateCallback."""
+    The first epoch after a reset trains only the batches that were not done. The done ones pass by
+    without a step, so that every callback sees the batch's number in the whole epoch. Place it
+    before CommitStateCallback.
+    """
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: ObjectState) -> None:
         super().__init__()
         self.state = state
         self.steps_per_epoch: int | None = None  # of a whole epoch, once one has begun
@@ -133,23 +151,26 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
 
 
 class UpdateEpochStateCallback(keras.callbacks.Callback):
-    """Keeps in `state.epoch` how many epochs are done, over all resets.
+    """Keep in `state.epoch` how many epochs are done, over all resets.
 
-    Right for `fit(initial_epoch=state.epoch, epochs=N)`, which schedules need, and for `fit(epochs=N - state.epoch)`.
-    Place it before CommitStateCallback."""
+    It is right for `fit(initial_epoch=state.epoch, epochs=N)`, which schedules need, and for
+    `fit(epochs=N - state.epoch)`. Place it before CommitStateCallback.
+    """
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: ObjectState) -> None:
         super().__init__()
         self.state = state
         self.initial_epoch = state.epoch  # how many epochs were done when training began
         self._first: int | None = None  # Keras's number of the first epoch since then
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        self.initial_epoch, self._first = self.state.epoch, None
+        self.initial_epoch = self.state.epoch
+        self._first = None
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         if self._first is None:
             self._first = epoch
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        assert self._first is not None
         self.state.epoch = self.initial_epoch + epoch - self._first + 1

@@ -1,4 +1,4 @@
-"""Batches that pass by without a step: so an epoch is taken up in its middle, on either backend."""
+"""Batches that pass by without a step: an epoch is resumed in its middle, on either backend."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,38 +6,53 @@ from typing import Any
 import keras
 
 
+class _PassingBy:
+    """A train function that takes batches and does no step. Then the model's own one comes back."""
+
+    def __init__(
+        self, model: keras.Model, executions: int, logs: Callable[[Any], dict[str, Any]]
+    ) -> None:
+        self.model = model
+        self.own: Callable[[Any], dict[str, Any]] = model.train_function
+        self.left = executions
+        self.logs = logs
+
+    def __call__(self, data: Any) -> dict[str, Any]:
+        if not self.left:
+            self.model.train_function = self.own
+            return self.own(data)
+        self.left -= 1
+        return self.logs(_first_batch(data, self.model.steps_per_execution))
+
+
 def pass_by(
     model: keras.Model, batches: int, logs: Callable[[Any], dict] = lambda batch: {}
 ) -> None:
-    """Makes the model's next `batches` batches no steps; then its own train function comes back.
+    """Let the model's next `batches` batches pass by without a step.
 
-    They are drawn from the data, and callbacks see their numbers, with the logs that `logs` gives for a batch."""
-    real = model.train_function
-
-    def train_function(data: Any) -> dict:
-        if not train_function.left:
-            model.train_function = real
-            return real(data)
-        train_function.left -= 1
-        return logs(_drawn(data, model.steps_per_execution))
-
-    train_function.real, train_function.left = real, batches // model.steps_per_execution
-    model.train_function = train_function
+    They are drawn from the data. Callbacks see their numbers, with the logs that `logs` returns for
+    a batch. Then the model's own train function comes back.
+    """
+    model.train_function = _PassingBy(model, batches // model.steps_per_execution, logs)
 
 
 def is_passing(model: keras.Model) -> bool:
-    """Whether the batch that is about to begin is no step."""
-    return getattr(model.train_function, "left", 0) > 0
+    """Return whether the batch that is about to begin is no step."""
+    return isinstance(model.train_function, _PassingBy) and model.train_function.left > 0
 
 
 def stop_passing(model: keras.Model) -> None:
-    """Gives the model its own train function back, where a run was interrupted while batches passed by."""
-    model.train_function = getattr(model.train_function, "real", model.train_function)
+    """Give the model its own train function back, where a run was interrupted meanwhile."""
+    if isinstance(model.train_function, _PassingBy):
+        model.train_function = model.train_function.own
 
 
-def _drawn(data: Any, batches: int) -> Any:
-    """The first of the batches that an execution takes. Keras draws them itself with PyTorch; with TensorFlow it hands
-    over the iterator, which must go on."""
+def _first_batch(data: Any, batches: int) -> Any:
+    """Return the first of the batches that an execution takes.
+
+    With PyTorch Keras draws them itself. With TensorFlow it hands over the iterator, which must go
+    on.
+    """
     if isinstance(data, list):
         return data[0]
     first, *_ = [next(data) for _ in range(batches)]

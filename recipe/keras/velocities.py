@@ -1,24 +1,32 @@
-"""Which learning rate an optimizer's velocities hold: that of the last step, whatever was set for the next since."""
+"""Which learning rate an optimizer's velocities hold.
 
-import weakref
+It is that of the last step, whatever rate was set for the next one since.
+"""
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import keras
 
 from recipe.keras.sgd import SGD
 
-_held: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # optimizer → (its iterations, η of its velocities)
+
+class _Held(NamedTuple):
+    iterations: int  # of the optimizer when the rate was noted
+    rate: float  # η of the velocities
+
+
+_held: WeakKeyDictionary[keras.optimizers.Optimizer, _Held] = WeakKeyDictionary()
 
 
 def hold(optimizer: keras.optimizers.Optimizer, rate: float) -> None:
-    """Remembers until the next step that the velocities hold this rate."""
+    """Remember until the next step that the velocities hold this rate."""
     inner = innermost(optimizer)
-    _held[inner] = _iterations(inner), rate
+    _held[inner] = _Held(_iterations(inner), rate)
 
 
 def held(optimizer: keras.optimizers.Optimizer) -> float | None:
-    """The rate that the velocities hold; None when nobody said so since the last step."""
+    """Return the rate that the velocities hold, None if it was not noted since the last step."""
     inner = innermost(optimizer)
     if inner not in _held:
         return None
@@ -27,17 +35,23 @@ def held(optimizer: keras.optimizers.Optimizer) -> float | None:
 
 
 def forget(optimizer: keras.optimizers.Optimizer) -> None:
-    """For an optimizer whose state was replaced: its velocities hold the rate that came with them."""
+    """Forget the rate of an optimizer whose state was replaced.
+
+    Its velocities hold the rate that came with them.
+    """
     _held.pop(innermost(optimizer), None)
 
 
 def innermost(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """The optimizer inside a LossScaleOptimizer; any other as it is."""
+    """Return the optimizer inside a LossScaleOptimizer, any other as it is."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
-def with_rate(optimizer: keras.optimizers.Optimizer) -> list:
-    """The velocities that have η as a factor: those of `keras.optimizers.SGD` and of RMSprop with momentum."""
+def with_rate(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable]:
+    """Return the velocities that have η as a factor.
+
+    They are those of `keras.optimizers.SGD` and of RMSprop with momentum.
+    """
     inner = innermost(optimizer)
     if isinstance(inner, keras.optimizers.SGD) and not isinstance(inner, SGD):
         return inner.momentums if inner.momentum else []

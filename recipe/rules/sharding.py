@@ -1,4 +1,7 @@
-"""How the library's ranks share the examples of any data set. Pure functions, NumPy only."""
+"""How arrays and batches that people bring are divided over the ranks.
+
+Pure functions, NumPy only.
+"""
 
 from typing import NamedTuple
 
@@ -6,24 +9,24 @@ import numpy as np
 
 
 class Parts(NamedTuple):
-    """Where a rank's part of each minibatch begins and ends in the epoch's order."""
+    """Where a rank's part of each minibatch begins and ends in the order of the examples."""
 
     begins: np.ndarray  # int64[steps]
     ends: np.ndarray  # int64[steps]
 
 
-class BatchPart(NamedTuple):
-    """A part of a batch, in fractions of a common number of pieces."""
+class Cut(NamedTuple):
+    """A part of a batch: from start/size to stop/size of it."""
 
     batch: int
-    begin: int
-    end: int
+    start: int
+    stop: int
 
 
 def cuts(examples: int, minibatch: int, ranks: int) -> np.ndarray:
     """Return int64[steps + 1]: where an epoch's minibatches begin in its order, and its end.
 
-    Every example is in one minibatch. A rest that fills none is shared with the last full one: both
+    Every example is in one. A rest that fills no minibatch is shared with the last full one: both
     become about as large. So the cuts are the same for all numbers of ranks, and no rank goes
     without an example. Only with one example a rank can they be too few for that: then the rest
     joins the last minibatch.
@@ -36,7 +39,7 @@ def cuts(examples: int, minibatch: int, ranks: int) -> np.ndarray:
 
 
 def parts(cuts: np.ndarray, rank: int, size: int) -> Parts:
-    """Return this rank's parts of the minibatches between the cuts.
+    """Return a rank's part of each minibatch.
 
     The ranks' parts follow one another and differ by one example at most, the larger ones first.
     """
@@ -45,17 +48,17 @@ def parts(cuts: np.ndarray, rank: int, size: int) -> Parts:
     return Parts(begins, begins + smaller + (rank < larger))
 
 
-def shares(left: int, rank: int, size: int) -> list[BatchPart]:
-    """Return this rank's share of `left` < size batches, two parts at most.
+def shares(left: int, rank: int, size: int) -> list[Cut]:
+    """Return a rank's share of `left` < size batches, in two cuts at most.
 
-    A part (j, a, b) is batch j from a/size to b/size. A batch of n is cut at ⌊a·n/size⌋. The shares
-    of all ranks, one after another, are all of the batches.
+    The shares of all ranks, one after another, are all of the batches. A batch of n is cut at
+    ⌊start·n/size⌋.
     """
     share = []
     for batch in range(left):
-        # In pieces of 1/size batch, this rank has those from rank·left to (rank + 1)·left.
-        begin = max(rank * left - batch * size, 0)
-        end = min((rank + 1) * left - batch * size, size)
-        if begin < end:
-            share.append(BatchPart(batch, begin, end))
+        # A batch has `size` parts. This rank has the parts from rank·left to (rank + 1)·left.
+        start = max(rank * left - batch * size, 0)
+        stop = min((rank + 1) * left - batch * size, size)
+        if start < stop:
+            share.append(Cut(batch, start, stop))
     return share

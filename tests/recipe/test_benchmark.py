@@ -14,7 +14,7 @@ from tests.ranks import ROOT, environment
 
 
 def benchmark(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    """Without the tests' settings for mpirun: also as root, as in a container, it works as it stands."""
+    """Run it without the tests' settings for mpirun: it must work as it stands, also as root."""
     command = [*prefix, sys.executable, "-m", "recipe.benchmark", *arguments]
     bare = {name: value for name, value in environment().items() if not name.startswith("OMPI_")}
     return subprocess.run(
@@ -27,9 +27,8 @@ def test_the_benchmark_runs_and_prints_speeds_and_ratios():
     done = benchmark("1", "torch-here", "torch-ddp")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert (
-        sum("images/s per rank" in line for line in lines) == 5
-    )  # on 1 and on 2, and two of ours side by side
+    speeds = [line for line in lines if "images/s per rank" in line]
+    assert len(speeds) == 5  # of both on 1 and on 2 ranks, and of two of ours side by side
     for ratio in (
         "torch-here to torch-ddp, 1 rank ",
         "torch-here to torch-ddp, 2 ranks",
@@ -56,10 +55,13 @@ def test_a_users_mistake_is_one_sentence(arguments, prefix, message):
 
 def test_contenders_in_pytorch_load_no_tensorflow(tmp_path):
     """It would be two seconds of their way to the first step."""
-    program = (
-        "import sys; from recipe.benchmark import contender; contender.CONTENDERS[sys.argv[1]] = lambda *_: None; "
-        "contender.main(sys.argv[1], 1, sys.argv[2]); assert 'tensorflow' not in sys.modules"
-    )
+    program = """
+import sys
+from recipe.benchmark import contender
+contender.CONTENDERS[sys.argv[1]] = lambda *_: None
+contender.main(sys.argv[1], 1, sys.argv[2])
+assert 'tensorflow' not in sys.modules
+"""
     for name in ("torch-here", "torch-ddp"):
         command = [sys.executable, "-c", program, name, str(tmp_path / "result")]
         subprocess.run(command, cwd=ROOT, env=environment(BENCHMARK_CORE="0"), check=True)
@@ -80,7 +82,7 @@ def test_the_verdict_is_by_the_median_then_by_the_spread():
 
 
 def test_copies_are_measured_while_all_of_them_run():
-    """64 images a step: one a step a second, the other one every two, which begins 20 s later and ends later."""
+    """Of two copies with 64 images a step one takes 1 s, the other 2, and begins 20 s later."""
     early, late = [float(t) for t in range(60)], [20.0 + 2 * t for t in range(60)]
     assert speed([early]) == pytest.approx(64)
     assert speed([early, late]) == pytest.approx((64 + 32) / 2)

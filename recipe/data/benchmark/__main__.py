@@ -1,10 +1,11 @@
 """The input pipeline against its peers: `python -m recipe.data.benchmark [REPEATS]` (default: 3).
 
-All make training batches from the same JPEGs, made for this: noise with the spectrum, size and weight
-of ImageNet's photographs. Each runs in a process of its own on all cores, in turns. Printed as median
-and range over the repeats: images per second of processor time, images/s, seconds to the first batch
-once its packages are imported, KB read an image (0: from memory or mapped files), peak memory of all
-its processes. The floor is libjpeg-turbo decoding the same crops from memory, nothing around it.
+All make training batches from the same JPEGs, made for this: noise with the spectrum, size and
+weight of ImageNet's photographs. Each runs in a process of its own on all cores, in turns. Printed
+as median and range over the repeats: images per second of processor time, images/s, seconds to the
+first batch once its packages are imported, KB read an image (0: from memory or mapped files), peak
+memory of all its processes. The floor is libjpeg-turbo decoding the same crops from memory, nothing
+around it.
 """
 
 import json
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from recipe import cli
 from recipe.data.benchmark.contender import CONTENDERS, Measurement
@@ -23,6 +25,24 @@ from recipe.system import noise, ticking
 
 # Ours by theirs, per second of processor time, at least.
 TARGETS = {"floor": 0.85, "tf.data-float32": 1.4, "dali-cpu": 1.0, "ffcv": 1.0}
+
+
+class Column(NamedTuple):
+    """How a field of the measurements is printed."""
+
+    field: str
+    unit: str
+    digits: int
+    scale: float = 1
+
+
+COLUMNS = (
+    Column("cpu", "images/cpu s", 0),
+    Column("wall", "images/s", 0),
+    Column("first", "s to the first batch", 2),
+    Column("read", "KB read", 0, 1e-3),
+    Column("memory", "MB", 0, 1e-6),
+)
 
 
 @dataclass(frozen=True)
@@ -40,11 +60,16 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_photos(Path(folder))
         runs = measure_all(folder, repeats)
+
+    # A line for each contender.
     measured: dict[str, list[Measurement]] = {}
     for name, results in runs.items():
+        first = results[0]
         measured[name] = [result for result in results if isinstance(result, Measurement)]
-        absent = [result for result in results if isinstance(result, Missing)]
-        print(f"{name:17} {missing_line(absent[0]) if absent else line(measured[name])}")
+        text = missing_line(first) if isinstance(first, Missing) else line(measured[name])
+        print(f"{name:17} {text}")
+
+    # A line for each target.
     for name, target in TARGETS.items():
         if measured[name]:
             print(target_line(name, measured["ours"], measured[name], target))
@@ -85,13 +110,10 @@ def measure(name: str, folder: str) -> Measurement | Missing:
 
 def line(runs: list[Measurement]) -> str:
     """Return what was measured of one contender."""
-    parts = [
-        f"{spread([run.cpu for run in runs], 0)} images/cpu s",
-        f"{spread([run.wall for run in runs], 0)} images/s",
-        f"{spread([run.first for run in runs], 2)} s to the first batch",
-        f"{spread([run.read * 1e-3 for run in runs], 0)} KB read",
-        f"{spread([run.memory * 1e-6 for run in runs], 0)} MB",
-    ]
+    parts = []
+    for column in COLUMNS:
+        values = [getattr(run, column.field) * column.scale for run in runs]
+        parts.append(f"{spread(values, column.digits)} {column.unit}")
     return "  ".join(parts)
 
 

@@ -4,8 +4,8 @@ Or `imagenet2012` from the original tars, or `folder` for a tree of images. Kill
 it was when it is started again.
 
 With --verify it only verifies: every checksum, every image decoded, all counts. It prints a digest
-that is the same for the same data anywhere. With --shorter_side a prepared data set is written again,
-with smaller images, under another name.
+that is the same for the same data anywhere. With --shorter_side a prepared data set is written
+again, with smaller images, under another name.
 """
 
 import dataclasses
@@ -109,7 +109,10 @@ def describe(data: Data) -> None:
 
 
 def verify_prepared(data: Data) -> None:
-    """Verify a prepared data set. Raise UsageError when it isn't prepared, RunError when damaged."""
+    """Verify a prepared data set.
+
+    Raise UsageError when it isn't prepared, RunError when it is damaged.
+    """
     with noise.filtered():
         from recipe.data import datasets
         from recipe.data.prepare import verify

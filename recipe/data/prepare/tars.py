@@ -2,9 +2,9 @@
 
 So a killed preparation goes on where it was. TFDS's own writer first copies all images into a
 thousand temporary files, and nothing of that outlives a kill. But the order of its examples is that
-of hashes of their names, known as soon as the heads in the tars are read. So each file is written at
-once, from random reads, with its examples made by TFDS's builder. That is half the disk traffic, and
-the same examples at the same places. Unlike TFDS's, the bytes are the same each time.
+of hashes of their names, known as soon as the heads in the tars are read. So each file is written
+at once, from random reads, with its examples made by TFDS's builder. That is half the disk traffic,
+and the same examples at the same places. Unlike TFDS's, the bytes are the same each time.
 """
 
 import contextlib
@@ -91,12 +91,17 @@ def prepare(builder: tfds.core.GeneratorBasedBuilder, manual_dir: Path) -> None:
     check_disk(unfinished, manual_dir)
     unfinished.mkdir(parents=True, exist_ok=True)
     with alone(unfinished):
+        # The examples.
         infos = []
         for split in _splits(builder, manual_dir, unfinished):
             infos.append(_write_split(builder, split, unfinished))
+
+        # TFDS's description of them, last of all.
         builder.info.set_splits(tfds.core.splits.SplitDict(infos))
         builder.info.download_size = 0
         builder.info.write_to_directory(unfinished)
+
+        # The folder gets its name when it holds nothing but the data set.
         for path in _kept_heads(r".+", unfinished):
             path.unlink()
         unfinished.replace(finished)
@@ -206,7 +211,10 @@ def _kept_heads(split: str, folder: Path) -> list[Path]:
 
 
 def _read_heads(tar: Path, size: int) -> np.ndarray:
-    """Return HEAD_TYPE[images] in the tar's order, and say how far it is: a slow disk takes minutes."""
+    """Return HEAD_TYPE[images] in the tar's order.
+
+    Say now and then how far it is, for a slow disk takes minutes.
+    """
     heads: list[Head] = []
 
     def progress() -> str:
@@ -235,9 +243,10 @@ def _heads(path: Path) -> Iterator[Head]:
 
 
 def _members(tar: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
-    """Yield all members. Raise tarfile.ReadError on a damaged head, which tarfile takes for the end.
+    """Yield all members.
 
-    The end is a block of zeros.
+    Raise tarfile.ReadError on a damaged head. tarfile takes it for the end, which is a block of
+    zeros.
     """
     yield from tar
     tar.fileobj.seek(tar.offset)

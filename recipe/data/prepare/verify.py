@@ -180,7 +180,7 @@ def _look_at_records(path: str, count: int, classes: int, tally: Tally) -> Findi
     if not Path(path).exists():
         return Findings(bad=[f"{path} is missing, with its {count} examples"], lost=count - 1)
     findings, digest = Findings(), hashlib.sha256()
-    seen = 0
+    seen = 0  # records
     try:
         for start, block in _blocks(path, digest):
             try:

@@ -1,4 +1,4 @@
-"""Callbacks for distributed training with Keras: the recipe's own, and those that go by Horovod's names."""
+"""Callbacks for distributed training with Keras: the recipe's own, and those by Horovod's names."""
 
 from recipe.keras.callbacks.backup import BackupAndRestore
 from recipe.keras.callbacks.compatible import (

@@ -1,4 +1,4 @@
-"""Thin callbacks by the names and arguments of `horovod.keras.callbacks`, doing what its documentation promises."""
+"""Callbacks with the names and arguments of `horovod.keras.callbacks`, as they are documented."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +12,17 @@ from recipe.keras.callbacks.replicas import BroadcastState
 from recipe.keras.passing import is_passing
 from recipe.ranks import collectives
 
-_UNSET = "unset.keras"  # Keras insists on a file name when a ModelCheckpoint is made
+# Keras insists on a file name when a ModelCheckpoint is made.
+_UNSET, _UNSET_WEIGHTS = "unset.keras", "unset.weights.h5"
 
 
 class BroadcastGlobalVariablesCallback(BroadcastState):
-    """Rank root_rank's state on all ranks before the first step; `local_variables` keep what each rank has.
+    """Gives all ranks the state of rank root_rank before the first step.
 
-    `device` may be left empty only: the variables are broadcast where they lie. With `same_seeds`
-    random layers draw the same numbers on all ranks; without it each rank draws its own."""
+    The `local_variables` keep what each rank has. `device` may be left empty only: the variables
+    are broadcast where they lie. With `same_seeds` random layers draw the same numbers on all
+    ranks. Without it each rank draws its own.
+    """
 
     def __init__(
         self,
@@ -29,22 +32,18 @@ class BroadcastGlobalVariablesCallback(BroadcastState):
         same_seeds: bool = False,
     ) -> None:
         _refuse_device(device)
-        if local_variables is not None and not isinstance(
-            local_variables, (list, tuple, set, frozenset)
-        ):
-            local_variables = [local_variables]
         super().__init__(root_rank, same_seeds=same_seeds)
         self.device = device
-        for v in local_variables or ():
-            self.register_local_var(v)
+        for variable in _listed(local_variables):
+            self.register_local_var(variable)
 
     def register_local_var(self, var: Any) -> None:
-        """Makes `var`, a Keras or a framework variable, one of `local_variables`: it keeps what its rank has.
+        """Make `var`, a Keras or a framework variable, one of `local_variables`.
 
-        Takes effect when training begins."""
-        if not hasattr(var, "shape") or (
-            not hasattr(var, "assign") and backend.FRAMEWORK == "tensorflow"
-        ):
+        It takes effect when training begins. Raise ValueError when it is no variable.
+        """
+        is_assignable = hasattr(var, "assign") or backend.FRAMEWORK == "torch"
+        if not hasattr(var, "shape") or not is_assignable:
             raise ValueError(f"local_variables must be variables, not {var!r}")
         self.local_variables.append(var)
 
@@ -52,13 +51,15 @@ class BroadcastGlobalVariablesCallback(BroadcastState):
 class MetricAverageCallback(MetricSums):
     """Makes the epoch's logs speak of all ranks: sums over all examples, divided once.
 
-    With `unweighted`, Horovod's old numbers: the mean over ranks of what is in their logs, however many examples each
-    of them holds. Place it before the callbacks that read the logs."""
+    With `unweighted` it gives Horovod's old numbers: the mean over ranks of what is in their logs,
+    however many examples each of them holds. Place it before the callbacks that read the logs.
+    """
 
     def __init__(self, device: str = "", unweighted: bool = False) -> None:
         _refuse_device(device)
         super().__init__()
-        self.device, self.unweighted = device, unweighted
+        self.device = device
+        self.unweighted = unweighted
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         super().on_train_batch_end(batch, logs)
@@ -77,26 +78,32 @@ class MetricAverageCallback(MetricSums):
             super().on_test_end(logs)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        if self.unweighted:
-            logs.update(unweighted(logs))
-        else:
+        if not self.unweighted:
             super().on_epoch_end(epoch, logs)
+        elif logs is not None:
+            logs.update(unweighted(logs))
 
 
 class LearningRateScheduleCallback(ScheduledRate):
-    """η = initial_lr · multiplier in the epochs from `start_epoch` up to `end_epoch` (exclusive; None: no end).
+    """Sets η = initial_lr · multiplier in the epochs from `start_epoch` to before `end_epoch`.
 
-    `multiplier` is a number, or a function of the epoch: an integer at the beginning of each epoch with `staircase`,
-    else the float epoch + batch / steps at the beginning of each batch. With `compounding`, Horovod's old numbers: a
-    constant multiplier m means m^(epoch − start_epoch). `steps_per_epoch`: only where Keras doesn't know it. The
-    epoch's logs get "lr", the rate of its last step. Raises ValueError without initial_lr."""
+    - `end_epoch=None` means no end.
+    - `multiplier` is a number, or a function of the epoch.
+    - With `staircase` the epoch is an integer, at the beginning of each epoch. Else it is the float
+      epoch + batch / steps, at the beginning of each batch.
+    - `compounding` gives Horovod's old numbers: a constant multiplier m means
+      m^(epoch − start_epoch).
+    - `steps_per_epoch` is only needed where Keras doesn't know it.
+
+    The epoch's logs get "lr", the rate of its last step. Raises ValueError without initial_lr.
+    """
 
     def __init__(
         self,
         initial_lr: float,
         multiplier: float | Callable[[float], float],
         start_epoch: int = 0,
-        end_epoch: int | None = None,
+        end_epoch: float | None = None,
         staircase: bool = True,
         momentum_correction: bool = True,
         steps_per_epoch: int | None = None,
@@ -104,9 +111,13 @@ class LearningRateScheduleCallback(ScheduledRate):
     ) -> None:
         if initial_lr is None:
             raise ValueError("initial_lr=None: give the rate that the multiplier multiplies")
-        self.initial_lr, self.multiplier, self.compounding = initial_lr, multiplier, compounding
-        self.start_epoch, self.end_epoch = start_epoch, end_epoch
-        self.staircase, self.steps_per_epoch = staircase, steps_per_epoch
+        self.initial_lr = initial_lr
+        self.multiplier = multiplier
+        self.compounding = compounding
+        self.start_epoch = start_epoch
+        self.end_epoch = end_epoch
+        self.staircase = staircase
+        self.steps_per_epoch = steps_per_epoch
         super().__init__(self._rate, momentum_correction=momentum_correction)
 
     @property
@@ -135,9 +146,8 @@ class LearningRateScheduleCallback(ScheduledRate):
         self.on_batch_end(batch, logs)
 
     def _before_step(self, batch: int) -> None:
-        if self._epoch < self.start_epoch or (
-            self.end_epoch is not None and self._epoch >= self.end_epoch
-        ):
+        is_over = self.end_epoch is not None and self._epoch >= self.end_epoch
+        if self._epoch < self.start_epoch or is_over:
             return
         if not self.staircase:
             super()._before_step(batch)
@@ -163,11 +173,14 @@ class LearningRateScheduleCallback(ScheduledRate):
 
 
 class LearningRateWarmupCallback(LearningRateScheduleCallback):
-    """η from initial_lr / size at the first step to initial_lr at the first step of epoch `warmup_epochs`, by a
-    constant amount per step (sec. 2.2); after that η is left alone, as by `GradualWarmup`.
+    """Raises η from initial_lr / size to initial_lr in the first `warmup_epochs` epochs (sec. 2.2).
 
-    `warmup_epochs` may be a fraction. With `one_step_early`, Horovod's old numbers: every step has the rate of its
-    successor, and initial_lr comes a step early. `verbose` prints a line on rank 0 when the warmup is done."""
+    The first step has initial_lr / size, the first step of epoch `warmup_epochs` has initial_lr. η
+    grows by a constant amount per step. After that η is left alone, as by `GradualWarmup`.
+    `warmup_epochs` may be a fraction. `one_step_early` gives Horovod's old numbers: every step has
+    the rate of its successor, and initial_lr comes a step early. `verbose` prints a line on rank 0
+    when the warmup is done.
+    """
 
     def __init__(
         self,
@@ -186,24 +199,22 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
             momentum_correction=momentum_correction,
             steps_per_epoch=steps_per_epoch,
         )
-        self.warmup_epochs, self.verbose, self.one_step_early = (
-            warmup_epochs,
-            verbose,
-            one_step_early,
-        )
+        self.warmup_epochs = warmup_epochs
+        self.verbose = verbose
+        self.one_step_early = one_step_early
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         super().on_epoch_begin(epoch, logs)
-        if not is_passing(self.model) and ends_between_epochs(
-            self.warmup_epochs, epoch, self._known_steps()
-        ):
+        is_over = ends_between_epochs(self.warmup_epochs, epoch, self._known_steps())
+        if is_over and not is_passing(self.model):
             self._set(self.initial_lr)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         super().on_epoch_end(epoch, logs)
         if ends_between_epochs(self.warmup_epochs, epoch + 1, self._known_steps()):
             self._set(self.initial_lr)
-        if epoch < self.warmup_epochs <= epoch + 1 and self.verbose and collectives.rank() == 0:
+        is_last = epoch < self.warmup_epochs <= epoch + 1
+        if is_last and self.verbose and collectives.rank() == 0:
             print(f"\nEpoch {epoch + 1}: the learning rate has warmed up to {self.initial_lr:g}.")
 
     def _before_step(self, batch: int) -> None:
@@ -214,14 +225,16 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         if self.one_step_early:
             epoch += 1 / self._steps()
         size = collectives.size()
-        return (1 + (size - 1) * min(epoch / self.warmup_epochs, 1.0)) / size
+        ramp = min(epoch / self.warmup_epochs, 1.0)
+        return (1 + (size - 1) * ramp) / size
 
 
 class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
     """A ModelCheckpoint that keeps the best model only, written by rank 0.
 
-    `filepath` may also be set as an attribute before training; ValueError says so when it is missing. Place it after
-    MetricAverageCallback, so that "best" speaks of all ranks."""
+    `filepath` may also be set as an attribute before training. Raises ValueError when it is
+    missing. Place it after MetricAverageCallback, so that "best" speaks of all ranks.
+    """
 
     def __init__(
         self,
@@ -232,9 +245,8 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         save_freq: str | int = "epoch",
         filepath: str | None = None,
     ) -> None:
-        unset = "unset.weights.h5" if save_weights_only else _UNSET
         super().__init__(
-            filepath or unset,
+            filepath or (_UNSET_WEIGHTS if save_weights_only else _UNSET),
             monitor=monitor,
             verbose=verbose,
             save_best_only=True,
@@ -258,6 +270,14 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if collectives.rank() == 0:
             super().on_epoch_end(epoch, logs)
+
+
+def _listed(variables: Any) -> list:
+    """Return what `local_variables` was given, a variable or several, as a list."""
+    if variables is None:
+        return []
+    is_collection = isinstance(variables, (list, tuple, set, frozenset))
+    return list(variables) if is_collection else [variables]
 
 
 def _refuse_device(device: str) -> None:

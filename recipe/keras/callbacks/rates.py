@@ -1,4 +1,4 @@
-"""Keras callbacks that set the learning rate, each in its own epochs only, with momentum correction."""
+"""Callbacks that set the learning rate, each in its own epochs only, with momentum correction."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,11 +11,12 @@ from recipe.rules.schedule import Rate
 
 
 class ScheduledRate(keras.callbacks.Callback):
-    """Sets η = rate(epoch) before each step; epoch is a float, `epoch + step/steps_per_epoch` at the step's start.
+    """Sets η = rate(epoch) before each step. The epoch is a float: epoch + step / steps_per_epoch.
 
-    With momentum correction (paper, remark 2): Keras's SGD folds η into its velocity, so that the velocity is
-    multiplied by η_new/η_old whenever η changes. This is exact, for classical and for Nesterov momentum. η_old is the
-    rate of the last step, whatever another callback has set since."""
+    With momentum correction (paper, remark 2): Keras's SGD folds η into its velocity, so that the
+    velocity is multiplied by η_new/η_old whenever η changes. This is exact, for classical and for
+    Nesterov momentum. η_old is the rate of the last step, whatever another callback has set since.
+    """
 
     def __init__(self, rate: Callable[[float], float], *, momentum_correction: bool = True) -> None:
         super().__init__()
@@ -24,10 +25,11 @@ class ScheduledRate(keras.callbacks.Callback):
         self._epoch = 0
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        if (n := self.model.steps_per_execution) > 1:
+        n = self.model.steps_per_execution
+        if n > 1:
             raise ValueError(
-                f"steps_per_execution={n}: a callback sees only one step in {n}; leave it 1, or give the optimizer a "
-                "recipe.keras.RateSchedule as its learning rate"
+                f"steps_per_execution={n}: a callback sees only one step in {n}; leave it 1, "
+                "or give the optimizer a recipe.keras.RateSchedule as its learning rate"
             )
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
@@ -60,11 +62,17 @@ class ScheduledRate(keras.callbacks.Callback):
 
 
 class GradualWarmup(ScheduledRate):
-    """Gradual warmup from base_rate to k·base_rate over the first `epochs` epochs (sec. 2.2), then leaves η alone.
+    """Raises η from base_rate to k·base_rate in the first `epochs` epochs, gradually (sec. 2.2).
 
-    base_rate is η for one worker's share of the minibatch; k is the number of workers, usually `size()`. The peak is
-    set once, where the warmup ends: at the end of its last epoch, so that it is in a checkpoint, and again as the next
-    epoch begins, so that a run which is resumed there has it. What other callbacks set later stands."""
+    After that it leaves η alone. base_rate is η for one worker's share of the minibatch. k is the
+    number of workers, usually `size()`.
+
+    The peak is set where the warmup ends: at the end of its last epoch, so that it is in a
+    checkpoint. It is set again as the next epoch begins, so that a run which is resumed there has
+    it. What other callbacks set later is kept.
+    """
+
+    rate: Rate
 
     def __init__(
         self, base_rate: float, k: int, epochs: float = 5.0, *, momentum_correction: bool = True
@@ -74,9 +82,8 @@ class GradualWarmup(ScheduledRate):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         super().on_epoch_begin(epoch, logs)
-        if not is_passing(self.model) and ends_between_epochs(
-            self.rate.warmup_epochs, epoch, self._known_steps()
-        ):
+        is_over = ends_between_epochs(self.rate.warmup_epochs, epoch, self._known_steps())
+        if is_over and not is_passing(self.model):
             self._set(self.rate.peak)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
@@ -89,8 +96,12 @@ class GradualWarmup(ScheduledRate):
 
 
 class StepDecay(ScheduledRate):
-    """η = rate · factor^i from the i-th of `epochs` on (sec. 5.1: 1/10 at 30, 60, 80); leaves η alone before the
-    first. So it goes with a GradualWarmup to the same `rate`."""
+    """η = rate · factor^i from the i-th of `epochs` on (sec. 5.1: 1/10 at 30, 60, 80).
+
+    It leaves η alone before the first of them, and so goes with a GradualWarmup to the same `rate`.
+    """
+
+    rate: Rate
 
     def __init__(
         self,
@@ -112,39 +123,53 @@ class StepDecay(ScheduledRate):
 
 
 def ends_between_epochs(end: float, epoch: int, steps: int | None) -> bool:
-    """Whether a warmup of `end` epochs ends after the last of the `steps` steps of the epoch before `epoch`, and not
-    after the first of this one. With unknown `steps` only where `end` is this very epoch."""
+    """Return whether a warmup of `end` epochs ends between the steps of two epochs.
+
+    That is: after the start of the last of the `steps` steps of the epoch before `epoch`, and not
+    after the start of the first step of this one. With unknown `steps` only where `end` is this
+    very epoch.
+    """
     last = epoch - 1 + (steps - 1) / steps if steps else epoch
     return last < end < epoch or end == epoch
 
 
 def in_warmup(end: float, epoch: int, batch: int, steps: Callable[[], int]) -> bool:
-    """Whether a step belongs to a warmup of `end` epochs: it starts before the end, or is the first after it and not
-    the first of its epoch (see `ends_between_epochs`)."""
-    return epoch < end and (batch == 0 or epoch + (batch - 1) / steps() < end)
+    """Return whether a step belongs to a warmup of `end` epochs.
+
+    It starts before the end, or is the first after it and not the first of its epoch (see
+    `ends_between_epochs`). `steps` gives the steps of an epoch.
+    """
+    if epoch >= end:
+        return False
+    return batch == 0 or epoch + (batch - 1) / steps() < end
 
 
 def set_rate(
     optimizer: keras.optimizers.Optimizer, rate: float, momentum_correction: bool = True
 ) -> None:
-    """Sets the optimizer's learning rate; with momentum correction rescales the velocities that hold it (remark 2):
-    those of `keras.optimizers.SGD` and of RMSprop with momentum."""
+    """Set the optimizer's learning rate.
+
+    With momentum correction (paper, remark 2) rescale the velocities that have the rate as a
+    factor: those of `keras.optimizers.SGD` and of RMSprop with momentum.
+    """
     inner = velocities.innermost(optimizer)
-    present = rate_of(inner)
-    new = float(np.float32(rate))  # as the variable will hold it
-    if new != present:
+    present_rate = rate_of(inner)
+    new_rate = float(np.float32(rate))  # as the variable will hold it
+    if new_rate != present_rate:
         inner.learning_rate = rate
     if not (momentum_correction and inner.built):
         return
-    held = velocities.held(inner)
-    old = present if held is None else held
-    if new != old and old > 0:
+
+    # The velocities have the rate of the last step, which another callback may have changed since.
+    held_rate = velocities.held(inner)
+    old_rate = present_rate if held_rate is None else held_rate
+    if new_rate != old_rate and old_rate > 0:
         for velocity in velocities.with_rate(inner):
-            velocity.assign(velocity * (new / old))
-    if held is not None:
-        velocities.hold(inner, new)
+            velocity.assign(velocity * (new_rate / old_rate))
+    if held_rate is not None:
+        velocities.hold(inner, new_rate)
 
 
 def rate_of(optimizer: keras.optimizers.Optimizer) -> float:
-    """η of the next step."""
+    """Return η of the next step."""
     return float(keras.ops.convert_to_numpy(optimizer.learning_rate))

@@ -1,1 +1,1 @@
-"""What becomes of a Keras `fit` in each way to train it on several ranks; `python -m recipe.keras.compare`."""
+"""Ways to train with Keras's `fit` on several ranks, compared: `python -m recipe.keras.compare`."""

@@ -1,6 +1,7 @@
-"""One of two processes of a contender: trains as a row of the comparison says, and leaves what it found in a file.
+"""One of two processes of a contender: it trains as a row says and leaves a report in a file.
 
-Run as a program (contender.py CONTENDER ROW FOLDER), so that only our own contender imports recipe.keras.
+Run as a program (contender.py CONTENDER ROW FOLDER), so that only our own contender imports
+recipe.keras.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import numpy as np
 from expected import BATCH, MOMENTUM, RATE, examples  # beside this program
 
 CONTENDER, ROW, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "RANK", "TASK")  # mpirun's, torchrun's, ours
 BATCHES = 8
 EPOCHS = 4
 STOP, LOSS = 1, 2  # the epoch after which one rank stops; the step in which one is lost
@@ -32,14 +34,15 @@ class Keras:
         )
         import torch.distributed
 
-        self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.rank = torch.distributed.get_rank()
+        self.size = torch.distributed.get_world_size()
         self.scope = contextlib.nullcontext
-        self.first: list = []
+        self.first: list[keras.callbacks.Callback] = []
 
-    def optimizer(self, optimizer: Any) -> Any:
+    def optimizer(self, optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
         return optimizer
 
-    def backup(self) -> Any:
+    def backup(self) -> keras.callbacks.Callback:
         return keras.callbacks.BackupAndRestore(str(FOLDER / f"backup{self.rank}" / "state"))
 
     def data(self, x: np.ndarray, y: np.ndarray) -> dict:
@@ -54,21 +57,19 @@ class Mirrored(Keras):
 
         self.strategy = tf.distribute.MultiWorkerMirroredStrategy()
         resolver = self.strategy.cluster_resolver
-        self.rank, self.size = resolver.task_id or 0, self.strategy.num_replicas_in_sync
+        self.rank = resolver.task_id or 0
+        self.size = self.strategy.num_replicas_in_sync
         self.scope = self.strategy.scope
         self.first = []
 
     def data(self, x: np.ndarray, y: np.ndarray) -> dict:
-        """Each rank's own data; the strategy divides a batch by the number of ranks."""
+        """Return each rank's own data. The strategy divides a batch by the number of ranks."""
         import tensorflow as tf
 
         options = tf.data.Options()
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-        return {
-            "x": tf.data.Dataset.from_tensor_slices((x, y))
-            .batch(BATCH * self.size)
-            .with_options(options)
-        }
+        batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH * self.size)
+        return {"x": batches.with_options(options)}
 
 
 class Horovod(Keras):
@@ -85,11 +86,13 @@ class Horovod(Keras):
             hvd.callbacks.MetricAverageCallback(),
         ]
 
-    def optimizer(self, optimizer: Any) -> Any:
+    def optimizer(self, optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
         return self.hvd.DistributedOptimizer(optimizer)
 
 
 class Ours(Keras):
+    """recipe.keras."""
+
     def __init__(self) -> None:
         import recipe.keras as hvd
 
@@ -98,14 +101,14 @@ class Ours(Keras):
         self.scope = contextlib.nullcontext
         self.first = [hvd.callbacks.BroadcastState(), hvd.callbacks.MetricSums()]
 
-    def optimizer(self, optimizer: Any) -> Any:
+    def optimizer(self, optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
         return self.hvd.DistributedOptimizer(optimizer)
 
-    def backup(self) -> Any:
+    def backup(self) -> keras.callbacks.Callback:
         return self.hvd.callbacks.BackupAndRestore(FOLDER / "backup")
 
 
-CONTENDERS: dict[str, type] = {
+CONTENDERS: dict[str, type[Keras]] = {
     "keras": Keras,
     "mirrored": Mirrored,
     "horovod": Horovod,
@@ -118,11 +121,8 @@ class OwnStep(keras.Sequential):
 
     def train_step(self, data: tuple) -> dict:
         x, y = data
-        loss = (
-            self._torch_step(x, y)
-            if keras.backend.backend() == "torch"
-            else self._tensorflow_step(x, y)
-        )
+        with_torch = keras.backend.backend() == "torch"
+        loss = self._torch_step(x, y) if with_torch else self._tensorflow_step(x, y)
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(loss)
@@ -182,40 +182,46 @@ class On(keras.callbacks.Callback):
 
 
 def fit(
-    way: Any, *callbacks: Any, kind: type = keras.Sequential, batches: int = BATCHES, **options: Any
+    way: Keras,
+    *callbacks: keras.callbacks.Callback,
+    kind: type = keras.Sequential,
+    batches: int = BATCHES,
+    **options: Any,
 ) -> dict:
-    """Trains a linear model from zeros on this rank's examples; what became of it."""
+    """Train a linear model from zeros on this rank's examples, and return the report."""
     epochs = options.pop("epochs", 1)
     with way.scope():
-        model = kind(
-            [keras.Input((4,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")]
-        )
+        linear = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")
+        model = kind([keras.Input((4,)), linear])
         optimizer = way.optimizer(keras.optimizers.SGD(RATE, momentum=MOMENTUM))
         model.compile(optimizer, "mse", jit_compile=False, **options)
     (FOLDER / f"began{way.rank}").touch()
-    callbacks = [*way.first, *callbacks, seen := On()]
-    data = way.data(*examples(way.rank, batches))
+    counter = On()
     history = model.fit(
-        **data, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks
-    ).history
-    weights = keras.ops.convert_to_numpy(model.trainable_weights[0].value)
-    return {"weights": np.ravel(weights).tolist(), "epochs": seen.epochs, "logs": history}
+        **way.data(*examples(way.rank, batches)),
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[*way.first, *callbacks, counter],
+    )
+    weights = np.ravel(keras.ops.convert_to_numpy(model.trainable_weights[0].value))
+    return {"weights": weights.tolist(), "epochs": counter.epochs, "logs": history.history}
 
 
-def own_step(way: Any) -> dict:
+def own_step(way: Keras) -> dict:
     return fit(way, kind=OwnStep)
 
 
-def early(way: Any) -> dict:
+def early(way: Keras) -> dict:
     return fit(way, batches=BATCHES - 2 * way.rank)
 
 
-def metric(way: Any) -> dict:
+def metric(way: Keras) -> dict:
     return fit(way, metrics=[Largest()])
 
 
-def deciding(way: Any) -> dict:
-    """A callback on rank 1 stops, as EarlyStopping does by this rank's own numbers."""
+def deciding(way: Keras) -> dict:
+    """Stop by a callback on rank 1, as EarlyStopping does by this rank's own numbers."""
 
     def stop(model: keras.Model, epoch: int) -> None:
         model.stop_training = model.stop_training or (way.rank == 1 and epoch == STOP)
@@ -223,8 +229,8 @@ def deciding(way: Any) -> dict:
     return fit(way, On(epoch=stop), epochs=EPOCHS)
 
 
-def resuming(way: Any) -> dict:
-    """All ranks end in the third epoch, and are started again in the same processes, with models of their own."""
+def resuming(way: Keras) -> dict:
+    """End on all ranks after two epochs, and start again in the same processes with new models."""
 
     def interrupt(model: keras.Model, epoch: int) -> None:
         if epoch == STOP:
@@ -235,7 +241,7 @@ def resuming(way: Any) -> dict:
     return fit(way, way.backup(), epochs=EPOCHS)
 
 
-def lost(way: Any) -> dict:
+def lost(way: Keras) -> dict:
     def kill(model: keras.Model, batch: int) -> None:
         if way.rank == 1 and batch == LOSS:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -243,17 +249,19 @@ def lost(way: Any) -> dict:
     return fit(way, On(step=kill), epochs=EPOCHS)
 
 
-def mpirun(way: Any) -> dict:
+def mpirun(way: Keras) -> dict:
     return fit(way) | {"size": way.size}
 
 
 class CountBuckets(keras.callbacks.Callback):
-    """Notes when Keras's DistributedDataParallel hands over a bucket of gradients to be reduced; by PyTorch's hook,
-    which is called as soon as the bucket's last gradient is ready."""
+    """Notes when Keras's DistributedDataParallel hands over a bucket of gradients to be reduced.
+
+    PyTorch calls its hook as soon as the bucket's last gradient is ready.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.last: list[bool] = []  # of each bucket: is it the one that backprop ends with
+        self.is_last: list[bool] = []  # of each bucket: backprop ends with it
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         import torch
@@ -262,25 +270,27 @@ class CountBuckets(keras.callbacks.Callback):
         def hook(
             group: Any, bucket: torch.distributed.GradBucket
         ) -> torch.futures.Future[torch.Tensor]:
-            self.last.append(bucket.is_last())
+            self.is_last.append(bucket.is_last())
             return allreduce_hook(group, bucket)
 
         self.model.ddp_model.register_comm_hook(None, hook)
 
 
-def overlap(way: Any) -> dict:
-    """Buckets whose reduction begins before backprop's end: of 12 layers of 1024, in three steps."""
-    model = keras.Sequential([keras.Input((1024,)), *[keras.layers.Dense(1024) for _ in range(12)]])
+def overlap(way: Keras) -> dict:
+    """Count buckets whose reduction begins before backprop's end, in three steps of 12 layers."""
+    layers = [keras.layers.Dense(1024) for _ in range(12)]
+    model = keras.Sequential([keras.Input((1024,)), *layers])
     model.compile(way.optimizer(keras.optimizers.SGD(1e-4)), "mse", jit_compile=False)
     (FOLDER / f"began{way.rank}").touch()
     x = np.ones((3 * BATCH, 1024), np.float32)
-    model.fit(x, x, batch_size=BATCH, verbose=0, callbacks=[buckets := CountBuckets()])
-    return {"before": buckets.last.count(False), "all": len(buckets.last)}
+    counter = CountBuckets()
+    model.fit(x, x, batch_size=BATCH, verbose=0, callbacks=[counter])
+    return {"before": counter.is_last.count(False), "buckets": len(counter.is_last)}
 
 
 @contextlib.contextmanager
-def reported(rank: int) -> Iterator[None]:
-    """An error is what became of it; it goes on, for the other processes' sake."""
+def error_reported(rank: int) -> Iterator[None]:
+    """Leave an error in a file and raise it again, so that the process ends."""
     try:
         yield
     except Exception as error:
@@ -289,17 +299,25 @@ def reported(rank: int) -> Iterator[None]:
         raise
 
 
+ROWS: dict[str, Callable[[Keras], dict]] = {
+    "own_step": own_step,
+    "early": early,
+    "metric": metric,
+    "deciding": deciding,
+    "resuming": resuming,
+    "lost": lost,
+    "mpirun": mpirun,
+    "overlap": overlap,
+}
+
+
 def main() -> None:
-    number = int(
-        os.environ.get("OMPI_COMM_WORLD_RANK")
-        or os.environ.get("RANK")
-        or os.environ.get("TASK")
-        or 0
-    )
-    with reported(number):
+    numbers = [os.environ[name] for name in RANK_VARIABLES if os.environ.get(name)]
+    number = int(numbers[0]) if numbers else 0
+    with error_reported(number):
         way = CONTENDERS[CONTENDER]()
-        found = globals()[ROW](way)
-    (FOLDER / f"found{number}").write_text(json.dumps(found))
+        report = ROWS[ROW](way)
+    (FOLDER / f"report{number}").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prepared data sets for the tests: fashion_photos, and ImageNet's real builder on a handful of images."""
+"""Data sets for the tests: fashion_photos, and ImageNet's real builder on a handful of images."""
 
 import io
 import tarfile
@@ -61,7 +61,7 @@ def photos() -> dict[str, bytes]:
 def small_imagenet(
     tmp_path_factory: pytest.TempPathFactory, photos: dict[str, bytes]
 ) -> tfds.core.DatasetBuilder:
-    """ImageNet's own builder, run on two tars of its form with ten training and four validation images."""
+    """ImageNet's own builder, run on two tars with ten training and four validation images."""
     folder = tmp_path_factory.mktemp("imagenet")
     inner = {
         f"{synset}.tar": tar_of(

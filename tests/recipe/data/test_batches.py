@@ -1,4 +1,4 @@
-"""Batches made by threads: their order, their number, what an error does, and that nothing stays behind."""
+"""Batches made by threads: their order and number, errors, and that nothing stays behind."""
 
 import gc
 import subprocess
@@ -99,8 +99,9 @@ def test_nothing_stays_of_an_iterator_that_is_left(end: str) -> None:
 @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise RuntimeError"])
 def test_a_process_ends_with_batches_in_the_making(end: str) -> None:
     program = (
-        "import numpy as np, time; from recipe.data.batches import Batches; "
-        "jobs = [lambda: time.sleep(0.05)] * 4; batches = iter(Batches(range(10**6), lambda p: ((), jobs), 2)); "
+        "import time; from recipe.data.batches import Batches, Unfilled; "
+        "jobs = [lambda: time.sleep(0.05)] * 4; "
+        "batches = iter(Batches(range(10**6), lambda position: Unfilled((), jobs), 2)); "
         f"next(batches)\n{end}"
     )
     done = subprocess.run([sys.executable, "-c", program], timeout=20, capture_output=True)

@@ -1,4 +1,7 @@
-"""The benchmark's own contenders on a few of its photos; the peers need packages that the project doesn't."""
+"""The benchmark's own contenders on a few of its photos.
+
+The peers need packages that the project doesn't need.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Decoding: crops exact to the bit for all kinds of JPEG, the filter against PIL's, and what is refused."""
+"""Decoding: crops exact to the bit for all kinds of JPEG, PIL's filter, and what is refused."""
 
 import io
 import os
@@ -81,7 +81,10 @@ def test_the_library_is_built() -> None:
 @settings(max_examples=200)
 @given(jpegs(), st.data())
 def test_crops_are_exact(image: bytes, data: st.DataObject) -> None:
-    """Bits, not levels: the box of a partly decoded image is that of the whole one, resized by other code."""
+    """Exact to the bit: the box of a partly decoded image is that of the whole one.
+
+    The whole one is resized by other code.
+    """
     height, width, _ = whole(image).shape
     y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     box = y, x, data.draw(st.integers(1, height - y)), data.draw(st.integers(1, width - x))
@@ -145,7 +148,10 @@ def test_png_among_jpegs(mode: str, library: bool, monkeypatch: pytest.MonkeyPat
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 70))
 @example(60, 60, 7)
 def test_smooth_is_pil_s_bilinear(height: int, width: int, size: int) -> None:
-    """PIL has weights of 22 bits and rounds to whole levels between its passes: one level at most."""
+    """They differ by one level at most.
+
+    PIL has weights of 22 bits and rounds to whole levels between its passes.
+    """
     image = encoded(photo(height, width), "PNG")
     expected = Image.fromarray(whole(image)).resize((size, size), Image.Resampling.BILINEAR)
     pixels = decoded(image, cut_of((0, 0, height, width), size, Filter.SMOOTH))
@@ -153,7 +159,10 @@ def test_smooth_is_pil_s_bilinear(height: int, width: int, size: int) -> None:
 
 
 def test_a_halved_image_is_as_good_as_a_low_pass() -> None:
-    """Where the DCT halves the image, bilinear comes near to PIL's low-pass; from the whole image it would not."""
+    """Where the DCT halves the image, bilinear comes near to PIL's low-pass.
+
+    From the whole image it would not come near.
+    """
     bilinear = cut_of((0, 0, 400, 400), 50, Filter.BILINEAR)
     smooth = bilinear._replace(filter=Filter.SMOOTH)
     image = encoded(photo(400, 400), "JPEG", quality=95)
@@ -176,20 +185,27 @@ def without_palette(png: bytes) -> bytes:
 
 
 def damaged() -> dict[str, tuple[bytes, str]]:
-    """Bytes and what is said of them, by kind."""
+    """Bytes, and what the decoders say of them, by the kind of damage."""
     jpeg = encoded(photo(), "JPEG", quality=95)
     scan = jpeg.index(b"\xff\xda")
+    cut = jpeg[: (scan + len(jpeg)) // 2]
+    in_the_head = "Premature end|no image|Unsupported marker|SOS"
+    tables_left_out = encoded(photo(), "JPEG", streamtype=2)
+    twelve_bits = jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c")
+    cut_png = encoded(photo(), "PNG")[:-400]
+    palette_png = encoded(photo().convert("P"), "PNG", transparency=3)
+    deep_png = encoded(Image.new("I;16", (80, 60)), "PNG")
     return {
-        "cut": (jpeg[: (scan + len(jpeg)) // 2], "Premature end of JPEG file"),
-        "cut and closed": (jpeg[: (scan + len(jpeg)) // 2] + b"\xff\xd9", "premature end of data segment"),
-        "cut in the head": (jpeg[: scan - 40], "Premature end|no image|Unsupported marker|SOS"),
+        "cut": (cut, "Premature end of JPEG file"),
+        "cut and closed": (cut + b"\xff\xd9", "premature end of data segment"),
+        "cut in the head": (jpeg[: scan - 40], in_the_head),
         "no picture": (jpeg[:scan] + b"\xff\xd9", "missing SOS marker"),
-        "tables left out": (encoded(photo(), "JPEG", streamtype=2), "table 0x00 was not defined"),
-        "twelve bits": (jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "precision"),
-        "a cut PNG": (encoded(photo(), "PNG")[:-400], "truncated|broken|Truncated"),
-        "a PNG without its palette": (without_palette(encoded(photo().convert("P"), "PNG", transparency=3)), "damaged"),
-        "sixteen bits": (encoded(Image.new("I;16", (80, 60)), "PNG"), "more than 8 bits"),
-    }  # fmt: skip
+        "tables left out": (tables_left_out, "table 0x00 was not defined"),
+        "twelve bits": (twelve_bits, "precision"),
+        "a cut PNG": (cut_png, "truncated|broken|Truncated"),
+        "a PNG without its palette": (without_palette(palette_png), "damaged"),
+        "sixteen bits": (deep_png, "more than 8 bits"),
+    }
 
 
 @pytest.mark.parametrize("kind", damaged())
@@ -251,7 +267,10 @@ def test_it_is_built_with_what_the_environment_has(tmp_path: Path) -> None:
     (tmp_path / "pillow.libs").mkdir()
     shutil.copy(decode_build.bundled(site), tmp_path / "pillow.libs")
     shutil.copytree(site / decode_build.HEADERS, tmp_path / decode_build.HEADERS)
-    program = "import sys; from recipe.data import decode_build as b; from pathlib import Path; b.build(Path(sys.argv[1]))"
+    program = (
+        "import sys; from pathlib import Path; from recipe.data import decode_build; "
+        "decode_build.build(Path(sys.argv[1]))"
+    )
     command = [sys.executable, "-c", program, str(tmp_path)]
     failed = subprocess.run(
         command, env={**os.environ, "CC": "cc -include nothing.h"}, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""The built-in data set: what is in it, that damage is noticed, that a failed preparation leaves nothing."""
+"""The built-in data set: its images, damage to them, and a preparation that fails."""
 
 import dataclasses
 import io
@@ -22,7 +22,10 @@ def test_splits_have_every_class_equally_often(fashion: Data) -> None:
 
 
 def test_images_are_the_embedded_ones(fashion: Data) -> None:
-    """JPEG at quality 100 leaves a mean error below one grey level; each original is in one split, once."""
+    """Each original is in one split, once.
+
+    JPEG at quality 100 leaves a mean error below one grey level.
+    """
     originals, labels = fashion_photos.read_images(), fashion_photos.read_labels()
     assert originals.shape == (10_000, 28, 28)
     of_class = [np.flatnonzero(labels == label) for label in range(10)]

@@ -25,9 +25,9 @@ CLASSES = ("n01440764", "n01443537", "n01484850")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ with 8 images in each of three classes, val/ with 2."""
-    root = tmp_path_factory.mktemp("made") / "tree"
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree: train/ with 8 images in each of three classes, val/ with 2."""
+    root = tmp_path_factory.mktemp("original") / "tree"
     for split, count in (("train", 8), ("val", 2)):
         for c, name in enumerate(CLASSES):
             (root / split / name).mkdir(parents=True)
@@ -38,8 +38,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tree(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "tree"))
+def tree(original: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(original, tmp_path / "tree"))
 
 
 def data_of(tree: Path, **changes: str | int) -> Data:
@@ -65,7 +66,7 @@ def test_examples_are_the_sorted_files_and_labels_the_sorted_folders(tree: Path)
 
 
 def test_imagenet_s_labels_are_tfds_s() -> None:
-    """Its class names in TFDS's order are sorted, so that a tree gives each class the same label."""
+    """TFDS's order of the class names is sorted, so a tree gives each class the same label."""
     names = tfds.builder("imagenet2012").info.features["label"].names
     assert names == sorted(names)
 
@@ -278,10 +279,8 @@ def test_a_file_that_is_away_for_a_moment_is_waited_for(
     assert source.read(np.arange(3))[0] == expected
     back.join()
     (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        line
-        == f"warning: {folder}/{CLASSES[0]}_0.JPEG can't be read (No such file or directory): trying for 30 s"
-    )
+    path = f"{folder}/{CLASSES[0]}_0.JPEG"
+    assert line == (f"warning: {path} can't be read (No such file or directory): trying for 30 s")
 
 
 def test_patience_ends_with_the_path(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +345,7 @@ def in_sorted_order(tree: Path, data_dir: Path) -> Data:
 
 @pytest.mark.ranks
 def test_two_ranks_learn_the_same_from_a_tree_as_from_tfds(tree: Path, tmp_path: Path) -> None:
-    """Law 1: where the images lie is no part of the recipe; equal to the bit, on the same ranks."""
+    """Where the images lie is no part of the recipe. The weights are equal to the bit."""
     sizes = {
         "k": 2,
         "n": 4,
@@ -378,10 +377,10 @@ def test_two_ranks_learn_the_same_from_a_tree_as_from_tfds(tree: Path, tmp_path:
 
 
 @pytest.mark.ranks
-def test_a_rank_with_other_data_ends_the_job(tree: Path, made: Path, tmp_path: Path) -> None:
-    """Copies on each host, one of which lacks an image: the ranks would take different numbers of steps."""
+def test_a_rank_with_other_data_ends_the_job(tree: Path, original: Path, tmp_path: Path) -> None:
+    """Each host has a copy, and one lacks an image: the numbers of steps would differ."""
     (tree / "train" / CLASSES[1] / f"{CLASSES[1]}_0.JPEG").unlink()
-    other = shutil.copytree(made, tmp_path / "other")
+    other = shutil.copytree(original, tmp_path / "other")
     program = "import os, sys; folder = os.environ['DATA' + os.environ['OMPI_COMM_WORLD_RANK']]; "
     program += "sys.argv.append(f'--config.data.data_dir={folder}'); "
     program += "from recipe import cli, train; cli.run(train.main, train.VALUES)"
@@ -398,9 +397,9 @@ def test_a_rank_with_other_data_ends_the_job(tree: Path, made: Path, tmp_path: P
     ]
     done = launch(2, ["-c", program, *options], DATA0=str(other), DATA1=str(tree))
     assert done.returncode == 1, done.stdout
-    (said,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    (error,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert (
-        "rank 1 has other data than rank 0: (examples, classes) [(23, 3), (6, 3)] instead of [(24, 3), (6, 3)]"
-        in said
+        "rank 1 has other data than rank 0: (examples, classes) [(23, 3), (6, 3)] instead of "
+        "[(24, 3), (6, 3)]" in error
     )
     assert not (tmp_path / "run").exists()

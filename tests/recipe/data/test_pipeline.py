@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,12 @@ def parts_of(batch: tuple) -> list[np.ndarray]:
     return [part for part in batch if part is not None]
 
 
+def joined(elements: Sequence[Element]) -> tuple[np.ndarray, ...]:
+    """The examples of several elements in one."""
+    parts = zip(*map(parts_of, elements), strict=True)
+    return tuple(np.concatenate(part) for part in parts)
+
+
 @pytest.fixture(scope="module")
 def data(fashion: Data) -> Data:
     """250 examples: two full minibatches of 96 and a short one of 58."""
@@ -102,17 +108,17 @@ def test_dropped_remainder(source: sources.TFDSSource, data: Data) -> None:
 
 
 def test_the_division_among_ranks_changes_nothing(source: sources.TFDSSource, data: Data) -> None:
-    """One rank with both workers, two ranks with one each, one worker with all examples: the same images."""
+    """The images are the same on one rank with both workers and on two ranks with one each.
+
+    They are also those of one worker with all examples.
+    """
     recipe = recipe_of(data, k=2, n=48)
     both = elements_of(source, recipe, range(2))
     assert_equal(both[0::2], elements_of(source, recipe, range(1)))
     assert_equal(both[1::2], elements_of(source, recipe, range(1, 2)))
     single = elements_of(source, recipe_of(data, k=1, n=96), range(1))
-    joined = [
-        tuple(map(np.concatenate, zip(a[:2], b[:2], strict=True)))
-        for a, b in zip(both[::2], both[1::2], strict=True)
-    ]
-    assert_equal(joined, [batch[:2] for batch in single])
+    pairs = [joined(pair) for pair in zip(both[::2], both[1::2], strict=True)]
+    assert_equal([pair[:2] for pair in pairs], [element[:2] for element in single])
 
 
 def test_several_workers_at_once_are_the_same_workers(
@@ -121,11 +127,8 @@ def test_several_workers_at_once_are_the_same_workers(
     recipe = recipe_of(dataclasses.replace(data, remainder="drop"), k=6, n=16)
     apart = elements_of(source, recipe, range(6))
     together = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, workers_at_once=3))
-    joined = [
-        tuple(map(np.concatenate, zip(*map(parts_of, apart[i : i + 3]), strict=True)))
-        for i in range(0, len(apart), 3)
-    ]
-    assert_equal(elements_of(source, together, range(6)), joined)
+    threes = [joined(apart[i : i + 3]) for i in range(0, len(apart), 3)]
+    assert_equal(elements_of(source, together, range(6)), threes)
 
 
 def test_networks_with_dropout_get_the_examples_keys(
@@ -145,10 +148,8 @@ def test_resume_continues_the_stream(
     """After a resume, in an epoch or between two, comes what would have come, not epoch 0 again."""
     recipe = recipe_of(data, k=2, n=48)
     whole = elements_of(source, recipe, range(2))
-    assert_equal(
-        elements_of(source, recipe, range(2), first_step),
-        whole[2 * first_step :],
-    )
+    resumed = elements_of(source, recipe, range(2), first_step)
+    assert_equal(resumed, whole[2 * first_step :])
 
 
 def test_threads_change_nothing(
@@ -199,8 +200,11 @@ def test_a_rank_without_examples_evaluates_nothing(data: Data) -> None:
 
 
 def test_evaluation_pixels_are_pil_s(small_imagenet: tfds.core.DatasetBuilder) -> None:
-    """torchvision's Resize(256) and CenterCrop(224), done with PIL, which rounds to whole levels between two passes;
-    here both are one, in floating point. So two levels at most, a quarter of one on average."""
+    """They differ by two levels at most, and by a quarter of one on average.
+
+    PIL does torchvision's Resize(256) and CenterCrop(224), and rounds to whole levels between two
+    passes. Here both are one, in floating point.
+    """
     source = sources.TFDSSource(small_imagenet, "train")
     recipe = recipe_of(Data(image_size=224), k=1, n=1)
     batches = evaluated(source, recipe, np.arange(len(source)), 4)
@@ -286,7 +290,10 @@ def test_png_data_sets(tmp_path: Path) -> None:
 
 
 def overwrite(data: Data, example: int, replace: dict[bytes, bytes]) -> str:
-    """Changes bytes in the record of an example of the first shard, as if written so; returns the file's name."""
+    """Change bytes in the record of an example of the first shard, as if it was written so.
+
+    Return the file's name.
+    """
     path = next(Path(data.data_dir).rglob("*train.tfrecord-00000*"))
     start, end = records.scan(str(path))[example : example + 2]
     content = bytearray(path.read_bytes())
@@ -329,7 +336,7 @@ def test_a_bad_image_is_named(
 def test_a_bad_image_is_replaced_in_all_divisions_by_the_same(
     fashion: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two bad ones, of which the first may be drawn to replace the second; with any number of ranks and threads."""
+    """Of two bad ones the first may be drawn to replace the second."""
     shutil.copytree(fashion.data_dir, tmp_path, dirs_exist_ok=True)
     data = dataclasses.replace(
         fashion, data_dir=str(tmp_path), train_examples=16, bad_images="replace"
@@ -341,6 +348,8 @@ def test_a_bad_image_is_replaced_in_all_divisions_by_the_same(
     ):
         path = overwrite(data, example, replace)
     source, recipe = sources.open_source(data, "train"), recipe_of(data, k=1, n=16)
+
+    # Each bad one is named once a run.
     examples = examples_of(source, recipe, range(1))
     whole = list(examples.elements())
     warnings = capsys.readouterr().err
@@ -349,20 +358,24 @@ def test_a_bad_image_is_replaced_in_all_divisions_by_the_same(
     assert examples.replaced == {source.where(5), source.where(9)}
     assert_equal(list(examples.elements()), whole)
     assert not capsys.readouterr().err, "once a run"
+
+    # The same are taken in other divisions.
     for n in (1, 4):
         k = 16 // n
         apart = examples_of(source, recipe_of(data, k=k, n=n), range(k))
-        elements = list(apart.elements())
-        for part in (0, 1):
-            joined = np.concatenate([element[part] for element in elements])
-            assert np.array_equal(joined, np.concatenate([element[part] for element in whole]))
+        assert_equal([joined(list(apart.elements()))[:2]], [joined(whole)[:2]])
         assert apart.replaced == examples.replaced
+
+    # They are the first ones drawn that are good.
     labels = good.read(np.arange(16))[1]
     for epoch, element in enumerate(whole):
         order = permutation(16, 5, epoch)
         for index, label in zip(order, element.labels, strict=True):
-            drawn = [int(i) for i in augment.replacements(index, 16, 5, epoch) if i not in (5, 9)]
-            assert label == labels[drawn[0] if index in (5, 9) else index]
+            if index in (5, 9):
+                drawn = augment.replacements(index, 16, 5, epoch)
+                index = next(i for i in drawn if i not in (5, 9))
+            assert label == labels[index]
+
     with pytest.raises(RunError, match=r"example [59] "):
         fails = dataclasses.replace(data, bad_images="fail")
         elements_of(source, recipe_of(fails, k=1, n=16), range(1))
@@ -390,12 +403,15 @@ def test_synthetic_batches() -> None:
 def test_images_are_read_without_tensorflow(fashion: Data) -> None:
     """Native PyTorch neither waits for it nor holds its memory."""
     program = (
-        "import sys; from recipe.frameworks.replica import load_framework; from recipe.run import loop; from recipe.config import Data, Recipe; load_framework('torch'); "
+        "import sys; from recipe.frameworks.replica import load_framework; "
+        "from recipe.run import loop; from recipe.config import Data, Recipe; "
+        "load_framework('torch'); "
         "from recipe.data.pipeline import TrainingExamples; "
         "from recipe.data.sources import open_source; from recipe.rules.epoch import Share; "
         "data = Data('fashion_photos', sys.argv[1], image_size=28); "
-        "source = open_source(data, 'train'); "
-        "next(iter(TrainingExamples(source, Recipe(k=1, n=8, data=data), Share(range(1)), 2).elements())); "
+        "source, recipe = open_source(data, 'train'), Recipe(k=1, n=8, data=data); "
+        "examples = TrainingExamples(source, recipe, Share(range(1)), 2); "
+        "next(iter(examples.elements())); "
         "assert 'torch' in sys.modules and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, fashion.data_dir], check=True)

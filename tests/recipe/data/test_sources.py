@@ -31,7 +31,7 @@ def copied(fashion: Data, tmp_path: Path) -> Data:
 
 
 def shard(data: Data) -> Path:
-    """The file of training examples 0, 1, …"""
+    """Return the file of training examples 0, 1, and so on."""
     return next(Path(data.data_dir).rglob("*train.tfrecord-00000*"))
 
 
@@ -88,7 +88,8 @@ def test_parts_of_splits(fashion: Data) -> None:
         ),
         (
             {"name": "mnist:9.9.9"},
-            r"'mnist:9\.9\.9' .*: Dataset mnist cannot be loaded at version 9\.9\.9, only: 3\.0\.1$",
+            r"'mnist:9\.9\.9' .*: Dataset mnist cannot be loaded at version 9\.9\.9, "
+            r"only: 3\.0\.1$",
         ),
         (
             {"name": "fashion_photo"},
@@ -235,7 +236,10 @@ def test_a_file_that_changes_during_a_run_is_named(
 
 
 def fail(fd: int) -> None:
-    """Makes an open file one whose reads fail with EIO, as a stale handle's do: nothing is mapped at such addresses."""
+    """Make the reads of an open file fail with EIO, as those of a stale handle do.
+
+    It becomes the process's memory, in which nothing is mapped at such addresses.
+    """
     memory = os.open("/proc/self/mem", os.O_RDONLY)
     os.dup2(memory, fd)
     os.close(memory)

@@ -1,4 +1,7 @@
-"""Run on real ranks by test_compatibility.py: saved models, and what users override or are told to do."""
+"""Run on real ranks by test_compatibility.py.
+
+Saved models, and what users override or are told to do.
+"""
 
 import functools
 import os
@@ -13,7 +16,7 @@ import numpy as np
 import recipe.keras as hvd
 from recipe.keras import state
 from recipe.keras.callbacks import ReplicaCheck
-from recipe.keras.distributed import is_distributed, reduction_of
+from recipe.keras.distributed import is_distributed, reduction_of, use_compression
 from recipe.rules.schedule import Rate
 from tests.ranks import report
 from tests.recipe.keras.program import EXAMPLES, LABELS, compiled, fit, nesterov, network
@@ -45,6 +48,10 @@ def path(name: str) -> str:
 
 def values(variables) -> list[np.ndarray]:
     return [keras.ops.convert_to_numpy(v).copy() for v in variables]
+
+
+def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+    return len(one) == len(other) and all(map(np.array_equal, one, other))
 
 
 def small(optimizer=None, *layers, **settings) -> keras.Model:
@@ -101,7 +108,10 @@ def every_kind() -> dict:
 
 
 def going_on() -> dict:
-    """Three steps, saved and loaded, three more; the same without saving. Distributed when saved, and not."""
+    """Three steps, saved and loaded, three more; the same without saving.
+
+    Distributed when saved, and not.
+    """
     found = {}
     for name, make in every_kind().items():
         for distributed in (True, False):
@@ -117,14 +127,17 @@ def going_on() -> dict:
                     path(f"model.{extension}"), compression=hvd.Compression.fp16
                 )
                 assert loaded[extension].jit_compile is False
-            outcome = {"before": values(state.everything(model)), "after": []}
-            outcome["loaded"] = {e: values(state.everything(m)) for e, m in loaded.items()}
-            outcome["distributed"] = [is_distributed(m.optimizer) for m in loaded.values()]
-            outcome["compression"] = [
-                reduction_of(m.optimizer).compression.__name__ for m in loaded.values()
-            ]
+            options = [reduction_of(m.optimizer).options for m in loaded.values()]
+            outcome = {
+                "before": values(state.everything(model)),
+                "loaded": {e: values(state.everything(m)) for e, m in loaded.items()},
+                "distributed": [is_distributed(m.optimizer) for m in loaded.values()],
+                "compression": [o.compression.__name__ for o in options],
+            }
+
+            # All go on.
             for m in loaded.values():
-                reduction_of(m.optimizer).compression = hvd.Compression.none
+                use_compression(m.optimizer, hvd.Compression.none)
                 for _ in range(3):
                     m.train_on_batch(X, Y)
             if not distributed:
@@ -138,7 +151,10 @@ def going_on() -> dict:
 
 
 def kinds_of_files() -> dict:
-    """Losses and metrics by name, as objects, as functions, by output; names and objects of files. All train on."""
+    """Losses and metrics by name, as objects, as functions, by output; names and objects of files.
+
+    All train on.
+    """
     found = {}
     metrics = keras.metrics
     settings = {
@@ -193,7 +209,10 @@ def kinds_of_files() -> dict:
 
 
 def functions() -> dict:
-    """What a function makes for the optimizer's name is taken, distributed already or not, with the saved state."""
+    """What a function makes for the optimizer's name is taken, with the saved state.
+
+    It may be distributed already.
+    """
 
     def plain(**settings):
         return Mine(**settings)
@@ -231,19 +250,17 @@ def functions() -> dict:
         for extension in EXTENSIONS:
             model.save(path(f"functions.{extension}"))
             loaded = hvd.load_model(path(f"functions.{extension}"), **arguments)
-            reduction = reduction_of(loaded.optimizer)
+            options = reduction_of(loaded.optimizer).options
+            kept = True
+            if name == "compressed":
+                copy = loaded.optimizer.from_config(loaded.optimizer.get_config())
+                kept = reduction_of(copy).options.compression is options.compression
+            saved_values, loaded_values = (values(state.everything(m)) for m in (model, loaded))
             found[name, extension] = {
-                "op": reduction.op == hvd.Sum,
-                "half": reduction.compression is hvd.Compression.fp16,
-                "kept": reduction_of(
-                    loaded.optimizer.from_config(loaded.optimizer.get_config())
-                ).compression
-                is reduction.compression
-                if name == "compressed"
-                else True,
-                "same": all(
-                    map(np.array_equal, *(values(state.everything(m)) for m in (model, loaded)))
-                ),
+                "op": options.op == hvd.Sum,
+                "half": options.compression is hvd.Compression.fp16,
+                "kept": kept,
+                "same": same(saved_values, loaded_values),
                 "trains": bool(np.isfinite(loaded.train_on_batch(X, Y))),
             }
     return found
@@ -351,51 +368,64 @@ def counting(kind: type, *methods: str) -> type:
 
 
 def overriding() -> dict:
-    """Two epochs of four batches with callbacks and a state whose public methods are all overridden."""
+    """Two epochs of four batches.
+
+    All public methods of the callbacks and of the state are overridden.
+    """
     model = compiled(network(), nesterov())
     held = counting(hvd.elastic.KerasState, "commit", "save")(model, batch=0, epoch=0)
-    names, elastic, batches = (
-        hvd.callbacks,
-        hvd.elastic,
-        [*HOOKS, "on_train_batch_begin", "on_train_batch_end"],
-    )
-    first, second = model.trainable_variables[:2]
-    made = {
-        "broadcast": counting(
-            names.BroadcastGlobalVariablesCallback, "register_local_var", *batches
-        )(0, local_variables=first),
-        "average": counting(names.MetricAverageCallback, *batches)(),
-        "schedule": counting(names.LearningRateScheduleCallback, *batches)(
-            0.1, 1.0, staircase=False
-        ),
-        "warmup": counting(names.LearningRateWarmupCallback, *batches)(0.1, 1),
-        "batch": counting(elastic.UpdateBatchStateCallback, *batches)(held),
-        "epoch": counting(elastic.UpdateEpochStateCallback, *batches)(held),
-        "commit": counting(elastic.CommitStateCallback, "commit", *batches)(
-            held, batches_per_commit=3
-        ),
-    }
-    made["broadcast"].register_local_var(second.value)
-    for v in (first, second, *model.trainable_variables[2:]):
+    first, second, *others = model.trainable_variables
+    callbacks = overriding_callbacks(held, first)
+
+    # The local variables, of which one is registered afterwards, keep what they have.
+    broadcast = callbacks["broadcast"]
+    broadcast.register_local_var(second.value)
+    for v in (first, second, *others):
         v.assign(keras.ops.full(v.shape, float(hvd.rank())))
-    made["broadcast"].set_model(model)
-    kept = values(model.trainable_variables)
-    hvd.callbacks.BroadcastGlobalVariablesCallback.on_train_begin(made["broadcast"])
+    broadcast.set_model(model)
+    before = values(model.trainable_variables)
+    hvd.callbacks.BroadcastGlobalVariablesCallback.on_train_begin(broadcast)
     after = values(model.trainable_variables)
+
+    # All hooks of a training are called.
     state.broadcast_state(model)
-    history = fit(model, 2, *made.values())
+    history = fit(model, 2, *callbacks.values())
     return {
-        "calls": {name: callback.calls for name, callback in made.items()},
+        "calls": {name: callback.calls for name, callback in callbacks.items()},
         "state": held.calls,
-        "local": [np.array_equal(a, b) for a, b in zip(kept, after, strict=True)],
+        "local": [np.array_equal(a, b) for a, b in zip(before, after, strict=True)],
         "read": {
-            "batches_remaining": made["commit"].batches_remaining,
-            "steps_per_epoch": made["batch"].steps_per_epoch,
-            "initial_epoch": made["epoch"].initial_epoch,
-            "current_epoch": made["warmup"].current_epoch,
+            "batches_remaining": callbacks["commit"].batches_remaining,
+            "steps_per_epoch": callbacks["batch"].steps_per_epoch,
+            "initial_epoch": callbacks["epoch"].initial_epoch,
+            "current_epoch": callbacks["warmup"].current_epoch,
         },
         "held": [held.batch, held.epoch],
         "epochs": len(history.epoch),
+    }
+
+
+def overriding_callbacks(
+    held: hvd.elastic.KerasState, local: keras.Variable
+) -> dict[str, keras.callbacks.Callback]:
+    """Callbacks of all kinds, each of a subclass that overrides all hooks."""
+    hooks = [*HOOKS, "on_train_batch_begin", "on_train_batch_end"]
+    callbacks, elastic = hvd.callbacks, hvd.elastic
+    broadcast = counting(callbacks.BroadcastGlobalVariablesCallback, "register_local_var", *hooks)
+    average = counting(callbacks.MetricAverageCallback, *hooks)
+    schedule = counting(callbacks.LearningRateScheduleCallback, *hooks)
+    warmup = counting(callbacks.LearningRateWarmupCallback, *hooks)
+    batch = counting(elastic.UpdateBatchStateCallback, *hooks)
+    epoch = counting(elastic.UpdateEpochStateCallback, *hooks)
+    commit = counting(elastic.CommitStateCallback, "commit", *hooks)
+    return {
+        "broadcast": broadcast(0, local_variables=local),
+        "average": average(),
+        "schedule": schedule(0.1, 1.0, staircase=False),
+        "warmup": warmup(0.1, 1),
+        "batch": batch(held),
+        "epoch": epoch(held),
+        "commit": commit(held, batches_per_commit=3),
     }
 
 
@@ -456,14 +486,15 @@ def advice() -> dict:
         model.fit(
             X, Y, batch_size=4, verbose=0, callbacks=[hvd.elastic.UpdateBatchStateCallback(held)]
         )
-        changed = any(
-            not np.array_equal(a, b)
-            for a, b in zip(before, values(state.everything(model)), strict=True)
-        )
+        changed = not same(before, values(state.everything(model)))
         held.restore()
-        after = values(state.everything(model))
-        same = len(before) == len(after) and all(map(np.array_equal, before, after))
-        found[name] = {"said": said, "variables": len(before), "trained": changed, "restored": same}
+        restored = same(before, values(state.everything(model)))
+        found[name] = {
+            "said": said,
+            "variables": len(before),
+            "trained": changed,
+            "restored": restored,
+        }
     return found
 
 

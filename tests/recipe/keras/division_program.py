@@ -1,4 +1,7 @@
-"""Run on real ranks by test_division.py: which examples each rank trained on, and which masks it drew."""
+"""Run on real ranks by test_division.py.
+
+Which examples each rank trained on, and which masks it drew.
+"""
 
 import dataclasses
 import random
@@ -103,21 +106,23 @@ def trained(data: Any, first: int = 0, epochs: int = 3, **options: Any) -> list:
         data, initial_epoch=first, epochs=epochs, callbacks=[BroadcastState(), Epochs()], **options
     )
     return [
-        [list(step) for step in epoch] for epoch in model.seen
-    ]  # Keras made lists of its own of these
+        [list(step) for step in epoch]  # Keras made lists of its own of these
+        for epoch in model.seen
+    ]
 
 
 def division() -> dict:
     """Three epochs; again from the second on; in the data's own order."""
-    found = {}
+    outcomes = {}
     for kind, make in kinds().items():
-        found[kind] = {
+        evaluated = recorder().evaluate(make(shuffle=False), verbose=0)
+        outcomes[kind] = {
             "seen": trained(make(seed=5)),
             "resumed": trained(make(seed=5, first_epoch=1), first=1),
             "in order": trained(make(shuffle=False), epochs=1),
-            "evaluated": len(recorder().evaluate(make(shuffle=False), verbose=0)),
+            "evaluated": len(evaluated),
         }
-    return found
+    return outcomes
 
 
 def halves_of_an_epoch() -> dict:
@@ -130,27 +135,28 @@ def hooks() -> dict:
     own = Batches(workers=3, use_multiprocessing=True, max_queue_size=7)
     divided = hvd.divide(own)
     divided.on_epoch_end()
-    settings = {"num_workers": 2, "prefetch_factor": 3, "timeout": 9, "persistent_workers": True}
-    settings |= {
+    parallel = (divided.workers, divided.use_multiprocessing, divided.max_queue_size)
+
+    settings = {
+        "num_workers": 2,
+        "prefetch_factor": 3,
+        "timeout": 9,
+        "persistent_workers": True,
         "collate_fn": len,
         "worker_init_fn": abs,
         "generator": torch.Generator(),
         "pin_memory": True,
     }
     loader = hvd.divide(torch.utils.data.DataLoader(Pairs(), 4, **settings))
-    return {
-        "PyDataset": (
-            divided.workers,
-            divided.use_multiprocessing,
-            divided.max_queue_size,
-            own.shift,
-        ),
-        "loader": [name for name, value in settings.items() if getattr(loader, name) != value],
-    }
+    lost = [name for name, value in settings.items() if getattr(loader, name) != value]
+    return {"PyDataset": (*parallel, own.shift), "loader": lost}
 
 
 def refused(action: Callable) -> str:
-    """The sentence of the error that `action` must raise: TensorFlow makes its own of one in the data."""
+    """The sentence of the error that `action` must raise.
+
+    TensorFlow makes its own of one in the data.
+    """
     try:
         action()
     except (ValueError, tf.errors.OpError) as error:
@@ -161,8 +167,10 @@ def refused(action: Callable) -> str:
 def refusals() -> dict:
     """What can't be divided; the key is what the sentence must name."""
     random.seed(7)  # so that all ranks fail in the same step: here they live on
-    examples, data = tf.data.Dataset.from_tensor_slices((X, Y)), torch.utils.data
-    weighted = data.WeightedRandomSampler(np.ones(COUNT), COUNT)
+    data = torch.utils.data
+    examples = tf.data.Dataset.from_tensor_slices((X, Y))
+    single_examples = tf.data.Dataset.from_tensor_slices(X[:3]).batch(1)
+    weighted = data.DataLoader(Pairs(), sampler=data.WeightedRandomSampler(np.ones(COUNT), COUNT))
 
     class Endless(data.IterableDataset):
         def __iter__(self) -> Iterator:
@@ -182,12 +190,8 @@ def refusals() -> dict:
         "pass batch_size": refused(lambda: hvd.divide(tf.data.Dataset.range(9))),
         "batch_size=4: a PyDataset": refused(lambda: hvd.divide(Batches(), 4)),
         "IterableDataset": refused(lambda: hvd.divide(data.DataLoader(Endless()))),
-        "WeightedRandomSampler": refused(
-            lambda: hvd.divide(data.DataLoader(Pairs(), sampler=weighted))
-        ),
-        "one example": refused(
-            lambda: list(hvd.divide(tf.data.Dataset.from_tensor_slices(X[:3]).batch(1)))
-        ),
+        "WeightedRandomSampler": refused(lambda: hvd.divide(weighted)),
+        "one example": refused(lambda: list(hvd.divide(single_examples))),
     }
 
 
@@ -231,49 +235,63 @@ def masks(model: keras.Model, times: int) -> list[np.ndarray]:
 
 
 def begun(callback: keras.callbacks.Callback, model: keras.Model) -> keras.Model:
+    """Return the model as it is when the callback has begun a training."""
     callback.set_model(model)
     callback.on_train_begin()
     return model
 
 
+def masks_after(callback: keras.callbacks.Callback) -> list[np.ndarray]:
+    """Return three masks of a new network whose training the callback begins."""
+    return masks(begun(callback, random_network()), 3)
+
+
+def seed_values(model: keras.Model) -> list[np.ndarray]:
+    return [keras.ops.convert_to_numpy(v) for v in seeds.states(model)]
+
+
 def randomness() -> dict:
-    """Masks of an uninterrupted run, a second one, one that rank 0 takes up from its checkpoint, and the old way."""
+    """Masks of an uninterrupted run, and of the ways to repeat it and to go on from it."""
+    # An uninterrupted run.
     model = begun(BroadcastState(), random_network())
-    start = [keras.ops.convert_to_numpy(v) for v in seeds.states(model)]
+    states = seed_values(model)
     first = masks(model, 3)
     saved = state.to_arrays(model)
     going_on = masks(model, 2)
+
+    # One that rank 0 resumes from its checkpoint.
     resumed = random_network()
     if hvd.rank() == 0:
         state.from_arrays(resumed, saved)
-    x, y = np.ones((4, 4, 4, 1), np.float32), np.ones((4, 1), np.float32)
+    begun(BroadcastState(), resumed)
+
+    # Replicas stay equal, although the masks differ.
     checked = begun(BroadcastState(), random_network())
-    checked.fit(
-        x, [np.zeros((4, 4, 4, 5), np.float32), y], verbose=0, callbacks=[ReplicaCheck(every=1)]
-    )
+    x, y = np.ones((4, 4, 4, 1), np.float32), np.ones((4, 1), np.float32)
+    targets = [np.zeros((4, 4, 4, 5), np.float32), y]
+    checked.fit(x, targets, verbose=0, callbacks=[ReplicaCheck(every=1)])
+
+    # Other ways to broadcast.
+    twice = begun(BroadcastState(), begun(BroadcastState(), random_network()))
     elastic = random_network()
-    dropping = dataclasses.replace(quick.RECIPE.model, dropout=0.5)
     hvd.elastic.KerasState(elastic).sync()
+
+    # The recipe's network with dropout.
+    dropping = dataclasses.replace(quick.RECIPE.model, dropout=0.5)
+    recipe_network = resnet.build(dataclasses.replace(quick.RECIPE, model=dropping), 10)
     return {
-        "states": start,
+        "states": states,
         "first": first,
-        "second": masks(begun(BroadcastState(), random_network()), 3),
+        "second": masks_after(BroadcastState()),
         "going on": going_on,
-        "resumed": masks(begun(BroadcastState(), resumed), 2),
-        "again": masks(begun(BroadcastState(), begun(BroadcastState(), random_network())), 3),
-        "same": masks(begun(BroadcastState(same_seeds=True), random_network()), 3),
-        "same, Horovod's": masks(
-            begun(BroadcastGlobalVariablesCallback(0, same_seeds=True), random_network()), 3
-        ),
-        "last is root": masks(begun(BroadcastState(hvd.size() - 1), random_network()), 3),
+        "resumed": masks(resumed, 2),
+        "again": masks(twice, 3),
+        "same": masks_after(BroadcastState(same_seeds=True)),
+        "same, Horovod's": masks_after(BroadcastGlobalVariablesCallback(0, same_seeds=True)),
+        "last is root": masks_after(BroadcastState(hvd.size() - 1)),
         "elastic": masks(elastic, 3),
-        "recipe's": [
-            v.path
-            for v in seeds.states(
-                resnet.build(dataclasses.replace(quick.RECIPE, model=dropping), 10)
-            )
-        ],
-        "unbroadcast": [keras.ops.convert_to_numpy(v) for v in seeds.states(random_network())],
+        "recipe's": [v.path for v in seeds.states(recipe_network)],
+        "unbroadcast": seed_values(random_network()),
         "in the checkpoint": sum("seed_generator" in name for name in saved),
     }
 

@@ -1,4 +1,7 @@
-"""Run by an elastic horovodrun for test_elastic.py: rank 1 is killed after the second batch of the second epoch."""
+"""Run by an elastic horovodrun for test_elastic.py.
+
+Rank 1 is killed after the second batch of the second epoch.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Run on two real ranks by test_together.py: ways in which ranks can't come together; the first argument chooses."""
+"""Ways in which two real ranks can't come together, by the first argument; see test_together.py."""
 
 import socket
 import sys
@@ -26,7 +26,7 @@ class Trouble(keras.callbacks.Callback):
             time.sleep(20)
 
     def first(self):
-        """Whether this is the first or the second of the two places."""
+        """Return whether this is the first or the second of the two places."""
         self.calls = getattr(self, "calls", 0) + 1
         return self.calls <= 2
 
@@ -60,7 +60,7 @@ def main():
 
 
 def starts_keras_own(and_sets: bool):
-    """Keras's own data parallelism, beside Horovod's."""
+    """Start Keras's own data parallelism, beside Horovod's."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = hvd.broadcast_object(free.getsockname()[1], 0)

@@ -1,7 +1,8 @@
-"""Run by test_patterns.py on 1 and 2 real ranks: the usual training patterns of Keras, each small, in its usual form.
+"""The usual training patterns of Keras, small and in their usual form, for test_patterns.py.
 
-On 1 rank each is also trained by plain Keras. There, where a pattern draws noise or contrasts examples with each other,
-the halves of the minibatch do what two ranks do with theirs.
+They run on 1 and 2 real ranks. On 1 rank each is also trained by plain Keras. There, where a
+pattern draws noise or contrasts examples with each other, the halves of the minibatch do what two
+ranks do with theirs.
 """
 
 import warnings
@@ -25,12 +26,12 @@ Wrap = Callable[[keras.optimizers.Optimizer], keras.optimizers.Optimizer]
 
 
 def parts() -> int:
-    """Of how many ranks this rank's minibatch is."""
+    """Return of how many ranks this rank's minibatch is."""
     return 2 // hvd.size()
 
 
 def examples(seed: int, width: int = WIDTH) -> np.ndarray:
-    """This rank's examples: a half of each minibatch, or the whole."""
+    """Return this rank's examples: a half of each minibatch, or the whole."""
     whole = np.random.default_rng(seed).normal(size=(STEPS, hvd.size(), BATCH // hvd.size(), width))
     return whole[:, hvd.rank()].reshape(-1, width).astype(np.float32)
 
@@ -49,7 +50,7 @@ def momentum() -> keras.optimizers.Optimizer:
 
 
 def adam() -> keras.optimizers.Optimizer:
-    """Its ε is large, or rounding would decide on the steps of weights whose gradient is almost 0."""
+    """Make Adam with a large ε, or rounding would decide where a gradient is almost 0."""
     return keras.optimizers.Adam(0.02, beta_1=0.5, epsilon=0.01)
 
 
@@ -60,7 +61,7 @@ def network(*more: layers.Layer, outputs: int = 1, inputs: int = WIDTH) -> keras
 
 
 def minimise(optimizer, variables: list, loss_of: Callable, method: str = "apply") -> object:
-    """One update as Keras's guides write it for either backend. Returns the loss."""
+    """Do one update as Keras's guides write it for either backend. Return the loss."""
     if TENSORFLOW:
         with tf.GradientTape() as tape:
             loss = loss_of()
@@ -83,8 +84,9 @@ def update(optimizer, gradients: list, variables: list, method: str) -> None:
 
 
 def drawn(draw: Callable, rows: object, width: int, seed: keras.random.SeedGenerator) -> object:
-    """Noise as two ranks draw it with `same_seeds=True`: the noise of their halves is equal."""
-    noise = draw((-(-rows // parts()), width), seed=seed)
+    """Draw noise as two ranks do with `same_seeds=True`: the noise of their halves is equal."""
+    rows_of_part = -(-rows // parts())
+    noise = draw((rows_of_part, width), seed=seed)
     return ops.concatenate([noise] * parts())[:rows]
 
 
@@ -93,18 +95,18 @@ class OwnStep(keras.Model):
 
     def train_step(self, data):
         x, y = data
-        kept = {}
+        outputs = {}
 
         def loss_of():
-            kept["y"] = self(x, training=True)
-            return self.compute_loss(y=y, y_pred=kept["y"])
+            outputs["y"] = self(x, training=True)
+            return self.compute_loss(y=y, y_pred=outputs["y"])
 
         loss = minimise(self.optimizer, self.trainable_weights, loss_of, "apply_gradients")
         for metric in self.metrics:
             if metric.name == "loss":
                 metric.update_state(loss)
             else:
-                metric.update_state(y, kept["y"])
+                metric.update_state(y, outputs["y"])
         return {m.name: m.result() for m in self.metrics}
 
 
@@ -116,7 +118,7 @@ def own_step(wrap: Wrap) -> keras.Model:
 
 
 class CustomLoss(keras.Model):
-    """Keras's own step with a loss of the user's, a tracker of it, and what layers add to the loss."""
+    """Keras's own step with a user's loss, a tracker of it, and what layers add to the loss."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -134,9 +136,8 @@ class CustomLoss(keras.Model):
 
 def custom_loss(wrap: Wrap) -> keras.Model:
     inputs = keras.Input((WIDTH,))
-    hidden = layers.Dense(5, activation="tanh", kernel_regularizer=keras.regularizers.L2(0.1))(
-        inputs
-    )
+    regularizer = keras.regularizers.L2(0.1)
+    hidden = layers.Dense(5, activation="tanh", kernel_regularizer=regularizer)(inputs)
     model = CustomLoss(inputs, layers.Dense(1)(hidden))
     model.compile(wrap(momentum()))
     return model
@@ -156,7 +157,7 @@ class Sampling(layers.Layer):
 
 
 class Autoencoder(keras.Model):
-    """A variational one, of two functional models and trackers of its own, one by another name than its log."""
+    """A variational one of two functional models. A tracker has another name than its log."""
 
     def __init__(self, encoder, decoder):
         super().__init__()
@@ -173,18 +174,19 @@ class Autoencoder(keras.Model):
         return self.decoder(self.encoder(x)[2])
 
     def train_step(self, x):
-        kept = {}
+        losses = {}
 
         def loss_of():
             mean, log_variance, z = self.encoder(x)
-            kept["r"] = ops.mean(ops.sum(ops.square(x - self.decoder(z)), axis=1))
+            squares = ops.square(x - self.decoder(z))
+            losses["reconstruction"] = ops.mean(ops.sum(squares, axis=1))
             divergence = 1 + log_variance - ops.square(mean) - ops.exp(log_variance)
-            kept["d"] = ops.mean(ops.sum(-0.5 * divergence, axis=1))
-            return kept["r"] + kept["d"]
+            losses["divergence"] = ops.mean(ops.sum(-0.5 * divergence, axis=1))
+            return losses["reconstruction"] + losses["divergence"]
 
         self.total.update_state(minimise(self.optimizer, self.trainable_weights, loss_of))
-        self.reconstruction.update_state(kept["r"])
-        self.divergence.update_state(kept["d"])
+        self.reconstruction.update_state(losses["reconstruction"])
+        self.divergence.update_state(losses["divergence"])
         return {
             "loss": self.total.result(),
             "reconstruction_loss": self.reconstruction.result(),
@@ -195,10 +197,8 @@ class Autoencoder(keras.Model):
 def vae(wrap: Wrap) -> keras.Model:
     inputs = keras.Input((WIDTH,))
     hidden = layers.Dense(5, activation="tanh")(inputs)
-    mean, log_variance = (
-        layers.Dense(2, name="mean")(hidden),
-        layers.Dense(2, name="log_variance")(hidden),
-    )
+    mean = layers.Dense(2, name="mean")(hidden)
+    log_variance = layers.Dense(2, name="log_variance")(hidden)
     encoder = keras.Model(inputs, [mean, log_variance, Sampling()([mean, log_variance])])
     model = Autoencoder(encoder, network(inputs=2, outputs=WIDTH))
     model.compile(wrap(adam()))
@@ -212,10 +212,8 @@ class Adversaries(keras.Model):
         super().__init__()
         self.critic, self.generator = critic, generator
         self.seed_generator = keras.random.SeedGenerator(11)
-        self.d_tracker, self.g_tracker = (
-            keras.metrics.Mean(name="d_loss"),
-            keras.metrics.Mean(name="g_loss"),
-        )
+        self.d_tracker = keras.metrics.Mean(name="d_loss")
+        self.g_tracker = keras.metrics.Mean(name="g_loss")
 
     def compile(self, d_optimizer, g_optimizer):
         super().compile()
@@ -250,7 +248,8 @@ class Gan(Adversaries):
             return entropy(ops.zeros((rows, 1)), self.critic(self.fake(rows)))
 
         d = minimise(self.d_optimizer, self.critic.trainable_weights, d_loss)
-        return self.logs(d, minimise(self.g_optimizer, self.generator.trainable_weights, g_loss))
+        g = minimise(self.g_optimizer, self.generator.trainable_weights, g_loss)
+        return self.logs(d, g)
 
 
 class Wasserstein(Adversaries):
@@ -271,19 +270,18 @@ class Wasserstein(Adversaries):
         def d_loss():
             fake = self.fake(rows)
             between = x + drawn(keras.random.uniform, rows, 1, self.seed_generator) * (fake - x)
-            norm = ops.sqrt(ops.sum(ops.square(self.slope(between)), axis=1) + 1e-6)
-            return (
-                ops.mean(self.critic(fake))
-                - ops.mean(self.critic(x))
-                + 10 * ops.mean((norm - 1) ** 2)
-            )
+            squares = ops.sum(ops.square(self.slope(between)), axis=1)
+            norm = ops.sqrt(squares + 1e-6)
+            penalty = 10 * ops.mean((norm - 1) ** 2)
+            return ops.mean(self.critic(fake)) - ops.mean(self.critic(x)) + penalty
 
         def g_loss():
             return -ops.mean(self.critic(self.fake(rows)))
 
         for _ in range(3):
             d = minimise(self.d_optimizer, self.critic.trainable_weights, d_loss)
-        return self.logs(d, minimise(self.g_optimizer, self.generator.trainable_weights, g_loss))
+        g = minimise(self.g_optimizer, self.generator.trainable_weights, g_loss)
+        return self.logs(d, g)
 
 
 def adversaries(kind: type, wrap: Wrap) -> keras.Model:
@@ -316,19 +314,13 @@ class Contrastive(keras.Model):
         return self.head(self.encoder(x))
 
     def contrast(self, one, other):
-        one, other = (
-            z / ops.sqrt(ops.sum(ops.square(z), axis=1, keepdims=True)) for z in (one, other)
-        )
-        alike = ops.matmul(one, ops.transpose(other)) / 0.5
+        alike = ops.matmul(unit(one), ops.transpose(unit(other))) / 0.5
         own = ops.arange(BATCH // 2)
-        both = (alike, ops.transpose(alike))
-        return (
-            sum(
-                ops.mean(keras.losses.sparse_categorical_crossentropy(own, a, from_logits=True))
-                for a in both
-            )
-            / 2
-        )
+        losses = []
+        for logits in (alike, ops.transpose(alike)):
+            entropy = keras.losses.sparse_categorical_crossentropy(own, logits, from_logits=True)
+            losses.append(ops.mean(entropy))
+        return sum(losses) / 2
 
     def train_step(self, x):
         def loss_of():
@@ -338,6 +330,11 @@ class Contrastive(keras.Model):
 
         self.tracker.update_state(minimise(self.optimizer, self.trainable_weights, loss_of))
         return {"c_loss": self.tracker.result()}
+
+
+def unit(vectors):
+    """Return the vectors at length 1."""
+    return vectors / ops.sqrt(ops.sum(ops.square(vectors), axis=1, keepdims=True))
 
 
 def simclr(wrap: Wrap) -> keras.Model:
@@ -430,7 +427,7 @@ def fit(model: keras.Model, data: tuple, hooks: list) -> dict:
 
 
 def fitted(make: Callable, data: Callable) -> Callable:
-    """A pattern that one `fit` trains: gives its weights and logs."""
+    """Return a pattern that one `fit` trains. It gives weights and logs."""
 
     def train(wrap: Wrap, hooks: Callable) -> tuple:
         model = make(wrap)
@@ -441,8 +438,11 @@ def fitted(make: Callable, data: Callable) -> Callable:
 
 
 def transfer(wrap: Wrap, hooks: Callable) -> tuple:
-    """A frozen base under a new head, then all of it at a lower rate, but for the normalisation, which stays frozen and
-    so as in inference. (`training=False` alone doesn't do that: `fit` passes another to every layer.)"""
+    """Train a new head on a frozen base, then all of it at a lower rate.
+
+    The normalisation stays frozen and so as in inference. (`training=False` alone doesn't do that:
+    `fit` passes another to every layer.)
+    """
     base = network(layers.BatchNormalization(), outputs=4)
     base.trainable = False
     inputs = keras.Input((WIDTH,))
@@ -453,11 +453,12 @@ def transfer(wrap: Wrap, hooks: Callable) -> tuple:
     base.layers[0].trainable = False
     model.compile(wrap(keras.optimizers.SGD(0.02)), "mse", metrics=["mae"])
     second = fit(model, regression(), hooks())
-    return model.weights, first | {f"{name} unfrozen": numbers for name, numbers in second.items()}
+    unfrozen = {f"{name} unfrozen": numbers for name, numbers in second.items()}
+    return model.weights, first | unfrozen
 
 
 def own_loop(method: str, traced: bool) -> Callable:
-    """A loop of the user's own, without fit: the broadcast and the mean of the loss are its own calls."""
+    """Return a loop without fit, which itself calls the broadcast and the mean of the loss."""
 
     def train(wrap: Wrap, hooks: Callable) -> tuple:
         model, optimizer = network(), wrap(momentum())
@@ -465,12 +466,10 @@ def own_loop(method: str, traced: bool) -> Callable:
         hvd.broadcast_variables(model.variables + optimizer.variables, 0)
 
         def step(x, y):
-            return minimise(
-                optimizer,
-                model.trainable_variables,
-                lambda: ops.mean(ops.square(model(x) - y)),
-                method,
-            )
+            def loss_of():
+                return ops.mean(ops.square(model(x) - y))
+
+            return minimise(optimizer, model.trainable_variables, loss_of, method)
 
         step = tf.function(step) if traced and TENSORFLOW else step
         x, y = (ops.convert_to_tensor(array) for array in regression())
@@ -506,27 +505,33 @@ PATTERNS = {
 
 
 def trained(train: Callable, wrap: Wrap, hooks: Callable) -> dict:
-    """The weights and logs of one pattern; each rank begins with other weights, rank 0 with those of the seed 100."""
+    """Return the weights, logs and warnings of one pattern.
+
+    Each rank begins with other weights, rank 0 with those of the seed 100.
+    """
     keras.utils.set_random_seed(100 + hvd.rank())
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         weights, logs = train(wrap, hooks)
     return {
         "weights": [ops.convert_to_numpy(v).copy() for v in weights],
         "logs": logs,
-        "warnings": sorted({str(w.message) for w in said}),
+        "warnings": sorted({str(w.message) for w in caught_warnings}),
     }
+
+
+def own_hooks() -> list:
+    return [BroadcastState(same_seeds=True), MetricSums(), ReplicaCheck(every=1)]
 
 
 def main() -> None:
     hvd.init()
-    found = {}
+    patterns = {}
     for name, train in PATTERNS.items():
-        hooks = lambda: [BroadcastState(same_seeds=True), MetricSums(), ReplicaCheck(every=1)]  # noqa: E731
-        found[name] = {"wrapped": trained(train, hvd.DistributedOptimizer, hooks)}
+        patterns[name] = {"wrapped": trained(train, hvd.DistributedOptimizer, own_hooks)}
         if hvd.size() == 1:
-            found[name]["plain"] = trained(train, lambda optimizer: optimizer, list)
-    report(hvd.rank(), found)
+            patterns[name]["plain"] = trained(train, lambda optimizer: optimizer, list)
+    report(hvd.rank(), patterns)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Run on real ranks by test_distributed.py: each scenario's findings on this rank go back to the test."""
+"""Run on real ranks by test_distributed.py.
+
+Each scenario's findings on this rank go back to the test.
+"""
 
 import itertools
 import os
@@ -84,7 +87,10 @@ class AtFirstStep(keras.callbacks.Callback):
 
 
 def equality() -> dict:
-    """Three epochs of Nesterov SGD, warmup, decay and weight decay on one kn minibatch, divided among the ranks."""
+    """Three epochs of Nesterov SGD, warmup, decay and weight decay on kn examples a step.
+
+    These are divided among the ranks.
+    """
     model = compiled(network(), nesterov())
     history = fit(model, 3, ScheduledRate(RATE), MetricSums(), ReplicaCheck(every=2))
     return {"weights": model.get_weights(), "history": history.history}
@@ -105,7 +111,10 @@ def initial_state() -> dict:
 
 
 def worker_statistics() -> dict:
-    """One step with BN: the gradient is the mean of the workers', each with the statistics of its own examples."""
+    """One step with BN.
+
+    The gradient is the mean of the workers', each with the statistics of its own examples.
+    """
     size, rank = hvd.size(), hvd.rank()
     model = compiled(network(normalised=True), hvd.DistributedOptimizer(keras.optimizers.SGD(1.0)))
     state.broadcast_state(model)
@@ -127,7 +136,10 @@ def worker_statistics() -> dict:
 
 
 def unequal_shards() -> dict:
-    """Rank r holds r + 1 times 8 examples; the whole set's loss and accuracy must come out, in fit and evaluate."""
+    """Rank r holds r + 1 times 8 examples.
+
+    The whole set's loss and accuracy must come out, in fit and evaluate.
+    """
     sizes = 8 * np.arange(1, hvd.size() + 1)
     end = np.cumsum(sizes)[hvd.rank()]
     mine = slice(end - sizes[hvd.rank()], end)
@@ -173,7 +185,10 @@ def poisoned_replica() -> dict:
 
 
 def different_models() -> dict:
-    """Rank 0 has one unit more than the others; waiting for each other for ever would be the wrong answer."""
+    """Rank 0 has one unit more than the others.
+
+    Waiting for each other for ever would be the wrong answer.
+    """
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2 + (hvd.rank() == 0))])
     model.compile(nesterov(), "mse")
     try:
@@ -184,7 +199,10 @@ def different_models() -> dict:
 
 
 def overflow() -> dict:
-    """The last rank's gradient overflows in the first step: every rank skips it, and the next one counts."""
+    """The last rank's gradient overflows in the first step.
+
+    Every rank skips it, and the next one counts.
+    """
     optimizer = keras.optimizers.LossScaleOptimizer(
         keras.optimizers.SGD(0.1, momentum=0.9), initial_scale=1024.0
     )
@@ -207,7 +225,10 @@ def overflow() -> dict:
 
 
 def mixed_policy() -> dict:
-    """Under the global policy the wrapper brings the loss scaling that compile() would put outside of it."""
+    """Under the global policy the wrapper brings the loss scaling.
+
+    compile() would put it around the wrapper.
+    """
     keras.config.set_dtype_policy("mixed_float16")
     try:
         wrapped = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
@@ -236,7 +257,10 @@ def compression() -> dict:
 
 
 def saved_models() -> dict:
-    """A model saved with the wrapped optimizer loads as if it had never been wrapped, slots and all."""
+    """A model saved with the wrapped optimizer loads as if it had never been wrapped.
+
+    So do the optimizer's slots.
+    """
     model = compiled(network(), nesterov())
     fit(model, 1)
     path = Path(os.environ["RESULTS"]) / f"saved{hvd.rank()}.keras"

@@ -1,4 +1,4 @@
-"""Run on real ranks by test_rates.py: the rates that steps really had, and what became of the velocities."""
+"""The scenarios of test_rates.py on real ranks: rates of steps, and what became of velocities."""
 
 import sys
 
@@ -23,18 +23,18 @@ STEPS = 4  # of an epoch
 
 
 class Noted(keras.callbacks.Callback):
-    """Of each step: its rate, and the velocity at its start over that at the end of the step before.
+    """Notes each step's rate, and the velocity at its start over that at the last step's end.
 
-    `ends`: the rate that a checkpoint at the end of each epoch would hold."""
+    `ends`: the rate that a checkpoint at the end of each epoch would hold.
+    """
 
     def __init__(self):
         super().__init__()
         self.rates, self.factors, self.ends = [], [], []
 
     def velocity(self):
-        return np.concatenate(
-            [np.ravel(keras.ops.convert_to_numpy(v)) for v in self.model.optimizer.momentums]
-        )
+        velocities = map(keras.ops.convert_to_numpy, self.model.optimizer.momentums)
+        return np.concatenate([np.ravel(v) for v in velocities])
 
     def rate(self):
         return float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
@@ -44,8 +44,9 @@ class Noted(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         self.rates.append(self.rate())
-        moved = np.linalg.norm(self.last)
-        self.factors.append(float(np.dot(self.velocity(), self.last) / moved**2) if moved else 1.0)
+        norm = np.linalg.norm(self.last)
+        factor = np.dot(self.velocity(), self.last) / norm**2 if norm else 1.0
+        self.factors.append(float(factor))
 
     def on_train_batch_end(self, batch, logs=None):
         self.last = self.velocity()
@@ -106,66 +107,70 @@ def horovods(epochs, **options):
 
 
 def resumed_after() -> dict:
-    """The whole warmup; then, η lowered, on after it, with the same callback object and with another; then anew."""
-    found = {}
+    """Do the whole warmup; go on with a lower η, with the same callback and another; begin anew."""
+    results = {}
     for name, kind in {"ours": warm, "horovods": horovods}.items():
         model, callback = fresh(), kind(1)
         first = fit(model, 2, callback)
         model.optimizer.learning_rate = 0.01
-        same, other = fit(model, 3, callback, first=2), fit(model, 4, kind(1), first=3)
-        found[name] = {
+        results[name] = {
             "first": first,
-            "same": same,
-            "other": other,
+            "same": fit(model, 3, callback, first=2),
+            "other": fit(model, 4, kind(1), first=3),
             "anew": fit(model, 2, callback),
         }
-    return found
+    return results
 
 
 def resumed_within() -> dict:
-    """A warmup of two epochs, interrupted after the first; and one taken up by a fresh optimizer."""
-    found = {}
+    """Interrupt a warmup of two epochs after the first; go on also with a fresh optimizer."""
+    results = {}
     for name, kind in {"ours": warm, "horovods": horovods}.items():
         model = fresh()
-        first = fit(model, 1, kind(2))
-        found[name] = {"first": first, "second": fit(model, 3, kind(2), first=1)}
-        found[name]["fresh"] = fit(fresh(), 3, kind(2), first=1)
-    return found
+        results[name] = {
+            "first": fit(model, 1, kind(2)),
+            "second": fit(model, 3, kind(2), first=1),
+            "fresh": fit(fresh(), 3, kind(2), first=1),
+        }
+    return results
 
 
 def resumed_at_the_end() -> dict:
-    """The checkpoint was written before the warmup set its peak."""
-    found = {}
+    """Go on from a checkpoint that was written before the warmup set its peak."""
+    results = {}
     for name, kind in {"ours": warm, "horovods": horovods}.items():
         model = fresh()
         first = fit(model, 1, kind(2))
-        found[name] = {"before": first["rates"][-1], "after": fit(model, 3, kind(2), first=2)}
-    return found
+        results[name] = {"before": first["rates"][-1], "after": fit(model, 3, kind(2), first=2)}
+    return results
 
 
 def with_plateau() -> dict:
-    found = {}
+    results = {}
     for name, kind in {"ours": warm, "horovods": horovods}.items():
-        found[name, "warmup first"] = fit(fresh(), 5, kind(2), plateau())
-        found[name, "plateau first"] = fit(fresh(), 5, plateau(), kind(2))
+        results[name, "warmup first"] = fit(fresh(), 5, kind(2), plateau())
+        results[name, "plateau first"] = fit(fresh(), 5, plateau(), kind(2))
     constant = hvd.callbacks.LearningRateScheduleCallback(0.4, 0.5, start_epoch=1, end_epoch=3)
-    found["constant"] = fit(fresh(), 5, constant, plateau())
-    found["always"] = fit(fresh(), 3, plateau(), ScheduledRate(lambda epoch: 0.4))
-    found["decay"] = fit(fresh(), 4, plateau(), StepDecay(0.4, (2, 3)))
-    return found
+    results["constant"] = fit(fresh(), 5, constant, plateau())
+    results["always"] = fit(fresh(), 3, plateau(), ScheduledRate(lambda epoch: 0.4))
+    results["decay"] = fit(fresh(), 4, plateau(), StepDecay(0.4, (2, 3)))
+    return results
 
 
 def fractions() -> dict:
-    """Warmups that end within an epoch and, 1.9, after the last step of one; another's wish right after the end."""
-    found = {}
+    """Do warmups that end within an epoch and, 1.9, after the last step of one.
+
+    Another callback sets η right after the end.
+    """
+    results = {}
     for name, kind in {"ours": warm, "horovods": horovods}.items():
-        found[name, 1.5] = fit(fresh(), 3, kind(1.5), SetsAfter(7, 0.01))
-        found[name, 1.9] = fit(fresh(), 3, kind(1.9), SetsAfter(9, 0.01))
-    return found
+        results[name, 1.5] = fit(fresh(), 3, kind(1.5), SetsAfter(7, 0.01))
+        results[name, 1.9] = fit(fresh(), 3, kind(1.9), SetsAfter(9, 0.01))
+    return results
 
 
 def decay_resumed() -> dict:
-    """Past both boundaries, another callback having lowered η in between."""
+    """Go on past both boundaries, after another callback has lowered η in between."""
     model = fresh()
     fit(model, 2)
     model.optimizer.learning_rate = 0.00025
@@ -173,18 +178,22 @@ def decay_resumed() -> dict:
 
 
 def options() -> dict:
-    """Horovod's old numbers, resumed within and after their epochs."""
+    """Resume Horovod's old numbers within and after their epochs."""
     model = fresh()
     power = hvd.callbacks.LearningRateScheduleCallback(
         0.4, 0.5, start_epoch=1, end_epoch=3, compounding=True
     )
-    found = {"compounding": fit(model, 3, power, first=2), "over": fit(model, 4, power, first=3)}
+    results = {
+        "compounding": fit(model, 3, power, first=2),
+        "over": fit(model, 4, power, first=3),
+    }
     model = fresh()
     early = horovods(1, one_step_early=True)
-    found["early"] = fit(model, 2, early)
+    results["early"] = fit(model, 2, early)
     model.optimizer.learning_rate = 0.01
-    found["early, over"], found["early, anew"] = fit(model, 3, early, first=2), fit(model, 1, early)
-    return found
+    results["early, over"] = fit(model, 3, early, first=2)
+    results["early, anew"] = fit(model, 1, early)
+    return results
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Run on real ranks by test_resuming.py: trainings that kill themselves and are started again; refusals."""
+"""The trainings of test_resuming.py, on real ranks: they kill themselves and are started again."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -21,12 +22,9 @@ RATE = 0.05
 
 
 def examples(seed: int = 0) -> tuple:
-    """This rank's own."""
-    x = (
-        np.random.default_rng(10 * seed + hvd.rank())
-        .normal(size=(BATCH * STEPS, 5))
-        .astype(np.float32)
-    )
+    """Return this rank's own examples."""
+    generator = np.random.default_rng(10 * seed + hvd.rank())
+    x = generator.normal(size=(BATCH * STEPS, 5)).astype(np.float32)
     return x, np.abs(x.sum(axis=1)).astype(np.int64) % 3
 
 
@@ -58,19 +56,22 @@ def sgd() -> keras.optimizers.Optimizer:
     return keras.optimizers.SGD(RATE, momentum=0.9, nesterov=True)
 
 
-def models() -> dict:
-    """(a model, the arguments of BackupAndRestore). The first is backed up in the middle of its two passes, too."""
-    return {
-        "batches": lambda: (
-            compiled(network(), sgd(), backward_passes_per_step=2),
-            {"save_freq": 5},
-        ),
-        "epochs": lambda: (compiled(network(), sgd()), {"double_checkpoint": True}),
-    }
+class Kind(NamedTuple):
+    """A kind of training that is backed up."""
+
+    optimizer_options: dict
+    backup_options: dict
+
+
+KINDS = {
+    # Backed up in the middle of its two passes, too.
+    "batches": Kind({"backward_passes_per_step": 2}, {"save_freq": 5}),
+    "epochs": Kind({}, {"double_checkpoint": True}),
+}
 
 
 class Logged(keras.callbacks.Callback):
-    """Leaves the batches' numbers and the logs of each epoch; lowers η after 1, the warmup's last, and 2."""
+    """Leaves epochs' batches and logs in a file. Lowers η after epochs 1 (warmup) and 2."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -83,10 +84,10 @@ class Logged(keras.callbacks.Callback):
         self.batches.append([batch, float(logs["loss"])])
 
     def on_epoch_end(self, epoch, logs=None):
+        numbers = {name: float(value) for name, value in logs.items()}
+        line = {"epoch": epoch, "logs": numbers, "batches": self.batches}
         with self.path.open("a") as file:
-            file.write(
-                json.dumps([epoch, {k: float(v) for k, v in logs.items()}, self.batches]) + "\n"
-            )
+            file.write(json.dumps(line) + "\n")
         if epoch in (1, 2):
             self.model.optimizer.learning_rate = 0.01
 
@@ -115,21 +116,25 @@ def kill() -> None:
 
 
 def kill_in_save(number: int, place: str) -> None:
-    """Rank 0 dies in its save of this number: before the file has a name, or before it is the latest."""
-    rename, seen = Path.replace, []
+    """Kill rank 0 in its save of this number: before the file has a name or is the latest."""
+    rename = Path.replace
+    target_name = {"unnamed": "next.npz", "named": "latest.npz"}[place]
+    saves = 0
 
     def replace(path: Path, target: Path) -> Path:
-        at = {"next.npz": "unnamed", "latest.npz": "named"}.get(Path(target).name)
-        seen.append(at)
-        if at == place and seen.count(place) == number:
-            kill()
+        nonlocal saves
+        if Path(target).name == target_name:
+            saves += 1
+            if saves == number:
+                kill()
         return rename(path, target)
 
     Path.replace = replace
 
 
 def train(folder: Path, kind: str, plan: dict) -> None:
-    model, arguments = models()[kind]()
+    optimizer_options, backup_options = KINDS[kind]
+    model = compiled(network(), sgd(), **optimizer_options)
     if "save" in plan and hvd.rank() == 0:
         kill_in_save(*plan["save"])
     history = model.fit(
@@ -145,26 +150,28 @@ def train(folder: Path, kind: str, plan: dict) -> None:
             MetricSums(),
             Logged(folder / f"{hvd.rank()}.jsonl"),
             Interrupted(plan),
-            BackupAndRestore(folder / "backup", **arguments),
+            BackupAndRestore(folder / "backup", **backup_options),
         ],
     )
     variables = model.variables + model.optimizer.variables
-    report(
-        hvd.rank(),
-        {"state": [keras.ops.convert_to_numpy(v) for v in variables], "epochs": history.epoch},
-    )
+    state = [keras.ops.convert_to_numpy(v) for v in variables]
+    report(hvd.rank(), {"state": state, "epochs": history.epoch})
 
 
-def refused(model: keras.Model, folder: Path, **options: object) -> str:
-    given = {
-        "batch_size": BATCH,
-        "shuffle": False,
-        "verbose": 0,
-        "epochs": 2,
-        "steps_per_epoch": STEPS,
-    } | options
+def refusal(
+    folder: Path,
+    model: keras.Model | None = None,
+    optimizer: keras.optimizers.Optimizer | None = None,
+    **options: object,
+) -> str:
+    """Train with the backups in the folder, and return the error."""
+    model = network() if model is None else model
+    model = compiled(model, sgd() if optimizer is None else optimizer)
+    defaults = {"batch_size": BATCH, "epochs": 2, "steps_per_epoch": STEPS}
+    options = defaults | options
+    callbacks = [BackupAndRestore(folder)]
     try:
-        model.fit(*examples(), callbacks=[BackupAndRestore(folder)], **given)
+        model.fit(*examples(), shuffle=False, verbose=0, callbacks=callbacks, **options)
     except (ValueError, RunError) as error:
         return str(error)
     return "nothing"
@@ -184,7 +191,7 @@ class Stop(keras.callbacks.Callback):
 
 
 def backed_up(folder: Path, place: tuple = (1, 4), **options: object) -> keras.Model:
-    """A model whose training was interrupted on all ranks in this epoch and batch."""
+    """Return a model whose training was interrupted on all ranks in this epoch and batch."""
     model = compiled(network(), sgd())
     with contextlib.suppress(KeyboardInterrupt):
         callbacks = [
@@ -214,50 +221,46 @@ def refusals(folder: Path) -> dict:
         checkpoint_file.write(folder / "foreign/latest.npz", {"a": np.zeros(3)}, {})
         (folder / "file").touch()
     hvd.broadcast_object(None)
-    half = {"steps_per_epoch": STEPS // 2}
     built = {}
     if keras.backend.backend() == "tensorflow":  # with PyTorch, fit() builds the model before
         unbuilt = keras.Sequential([keras.layers.Dense(3)])
-        built["no variables yet"] = refused(compiled(unbuilt, sgd()), folder / "unbuilt")
+        built["no variables yet"] = refusal(folder / "unbuilt", unbuilt)
+    other_width = "(5, 8) float32 where this one has model/0000/sequential/dense/kernel (5, 9)"
     return built | {
-        "keras/latest.weights.h5 is a backup of keras.callbacks": refused(
-            compiled(network(), sgd()), folder / "keras"
+        "keras/latest.weights.h5 is a backup of keras.callbacks": refusal(folder / "keras"),
+        "is damaged": refusal(folder / "damaged"),
+        "is no backup": refusal(folder / "foreign"),
+        other_width: refusal(folder / "epoch", network(9)),
+        "this one has optimizer/0000/adam/iteration": refusal(
+            folder / "epoch", optimizer=keras.optimizers.Adam()
         ),
-        "is damaged": refused(compiled(network(), sgd()), folder / "damaged"),
-        "is no backup": refused(compiled(network(), sgd()), folder / "foreign"),
-        "(5, 8) float32 where this one has model/0000/sequential/dense/kernel (5, 9)": refused(
-            compiled(network(9), sgd()), folder / "epoch"
+        "after batch 2 of 6, but an epoch now has 3": refusal(
+            folder / "batch", steps_per_epoch=STEPS // 2
         ),
-        "this one has optimizer/0000/adam/iteration": refused(
-            compiled(network(), keras.optimizers.Adam()), folder / "epoch"
-        ),
-        "after batch 2 of 6, but an epoch now has 3": refused(
-            compiled(network(), sgd()), folder / "batch", **half
-        ),
-        "fit() in epoch 1; leave initial_epoch out": refused(
-            compiled(network(), sgd()), folder / "first", initial_epoch=1
-        ),
-        "cannot write the backup": refused(compiled(network(), sgd()), folder / "file"),
+        "fit() in epoch 1; leave initial_epoch out": refusal(folder / "first", initial_epoch=1),
+        "cannot write the backup": refusal(folder / "file"),
     }
 
 
 def arguments() -> dict:
-    found = {}
-    for word, given in {
+    """Return the errors of wrong arguments, by the words that each must have."""
+    wrong = {
         "backup_dir=''": {"backup_dir": ""},
         "save_freq=0": {"save_freq": 0},
         "save_freq=False": {"save_freq": False},
         "save_freq='batch'": {"save_freq": "batch"},
-    }.items():
+    }
+    errors = {}
+    for words, options in wrong.items():
         try:
-            BackupAndRestore(**({"backup_dir": "somewhere"} | given))
+            BackupAndRestore(**({"backup_dir": "somewhere"} | options))
         except ValueError as error:
-            found[word] = str(error)
-    return found
+            errors[words] = str(error)
+    return errors
 
 
 def in_one_process(folder: Path) -> dict:
-    """Interrupted, and gone on with another model of the same kind; then fitted again, from epoch 0."""
+    """Interrupt, go on with another model of the same kind, then fit again from epoch 0."""
     whole = compiled(network(), sgd())
     x, y = examples()
     fit = {"x": x, "y": y, "batch_size": BATCH, "shuffle": False, "verbose": 0}
@@ -269,51 +272,57 @@ def in_one_process(folder: Path) -> dict:
     # Not in the order that the page asks for: the moving statistics must still be each rank's own.
     callbacks = [BackupAndRestore(folder / "again", save_freq=4), BroadcastState()]
     history = model.fit(**fit, epochs=3, callbacks=callbacks)
-    same = all(
-        np.array_equal(a, b) for a, b in zip(model.get_weights(), whole.get_weights(), strict=True)
-    )
+    same = same_arrays(model.get_weights(), whole.get_weights())
     again = model.fit(**fit, epochs=1, callbacks=callbacks)
     left = sorted(p.name for p in (folder / "again").iterdir())
     return {"same": same, "epochs": history.epoch, "again": again.epoch, "left": left}
 
 
 def due(folder: Path) -> dict:
-    """A backup is due after an epoch's last batch: it must not hold metrics that MetricSums has summed already."""
-    found = []
-    for interrupted in (False, True):
-        if interrupted:
+    """Make a backup due after an epoch's last batch.
+
+    It must not hold metrics that MetricSums has summed already.
+    """
+    losses, weights = {}, {}
+    for start in ("whole", "resumed"):
+        if start == "resumed":
             backed_up(folder / "due", (1, 0), save_freq=3)
         callbacks = [BroadcastState(), MetricSums(), BackupAndRestore(folder / "due", save_freq=3)]
-        fit = {
-            "batch_size": BATCH,
-            "shuffle": False,
-            "verbose": 0,
-            "epochs": 3,
-            "callbacks": callbacks,
-        }
         model = compiled(network(), sgd())
-        found.append([model.fit(*examples(), **fit).history["loss"], model.get_weights()])
-    (whole, weights), (resumed, others) = found
-    same = all(np.array_equal(a, b) for a, b in zip(weights, others, strict=True))
-    return {"same": same, "losses": [whole[1:], resumed]}
+        history = model.fit(
+            *examples(),
+            batch_size=BATCH,
+            shuffle=False,
+            verbose=0,
+            epochs=3,
+            callbacks=callbacks,
+        )
+        losses[start] = history.history["loss"]
+        weights[start] = model.get_weights()
+    same = same_arrays(weights["whole"], weights["resumed"])
+    return {"same": same, "losses": [losses["whole"][1:], losses["resumed"]]}
+
+
+def same_arrays(some: list, others: list) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 def elastic(folder: Path) -> dict:
-    """An epoch that is taken up after two batches trains on the others."""
-    found = []
+    """Take up an epoch after two batches, by fit and by a loop over the others."""
+    weights = []
     x, y = examples()
     for fit in (True, False):
         model = compiled(network(dropped=0.0), sgd())
-        held = hvd.elastic.KerasState(model, batch=2, epoch=0)
-        held.sync()
+        state = hvd.elastic.KerasState(model, batch=2, epoch=0)
+        state.sync()
         if fit:
-            update = hvd.elastic.UpdateBatchStateCallback(held)
+            update = hvd.elastic.UpdateBatchStateCallback(state)
             model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[update])
         else:
             for i in range(2 * BATCH, len(x), BATCH):
                 model.train_on_batch(x[i : i + BATCH], y[i : i + BATCH])
-        found.append(model.get_weights())
-    return {"weights": found}
+        weights.append(model.get_weights())
+    return {"weights": weights}
 
 
 def main() -> None:
@@ -323,7 +332,7 @@ def main() -> None:
 
         tf.config.experimental.enable_op_determinism()
     folder, kind, plan = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-    if kind in models():
+    if kind in KINDS:
         train(folder, kind, plan)
     else:
         parts = {f.__name__: f(folder) for f in (refusals, in_one_process, due, elastic)}

@@ -1,4 +1,7 @@
-"""Run on real ranks by test_surface.py: each scenario's findings on this rank go back to the test."""
+"""Run on real ranks by test_surface.py.
+
+Each scenario's findings on this rank go back to the test.
+"""
 
 import contextlib
 import io
@@ -67,7 +70,10 @@ def sums_up() -> keras.optimizers.Optimizer:
 
 
 def reductions() -> dict:
-    """What an update adds to three variables when rank r's gradients are r + 1, 10(r + 1) and 100(r + 1)."""
+    """What an update adds to three variables.
+
+    The gradients of rank r are r + 1, 10(r + 1) and 100(r + 1).
+    """
     found = {}
     options = {
         "average": {},
@@ -106,8 +112,10 @@ def process_sets() -> dict:
 
 
 def passes() -> dict:
-    """Ten backward passes, four to a step, in a traced step where there is one; the last two variables are local,
-    and TensorFlow's gradients of y are IndexedSlices."""
+    """Ten backward passes, four to a step, in a traced step where there is one.
+
+    The last two variables are local, and TensorFlow's gradients of y are IndexedSlices.
+    """
     found = {}
     for average in (False, True):
         optimizer = hvd.DistributedOptimizer(
@@ -121,7 +129,7 @@ def passes() -> dict:
         for _ in range(10):
             step()
             path.append([value(v) for v in variables] + [int(optimizer.iterations)])
-        found[average] = path, int(reduction_of(optimizer).count)
+        found[average] = path, int(reduction_of(optimizer).accumulator.count)
     return found
 
 
@@ -152,7 +160,10 @@ def sparse(number: float) -> object:
 
 
 def overflowing_passes() -> dict:
-    """The last rank's first pass of the first step is infinite: that step is skipped everywhere, the next is not."""
+    """The last rank's first pass of the first step is infinite.
+
+    That step is skipped everywhere, the next is not.
+    """
     scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=4.0)
     optimizer = hvd.DistributedOptimizer(scaled, backward_passes_per_step=2)
     v, path = variable(1), []
@@ -191,7 +202,10 @@ def missing_gradients() -> dict:
 
 
 def train(make, steps: int = 6, **options) -> list[np.ndarray]:
-    """Weights after steps on one minibatch each, divided among the ranks; or on the whole of it with no options."""
+    """Weights after steps on one minibatch each, divided among the ranks.
+
+    Or on the whole of it with no options.
+    """
     model = compiled(network(), hvd.DistributedOptimizer(make(), **options))
     state.broadcast_state(model)
     x, y = (share(a, hvd.size(), hvd.rank()) for a in (EXAMPLES, LABELS))
@@ -361,7 +375,10 @@ class Unregistered(keras.optimizers.RMSprop):
 
 
 def saving() -> dict:
-    """Models saved with wrapped optimizers, of Keras, registered and not, and loaded in each way."""
+    """Models saved with wrapped optimizers, and loaded in each way.
+
+    The optimizers are Keras's, registered ones and others.
+    """
     found = {}
     folder = Path(os.environ["RESULTS"])
     for kind in (keras.optimizers.RMSprop, hvd.SGD, Registered, Unregistered):
@@ -374,6 +391,7 @@ def saving() -> dict:
             path, custom_objects={kind.__name__: kind} if names else None
         )
         loaded = hvd.load_model(path, compression=hvd.Compression.fp16, **names)
+        options = reduction_of(loaded.optimizer).options
         by_objects = hvd.load_model(path, custom_objects={kind.__name__: kind})
         found[kind.__name__] = {
             "plain": isinstance(plain.optimizer, kind) and not is_distributed(plain.optimizer),
@@ -381,7 +399,7 @@ def saving() -> dict:
                 is_distributed(m.optimizer) and isinstance(m.optimizer, kind)
                 for m in (loaded, by_objects)
             ],
-            "compression": reduction_of(loaded.optimizer).compression is hvd.Compression.fp16,
+            "compression": options.compression is hvd.Compression.fp16,
             "same": all(
                 np.array_equal(value(a), value(b))
                 for m in (plain, loaded, by_objects)
@@ -411,13 +429,16 @@ def loaded_on_root() -> dict:
 
 
 def configurations() -> dict:
-    """from_config of the object and of its class: the same configuration, reduced in the same way."""
+    """from_config of the object and of its class gives the same configuration.
+
+    It is reduced in the same way.
+    """
     optimizer = hvd.DistributedOptimizer(keras.optimizers.Adam(0.3, clipnorm=2.0), op=hvd.Sum)
     config = optimizer.get_config()
     copies = [optimizer.from_config(dict(config)), optimizer.__class__.from_config(dict(config))]
     return {
         "same": [copy.get_config() == config for copy in copies],
-        "op": [reduction_of(copy).op == hvd.Sum for copy in copies],
+        "op": [reduction_of(copy).options.op == hvd.Sum for copy in copies],
     }
 
 
@@ -481,7 +502,10 @@ class Rates(keras.callbacks.Callback):
 
 
 def usual_rates(compatible: bool = False) -> list[float]:
-    """The upstream test's schedule: warmup, two constants, a function; the rate of each step of 12 epochs of 4."""
+    """Rates of each step of 12 epochs of 4, by the upstream test's schedule.
+
+    That is a warmup, two constants and a function.
+    """
     lr, names = 0.1 * hvd.size(), hvd.callbacks
     constant = {"compounding": compatible}
     callbacks = [
@@ -524,7 +548,10 @@ def learning_rates() -> dict:
 
 
 def metric_averages() -> dict:
-    """Rank r holds r + 1 times 8 examples: sums divided once, and Horovod's unweighted mean of means."""
+    """Rank r holds r + 1 times 8 examples.
+
+    Sums divided once, and Horovod's unweighted mean of means.
+    """
     sizes = 8 * np.arange(1, hvd.size() + 1)
     end = np.cumsum(sizes)[hvd.rank()]
     mine = slice(end - sizes[hvd.rank()], end)
@@ -568,7 +595,10 @@ RATE = Rate(0.02, 0.1, warmup_epochs=1.1, decay_epochs=(2.0, 2.3))
 
 
 def schedules() -> dict:
-    """Callback with Keras's SGD and its correction; schedule with recipe.keras.SGD, also several steps at a time."""
+    """Callback with Keras's SGD and its correction.
+
+    Schedule with recipe.keras.SGD, also several steps at a time.
+    """
     found = {}
     for nesterov_ in (False, True):
         model = compiled(
@@ -595,7 +625,10 @@ def schedules() -> dict:
 
 
 def synchronised_normalisation() -> dict:
-    """Two steps of a network with SyncBatchNormalization; unequal shares need the sums to be weighted."""
+    """Two steps of a network with SyncBatchNormalization.
+
+    Unequal shares need the sums to be weighted.
+    """
     keras.utils.set_random_seed(100 + hvd.rank())
     layers = [
         keras.layers.Conv2D(4, 3, activation="relu"),
@@ -704,7 +737,10 @@ def elastic_state() -> dict:
 
 
 def elastic_callbacks() -> dict:
-    """A run that is taken up after 2 of 4 batches of its second epoch, by both conventions for fit()."""
+    """A run that is resumed after 2 of 4 batches of its second epoch.
+
+    It is by both conventions for fit().
+    """
     found = {}
     for name, epochs in {
         "from zero": {"epochs": 2},

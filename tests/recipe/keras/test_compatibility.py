@@ -1,4 +1,4 @@
-"""Saved models, overridden methods and the advice of errors, on real ranks and both Keras backends."""
+"""Saved models, overridden methods and the advice of errors, on real ranks and both backends."""
 
 import functools
 from pathlib import Path
@@ -25,7 +25,10 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """Runs the program's scenarios once for each backend and size; gives one scenario's findings on every rank."""
+    """Runs the program's scenarios once for each backend and size.
+
+    Gives one scenario's findings on every rank.
+    """
 
     @functools.cache
     def ranks(backend: str, size: int) -> list[dict]:
@@ -43,8 +46,11 @@ def backend(request) -> str:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_training_goes_on_from_either_file_as_if_it_had_not_stopped(run, backend, size):
-    """The loaded state is bitwise the saved one: weights, slots, counters, rates. Three steps later the paths differ
-    by less than a float32 rounding or two (2^-23 of a weight), as a retraced step may fuse its sums otherwise."""
+    """The loaded state is bitwise the saved one: weights, slots, counters, rates.
+
+    Three steps later the paths differ by less than a float32 rounding or two (2^-23 of a weight),
+    as a retraced step may fuse its sums otherwise.
+    """
     for found in run("going_on", backend, size):
         assert len(found) == 20
         for case, outcome in found.items():
@@ -109,7 +115,10 @@ def test_rank_0_may_load_an_h5_file_that_the_others_lack(run, backend):
 
 
 def test_every_overridden_method_is_called(run, backend):
-    """2 epochs of 4 batches; commits after batches 3 (of each epoch's count of 3 in 8: 3 and 6) and both epochs."""
+    """2 epochs of 4 batches.
+
+    Commits after batches 3 (of each epoch's count of 3 in 8: 3 and 6) and both epochs.
+    """
     once, epochs, batches = 1, 2, 8
     expected = {
         "on_train_begin": once,

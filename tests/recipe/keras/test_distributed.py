@@ -1,4 +1,7 @@
-"""DistributedOptimizer and callbacks on 1, 2 and 4 real ranks, on both Keras backends, through MPI and Gloo."""
+"""DistributedOptimizer and callbacks on 1, 2 and 4 real ranks.
+
+They run on both Keras backends, through MPI and Gloo.
+"""
 
 import functools
 from pathlib import Path
@@ -26,8 +29,9 @@ SCENARIOS = (
 BACKENDS = ("tensorflow", "torch")
 SEVERAL = ((2, "mpirun"), (4, "mpirun"), (2, "gloo"))
 
-# float32 carries 2^-24 ≈ 6e-8 of a number. A gradient is a sum over 24·16 terms in an order that depends on the
-# ranks: about √(24·16)·6e-8 ≈ 1e-6 of it, times the effective rate η/(1-m) = 4 over 12 steps, on weights around 1.
+# float32 carries 2^-24 ≈ 6e-8 of a number. A gradient is a sum over 24·16 terms in an order that
+# depends on the ranks: about √(24·16)·6e-8 ≈ 1e-6 of it, times the effective rate η/(1-m) = 4 over
+# 12 steps, on weights around 1.
 ROUNDING = {"rtol": 5e-5, "atol": 5e-5}
 
 pytestmark = pytest.mark.ranks
@@ -35,7 +39,7 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """Runs all scenarios once for each way to start them; gives the scenario's findings on every rank."""
+    """Run all scenarios once for each way to start them; return one's findings on every rank."""
 
     @functools.cache
     def ranks(backend: str, size: int, launcher: str) -> list[dict]:
@@ -64,14 +68,17 @@ def assert_same(one: list, other: list, **bound: float) -> None:
 
 
 def test_k_ranks_of_n_are_one_rank_of_kn(run, backend, several):
-    """The paper's promise (sec. 3): same weights after 12 steps of Nesterov, warmup, decay, weight decay."""
+    """The paper promises it (sec. 3).
+
+    The weights are the same after 12 steps of Nesterov, warmup, decay and weight decay.
+    """
     (alone,) = run("equality", backend, 1)
     for found in run("equality", backend, *several):
         assert_same(found["weights"], alone["weights"], **ROUNDING)
 
 
 def test_replicas_are_bitwise_equal(run, backend, several):
-    """Trap 1: Horovod's own wrapper trains replicas that drift apart without a word."""
+    """Horovod's own wrapper trains replicas that drift apart without a word."""
     first, *others = run("equality", backend, *several)
     for found in others:
         assert_same(found["weights"], first["weights"])
@@ -87,20 +94,12 @@ def test_epoch_metrics_are_those_of_the_whole_minibatch(run, backend, several):
 
 
 def test_all_state_is_rank_0s_before_step_1(run, backend, several):
-    """Trap 4: weights, moving statistics, optimizer slots, iteration counter, learning rate."""
+    """Weights, moving statistics, optimizer slots, iteration counter, learning rate."""
     ranks = run("initial_state", backend, *several)
     root = ranks[0]["before"]
-    assert (
-        len(
-            {
-                found["before"][name].tobytes()
-                for found in ranks
-                for name in root
-                if name.endswith("iteration")
-            }
-        )
-        > 1
-    )
+    counters = [name for name in root if name.endswith("iteration")]
+    before = {found["before"][name].tobytes() for found in ranks for name in counters}
+    assert len(before) > 1
     for found in ranks:
         assert found["at step 1"].keys() == root.keys()
         for name, value in root.items():
@@ -108,7 +107,10 @@ def test_all_state_is_rank_0s_before_step_1(run, backend, several):
 
 
 def test_batch_norm_statistics_are_per_worker(run, backend, several):
-    """Paper, sec. 2.3: the step is the mean of the workers' steps, each normalised by its own n examples."""
+    """The step is the mean of the workers' steps, each normalised by its own n examples.
+
+    Paper, sec. 2.3.
+    """
     ranks = run("worker_statistics", backend, *several)
     mean = [np.mean(weights, axis=0) for weights in zip(*ranks[0]["alone"], strict=True)]
     for found in ranks:
@@ -122,7 +124,7 @@ def test_batch_norm_statistics_are_per_worker(run, backend, several):
 
 
 def test_metrics_of_unequal_shards_are_those_of_the_whole(run, backend, several):
-    """Trap 6: averages of averages."""
+    """An average of the ranks' averages would weigh unequal shards alike."""
     for found in run("unequal_shards", backend, *several):
         for name, value in found["whole"].items():
             assert found["part"][name] == pytest.approx(value, rel=1e-5)
@@ -143,7 +145,7 @@ def test_different_models_are_an_error_and_not_a_hang(run, backend, several):
 
 
 def test_all_ranks_skip_when_one_overflows(run, backend, several):
-    """Trap 12: checking before the allreduce lets ranks disagree."""
+    """To check a rank's own gradient, before the allreduce, would let ranks disagree."""
     ranks = run("overflow", backend, *several)
     for found in ranks:
         assert_same(found["skipped"], found["start"])
@@ -173,7 +175,10 @@ def test_saved_models_load_without_the_wrapper(run, backend):
 
 
 def test_gradual_warmup_reaches_k_times_the_base_rate_and_lets_go(run, backend):
-    """Trap 5: 1.5 epochs of 4 steps: six equal increments, kη at the seventh step; then η is another's."""
+    """1.5 epochs of 4 steps are six equal increments, with kη at the seventh step.
+
+    Then η is another callback's.
+    """
     expected = [0.1 + 0.3 * t / 6 for t in range(6)] + [0.4, 0.4] + [0.01] * 4
     assert run("gradual_warmup", backend, 2)[0]["rates"] == pytest.approx(expected, rel=1e-6)
 
@@ -181,24 +186,26 @@ def test_gradual_warmup_reaches_k_times_the_base_rate_and_lets_go(run, backend):
 def reference_path(
     gradients: np.ndarray, rates: list[float], nesterov: bool, corrected: bool
 ) -> list[np.ndarray]:
-    """The paper's equation (9), whose velocity knows no η; uncorrected: equation (10), whose velocity holds it."""
+    """Follow the paper's equation (9), whose velocity knows no η.
+
+    Uncorrected, follow equation (10), whose velocity holds η.
+    """
     w, u, path = np.zeros(5), np.zeros(5), []
-    for g, rate in zip(gradients.astype(np.float64), rates, strict=True):
-        u = 0.9 * u + (g if corrected else rate * g)
-        update = (g if corrected else rate * g) + 0.9 * u if nesterov else u
+    for gradient, rate in zip(gradients.astype(np.float64), rates, strict=True):
+        g = gradient if corrected else rate * gradient
+        u = 0.9 * u + g
+        update = g + 0.9 * u if nesterov else u
         w = w - (rate * update if corrected else update)
         path.append(w)
     return path
 
 
 def test_momentum_correction_is_the_papers(run, backend):
-    """Remark 2, and trap 3: assigning optimizer.momentum does nothing in a traced step."""
+    """Remark 2. To assign optimizer.momentum does nothing in a traced step."""
     (found,) = run("momentum", backend, 1)
     for (nesterov, corrected, _scaled), path in found["paths"].items():
         expected = reference_path(found["gradients"], found["rates"], nesterov, corrected)
-        np.testing.assert_allclose(
-            path, expected, rtol=1e-4, atol=1e-5
-        )  # float32 sums of 12 steps of size ≈ 1
-    assert not np.allclose(
-        found["paths"][True, True, False], found["paths"][True, False, False], rtol=1e-2
-    )
+        # float32 sums of 12 steps of size ≈ 1
+        np.testing.assert_allclose(path, expected, rtol=1e-4, atol=1e-5)
+    corrected, uncorrected = (found["paths"][True, c, False] for c in (True, False))
+    assert not np.allclose(corrected, uncorrected, rtol=1e-2)

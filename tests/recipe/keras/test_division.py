@@ -1,4 +1,4 @@
-"""Data divided among 1 and 2 real ranks, and each rank's own random layers, on both Keras backends."""
+"""Data divided among 1 and 2 real ranks, and each rank's own random layers, on both backends."""
 
 import functools
 import itertools
@@ -84,7 +84,10 @@ def test_minibatches_are_those_of_one_rank(run, kind):
 
 @pytest.mark.parametrize("kind", ("batches", "PyDataset", "threads"))
 def test_batches_are_dealt_out_and_the_last_shared(run, kind):
-    """Eleven batches of four, the last of three: five to a rank, of which the fifth goes with half of the last."""
+    """Eleven batches of four, the last of three.
+
+    Five to a rank, of which the fifth goes with half of the last.
+    """
     first, second = (found[kind]["in order"][0] for found in run("division", 2))
     assert first == [
         [0, 1, 2, 3],

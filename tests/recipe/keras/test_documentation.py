@@ -1,4 +1,7 @@
-"""docs/keras.md against the installed Horovod: every public name stands in its table and takes its arguments."""
+"""docs/keras.md against the installed Horovod.
+
+Every public name stands in its table and takes its arguments.
+"""
 
 import importlib
 import inspect
@@ -21,7 +24,8 @@ MADE_WITH = {
     "UpdateBatchStateCallback": (types.SimpleNamespace(batch=0, epoch=0),),
     "UpdateEpochStateCallback": (types.SimpleNamespace(batch=0, epoch=0),),
 }
-# What Horovod's callbacks remember for themselves, of TensorFlow 1's graphs and of a momentum that they put aside.
+# What Horovod's callbacks remember for themselves, of TensorFlow 1's graphs and of a momentum that
+# they put aside.
 ITS_OWN_NOTES = {"backend", "broadcast_done", "variables", "allreduce_ops", "restore_momentum"}
 IMPORTED = {"K", "inspect", "is_version_greater_equal_than", "keras", "tf", "version", "warnings"}
 
@@ -80,7 +84,10 @@ def test_signatures_begin_with_horovods(module, name):
     "name", ["DistributedOptimizer", "PartialDistributedOptimizer", "allreduce", "load_model"]
 )
 def test_horovod_keras_takes_the_same_keywords(name):
-    """`horovod.keras` lacks some arguments in the middle; its `average=True` is our None, the mean."""
+    """`horovod.keras` lacks some arguments in the middle.
+
+    Its `average=True` is our None, the mean.
+    """
     ours = {p.name: p.default for p in parameters(counterpart("horovod.keras", name))}
     for expected in parameters(public("horovod.keras")[name]):
         assert expected.name in ours

@@ -13,7 +13,10 @@ pytestmark = pytest.mark.ranks
 
 @pytest.mark.parametrize("backend", ["tensorflow", "torch"])
 def test_a_killed_rank_is_survived(tmp_path, backend):
-    """The other goes on alone from the last commit: every one of the 12 steps is done, none twice."""
+    """The other goes on alone from the last commit.
+
+    Every one of the 12 steps is done, none twice.
+    """
     hosts = tmp_path / "hosts"
     hosts.write_text(
         "#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n"

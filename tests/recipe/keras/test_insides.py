@@ -1,4 +1,4 @@
-"""The names of Keras's insides that recipe.keras uses exist in the installed Keras; docs/keras.md lists them."""
+"""The private names of Keras that recipe.keras uses exist in it; docs/keras.md lists them."""
 
 import keras
 import pytest

@@ -4,16 +4,16 @@ What Horovod 0.28.1's own tests for Keras check, and the test here that covers i
 
 | upstream test | what it checks | here |
 |---|---|---|
-| train_model_lr_schedule | warmup and schedules in one fit; equal losses | test_learning_rates_…, test_metrics_… |
+| train_model_lr_schedule | warmup, schedules, losses | test_learning_rates_…, test_metrics_… |
 | sparse_as_dense, …_with_grad_aggregation | an embedding trains | test_embeddings_… |
-| legacy_optimizer | keras.optimizers.legacy | refused: test_everything_that_is_refused_says_why |
-| grad_aggregation_with_inf_grad | an overflow does not outlive its step | test_an_overflow_in_one_pass_… |
+| legacy_optimizer | keras.optimizers.legacy | refused: test_everything_that_is_refused_… |
+| grad_aggregation_with_inf_grad | an overflow ends | test_an_overflow_in_one_pass_… |
 | from_config | the configuration makes the round trip | test_configurations_… |
 | elastic_state | sync, restore, commit | test_elastic_state_… |
-| gradient_aggregation, …_with_local_vars | passes, local variables, sparse gradients | test_passes_… |
+| gradient_aggregation, …_with_local_vars | passes, local variables, sparse | test_passes_… |
 | partial_distributed_optimizer | 0, 1, 2 local layers | test_local_layers_… |
-| broadcast_global_variables_callback_with_local_vars | the local ones stay | test_local_variables_… |
-| load_model, …_custom_optimizers, …_custom_objects | saved wrapped, loaded wrapped | test_saved_models_… |
+| broadcast_…_callback_with_local_vars | the local ones stay | test_local_variables_… |
+| load_model, …_custom_optimizers, …_custom_objects | saved and loaded | test_saved_models_… |
 | load_model_broadcast | rank 0 loads, the others don't | test_rank_0_may_load_… |
 | process sets | reduction within a set | test_process_sets_… |
 """
@@ -58,8 +58,9 @@ ON_TWO = (
 )
 ALONE = ("every_optimizer", "on_the_averaged_gradient", "embeddings", "synchronised_normalisation")
 
-# A gradient is a float32 sum of about 400 terms whose order depends on the ranks: 1e-6 of it; after 4 to 6 steps of
-# η = 0.01 to 0.1 the weights differ by 5e-7 at most (seen: every optimizer, both backends, 2 and 4 ranks).
+# A gradient is a float32 sum of about 400 terms whose order depends on the ranks: 1e-6 of it.
+# After 4 to 6 steps of η = 0.01 to 0.1 the weights differ by 5e-7 at most, as was seen for every
+# optimizer, both backends, 2 and 4 ranks.
 ROUNDING = {"rtol": 1e-5, "atol": 5e-6}
 
 pytestmark = pytest.mark.ranks
@@ -67,7 +68,10 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """Runs a program's scenarios once for each backend and size; gives one scenario's findings on every rank."""
+    """Runs a program's scenarios once for each backend and size.
+
+    Gives one scenario's findings on every rank.
+    """
 
     @functools.cache
     def ranks(backend: str, size: int) -> list[dict]:
@@ -94,7 +98,10 @@ def assert_same(one: list, other: list, **bound: float) -> None:
 
 
 def test_reductions(run, backend, size):
-    """Average, Sum, predivided, in groups: powers of two and small integers, so that nothing is rounded but 3/4."""
+    """Average, Sum, predivided, in groups.
+
+    Powers of two and small integers, so that nothing is rounded but 3/4.
+    """
     mean, total = (size + 1) / 2, size * (size + 1) / 2
     for found in run("reductions", backend, size):
         for name, added in found.items():
@@ -112,7 +119,10 @@ def test_process_sets_reduce_among_themselves(run, backend, size):
 
 
 def test_passes_are_reduced_once_and_count_as_one_step(run, backend, size):
-    """Sums, or means, of 4 passes; the last two variables are local, and weigh 1/size. All numbers are exact."""
+    """Sums, or means, of 4 passes; the last two variables are local, and weigh 1/size.
+
+    All numbers are exact.
+    """
     mean = (size + 1) / 2
     for rank, found in enumerate(run("passes", backend, size)):
         for average, (path, waiting) in found.items():
@@ -145,8 +155,11 @@ def test_a_gradient_that_some_ranks_lack_is_no_hang(run, backend, size):
 
 
 def test_settings_of_the_optimizer_act_on_the_averaged_gradient(run, backend, size):
-    """Clipping, moving averages, weight decay, accumulation: as on one rank with the whole minibatch; all ranks'
-    weights and slots are bitwise equal."""
+    """Clipping, moving averages, weight decay, accumulation.
+
+    They act as on one rank with the whole minibatch. All ranks' weights and slots are bitwise
+    equal.
+    """
     (alone,) = run("on_the_averaged_gradient", backend, 1)
     first, *others = run("on_the_averaged_gradient", backend, size)
     for name, weights in first.items():
@@ -231,7 +244,10 @@ def test_everything_that_is_refused_says_why(run, backend):
 
 
 def test_learning_rates_are_those_that_the_documentation_promises(run, backend):
-    """Of each step: warmup from η/size to η at epoch 3 exactly, constants that stay constant, functions."""
+    """The rate of each step.
+
+    It is a warmup from η/size to η at epoch 3 exactly, constants that stay constant, functions.
+    """
     lr, steps = 0.2, 4
     warm = [lr / 2 * (1 + t / 12) for t in range(12)]
     expected = warm + [lr * 0.1] * 12 + [lr * 0.01] * 12 + [lr * 0.9] * 4 + [lr * 1.0] * 4
@@ -282,7 +298,10 @@ def test_the_best_model_is_written_by_rank_0_alone(run, backend):
 
 
 def test_schedule_and_callback_are_the_same_rate_and_the_same_training(run, backend):
-    """The rates bitwise; the weights to the rounding of velocities that hold η and of those that don't."""
+    """The rates are bitwise equal.
+
+    The weights are equal to the rounding of velocities that hold η and of those that don't.
+    """
     for found in run("schedules", backend, 2):
         assert found["schedule"] == found["callback"]
         for nesterov in (False, True):
@@ -292,7 +311,10 @@ def test_schedule_and_callback_are_the_same_rate_and_the_same_training(run, back
 
 
 def test_synchronised_normalisation_is_that_of_the_whole_batch(run, backend, size):
-    """Unequal shares, two steps: weights, moving statistics and outputs as on one rank; masked steps don't count."""
+    """Unequal shares, two steps: weights, moving statistics and outputs as on one rank.
+
+    Masked steps don't count.
+    """
     (alone,) = run("synchronised_normalisation", backend, 1)
     mean = np.average(np.arange(1, size + 1))
     for found in run("synchronised_normalisation", backend, size):
@@ -337,7 +359,10 @@ def test_elastic_state_synchronises_restores_and_commits(run, backend):
 
 
 def test_elastic_callbacks_take_up_an_epoch_where_it_was_left(run, backend):
-    """Two of four batches of epoch 1 are done: two pass by without a step, two are trained; then another epoch."""
+    """Two of four batches of epoch 1 are done: two pass by without a step, two are trained.
+
+    Then another epoch.
+    """
     for found in run("elastic_callbacks", backend, 2):
         for taken_up in found.values():
             batches, done, epochs, iterations = zip(*taken_up["seen"], strict=True)

@@ -1,6 +1,7 @@
-"""What one rank of a Keras `fit` decides, all do; on 2 real ranks (4 for data that end early), on both backends.
+"""What one rank of a Keras `fit` decides, all do: on 2 real ranks, on both backends.
 
-Also what goes with it: models that are built at their first batch, the logs of all ranks, and jobs that can't go on.
+Data that end early are tested on 4 ranks, too. Also tested here: models that are built at their
+first batch, the logs of all ranks, and jobs that can't go on.
 """
 
 import functools
@@ -31,8 +32,9 @@ ON_TWO = (
     "logs",
 )
 
-# A gradient is a float32 sum of 16 to 64 terms in an order that depends on the ranks: 1e-6 of it, over 10 steps of
-# η ≤ 0.2 on weights around 1. The smallest mistake, one batch more or less in one step, is 1e-2.
+# A gradient is a float32 sum of 16 to 64 terms in an order that depends on the ranks: 1e-6 of it,
+# over 10 steps of η ≤ 0.2 on weights around 1. The smallest mistake, one batch more or less in one
+# step, is 1e-2.
 ROUNDING = {"rtol": 1e-5, "atol": 5e-6}
 
 pytestmark = pytest.mark.ranks
@@ -40,7 +42,7 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    """Runs the scenarios once for each backend and size; gives one scenario's findings on every rank."""
+    """Run the scenarios once for each backend and size; return one scenario's results by rank."""
 
     @functools.cache
     def ranks(backend: str, size: int) -> list[dict]:
@@ -48,7 +50,10 @@ def run(tmp_path_factory):
         folder: Path = tmp_path_factory.mktemp(f"together-{backend}-{size}")
         return results(folder, size, PROGRAM, *scenarios, KERAS_BACKEND=backend)
 
-    return lambda scenario, backend, size=2: [found[scenario] for found in ranks(backend, size)]
+    def of_scenario(scenario: str, backend: str, size: int = 2) -> list:
+        return [of_rank[scenario] for of_rank in ranks(backend, size)]
+
+    return of_scenario
 
 
 @pytest.fixture(params=("tensorflow", "torch"))
@@ -72,14 +77,18 @@ def assert_same(one: list, other: list) -> None:
 
 
 def test_data_that_end_early_are_the_mean_over_those_who_have_some(run, backend, size):
-    """Weights and logs as of one process on the union of the ranks' batches: arrays, data of unknown length,
-    accumulation, sparse gradients, groups, synchronised normalisation, loss scaling."""
+    """Weights and logs are those of one process on the union of the ranks' batches.
+
+    So it is with arrays, data of unknown length, accumulation, sparse gradients, groups,
+    synchronised normalisation and loss scaling.
+    """
     ranks = run("uneven", backend, size)
-    for name, first in ranks[0].items():
-        for found in ranks:
-            together, expected = found[name]["together"], first["expected"]
-            assert_same(together["weights"], first["together"]["weights"])
-            assert together["loss"] == first["together"]["loss"]
+    for name, on_rank_0 in ranks[0].items():
+        expected = on_rank_0["expected"]
+        for of_rank in ranks:
+            together = of_rank[name]["together"]
+            assert_same(together["weights"], on_rank_0["together"]["weights"])
+            assert together["loss"] == on_rank_0["together"]["loss"]
             if expected:
                 assert_close(together["weights"], expected["weights"])
                 np.testing.assert_allclose(
@@ -87,49 +96,54 @@ def test_data_that_end_early_are_the_mean_over_those_who_have_some(run, backend,
                 )
 
 
+def steps_of_two_epochs(batches: int) -> list[tuple[int, int]]:
+    """Return the (epoch, batch) that callbacks see."""
+    return [(epoch, batch) for epoch in (0, 1) for batch in range(batches)]
+
+
 def test_callbacks_of_all_ranks_see_all_steps(run, backend, size):
-    for found in run("uneven", backend, size):
-        for name in found:
+    for cases in run("uneven", backend, size):
+        for name, case in cases.items():
             if name != "steps_per_epoch":
-                assert found[name]["together"]["steps"] == [
-                    (e, b) for e in (0, 1) for b in range(5)
-                ], name
+                assert case["together"]["steps"] == steps_of_two_epochs(5), name
 
 
 def test_data_that_end_for_good_are_no_hang(run, backend):
     """steps_per_epoch asks for more than a generator has: rank 0's five batches are used, once."""
-    for found in run("uneven", backend):
-        steps = found["steps_per_epoch"]["together"]["steps"]
+    for cases in run("uneven", backend):
+        steps = cases["steps_per_epoch"]["together"]["steps"]
         assert steps[:5] == [(0, b) for b in range(5)]
         assert all(epoch == 1 for epoch, _ in steps[5:])
 
 
 def test_one_warning_has_the_numbers(run, backend, size):
-    first, *others = run("uneven", backend, size)
-    for name, found in first.items():
-        (sentence,) = found["together"]["warnings"]
-        assert "takes part with nothing" in sentence and "recipe.keras.divide" in sentence
-        assert ("5 steps" in sentence) == (name not in ("generators", "steps_per_epoch")), name
-    assert not any(found["together"]["warnings"] for other in others for found in other.values())
+    on_rank_0, *on_others = run("uneven", backend, size)
+    for name, case in on_rank_0.items():
+        (message,) = case["together"]["warnings"]
+        assert "takes part with nothing" in message and "recipe.keras.divide" in message
+        knows_steps = name not in ("generators", "steps_per_epoch")
+        assert ("5 steps" in message) == knows_steps, name
+    for cases in on_others:
+        assert not any(case["together"]["warnings"] for case in cases.values())
 
 
 def test_data_of_unknown_length_that_end_together_are_one_process(run, backend, size):
-    for found in run("even_generators", backend, size):
-        assert_close(found["weights"], found["expected"]["weights"])
-        np.testing.assert_allclose(found["loss"], found["expected"]["loss"], rtol=1e-5)
-        assert found["steps"] == [(e, b) for e in (0, 1) for b in range(3)]
-        assert not found["warnings"]
+    for of_rank in run("even_generators", backend, size):
+        assert_close(of_rank["weights"], of_rank["expected"]["weights"])
+        np.testing.assert_allclose(of_rank["loss"], of_rank["expected"]["loss"], rtol=1e-5)
+        assert of_rank["steps"] == steps_of_two_epochs(3)
+        assert not of_rank["warnings"]
 
 
 def test_two_optimizers_and_a_step_of_its_own(run, backend, size):
     """Layers that come to exist in the step, data that end early: as one process."""
     first, *others = run("two_optimizers", backend, size)
     assert_close(first["weights"], first["expected"])
-    for found in others:
-        assert_same(found["weights"], first["weights"])
-        assert found["history"] == first["history"]
+    for of_rank in others:
+        assert_same(of_rank["weights"], first["weights"])
+        assert of_rank["history"] == first["history"]
     assert set(first["history"]) == {"a_loss", "b_loss"}
-    assert first["steps"] == [(e, b) for e in (0, 1) for b in range(4)]
+    assert first["steps"] == steps_of_two_epochs(4)
 
 
 def test_what_one_rank_stops_all_stop_in_the_same_step(run, backend):
@@ -144,25 +158,23 @@ def test_what_one_rank_stops_all_stop_in_the_same_step(run, backend):
 
 def test_rank_0_says_which_rank_stopped_and_why(run, backend):
     first, second = run("stopping", backend)
-    for name, found in first.items():
-        assert (
-            "rank 1 stops the training of all ranks" in found["said"] and "Steps" in found["said"]
-        ), name
-    assert "in epoch 1, step 2" in first["mid-epoch"]["said"]
-    assert not any(found["said"] for found in second.values())
+    for name, case in first.items():
+        assert "rank 1 stops the training of all ranks" in case["stderr"], name
+        assert "Steps" in case["stderr"], name
+    assert "in epoch 1, step 2" in first["mid-epoch"]["stderr"]
+    assert not any(case["stderr"] for case in second.values())
 
 
 def test_callbacks_that_decide_by_their_own_ranks_numbers_are_no_hang(run, backend):
     """EarlyStopping without MetricSums, before and after it; TerminateOnNaN on one rank's data."""
     first, second = run("deciding", backend)
     assert first == second
-    assert first["nan epochs"] == 1
+    assert first["nan"] == 1
     assert first["alone"] == first["before"] < 30
 
 
 def test_what_cannot_be_agreed_on_is_refused_on_all_ranks(run, backend):
-    """The words that the sentence must have."""
-    words = {
+    words = {  # that the error must have
         "rates": (
             "RunError: the ranks' learning rates differ: 0.01 on rank 0, 0.02 on rank 1",
             "MetricSums",
@@ -192,21 +204,19 @@ def test_what_cannot_be_agreed_on_is_refused_on_all_ranks(run, backend):
             "steps_per_epoch",
         ),
     }
-    for found in run("refused", backend):
-        assert len(found) == (9 if backend == "tensorflow" else 7)
-        for name, sentence in found.items():
+    for errors in run("refused", backend):
+        assert len(errors) == (9 if backend == "tensorflow" else 7)
+        for name, sentence in errors.items():
             assert all(word in sentence for word in words[name]), (name, sentence)
             assert len(sentence) < 260 and "\n" not in sentence
 
 
 def test_the_frameworks_say_nothing(run, backend):
-    """Keras's own train function, made anew for each model, is what TensorFlow may call retraced."""
-    for rank, found in enumerate(run("quiet", backend)):
-        lines = [
-            line for line in found["logged"].splitlines() if "_make_function.<locals>" not in line
-        ]
-        assert not lines
-        ours = [w for w in found["warnings"] if "__array__" not in w]
+    """TensorFlow may say retraced of Keras's own train function, which each model makes anew."""
+    for rank, of_rank in enumerate(run("quiet", backend)):
+        lines = of_rank["logged"].splitlines()
+        assert not [line for line in lines if "_make_function.<locals>" not in line]
+        ours = [w for w in of_rank["warnings"] if "__array__" not in w]
         expected = ["jit_compile=True is left out: PyTorch's compiler can't compile an allreduce"]
         assert ours == (expected if backend == "torch" and rank == 0 else [])
 
@@ -226,18 +236,17 @@ def test_accumulators_are_not_compared(run, backend):
 
 def test_models_that_are_built_at_their_first_batch_begin_with_rank_0s_weights(run, backend):
     first, second = run("late_models", backend)
-    for name, found in first.items():
-        assert_close(found["weights"], found["expected"])
-        assert_same(found["weights"], second[name]["weights"])
-        assert found["iterations"] == 4
+    for name, case in first.items():
+        assert_close(case["weights"], case["expected"])
+        assert_same(case["weights"], second[name]["weights"])
+        assert case["iterations"] == 4
 
 
 def test_logs_are_what_one_process_would_log(run, backend):
-    """Sums where there are sums: means, areas under curves, one number for each class, a metric of the user's."""
+    """Means, areas under curves, one number for each class and a metric of the user's are exact."""
     first, second = run("logs", backend)
-    assert first["fit"].keys() == first["expected"].keys() | {
-        f"val_{name}" for name in first["expected"]
-    }
+    validation = {f"val_{name}" for name in first["expected"]}
+    assert first["fit"].keys() == first["expected"].keys() | validation
     for name, whole in first["expected"].items():
         for key in (name, f"val_{name}"):
             np.testing.assert_allclose(first["fit"][key][0], whole, rtol=1e-6, err_msg=key)
@@ -246,36 +255,38 @@ def test_logs_are_what_one_process_would_log(run, backend):
 
 
 def test_logs_of_a_step_of_its_own_keep_their_names(run, backend):
-    """A tracker by another name is exact; a number that no metric keeps is the ranks' last, weighted."""
+    """A tracker by another name is exact. A plain number is the ranks' last, weighted."""
     ranks = run("logs", backend)
-    batches = [loss for found in ranks for loss in found["own"]]
-    lasts = [found["own"][-1] for found in ranks]
-    weights = [len(found["own"]) for found in ranks]
-    for found in ranks:
-        assert found["named"].keys() == {"loss", "last"} and found["raw"].keys() == {"mine"}
-        assert found["named"]["loss"] == pytest.approx([np.mean(batches)], rel=1e-6)
-        assert found["named"]["last"] == pytest.approx(
-            [np.average(lasts, weights=weights)], rel=1e-6
-        )
-        assert found["raw"]["mine"] == pytest.approx([np.average(lasts, weights=weights)], rel=1e-6)
-        assert found["named"] == ranks[0]["named"]
+    losses = [of_rank["own losses"] for of_rank in ranks]
+    mean = np.mean(np.concatenate(losses))
+    lasts = [of_rank[-1] for of_rank in losses]
+    last = np.average(lasts, weights=[len(of_rank) for of_rank in losses])
+    for of_rank in ranks:
+        assert of_rank["named"].keys() == {"loss", "last"}
+        assert of_rank["raw"].keys() == {"raw_loss"}
+        assert of_rank["named"]["loss"] == pytest.approx([mean], rel=1e-6)
+        assert of_rank["named"]["last"] == pytest.approx([last], rel=1e-6)
+        assert of_rank["raw"]["raw_loss"] == pytest.approx([last], rel=1e-6)
+        assert of_rank["named"] == ranks[0]["named"]
 
 
 def test_what_callbacks_put_into_the_logs_is_averaged(run, backend):
-    """Weighted: rank 0 has 3 of 4 examples. A name of one rank is there on all, and what is no number stays."""
-    for found in run("logs", backend):
-        assert found["callbacks"]["everywhere"] == [0.25] and found["old"]["everywhere"] == [0.5]
-        assert found["callbacks"]["on one rank"] == found["old"]["on one rank"] == [7.5]
-        assert found["callbacks"]["words"] == ["not a number"]
+    """Rank 0 has 3 of 4 examples. A name of one rank is on all. What is no number stays."""
+    for of_rank in run("logs", backend):
+        weighted, unweighted = of_rank["callbacks"], of_rank["unweighted"]
+        assert weighted["everywhere"] == [0.25]
+        assert unweighted["everywhere"] == [0.5]
+        assert weighted["on one rank"] == unweighted["on one rank"] == [7.5]
+        assert weighted["words"] == ["not a number"]
 
 
-def ended(backend: str, way: str, **options: str) -> subprocess.CompletedProcess:
+def run_failing(backend: str, way: str, **options: str) -> subprocess.CompletedProcess:
     return launch(2, [FAILING, way], timeout=200, KERAS_BACKEND=backend, **options)
 
 
 def test_an_error_on_one_rank_ends_the_others_with_its_words(backend):
-    """Though the script catches it and goes on with something else, for longer than this test may take."""
-    done = ended(backend, "error", RECIPE_STEP_TIMEOUT="150")
+    """Though the script catches it and goes on, for longer than this test may take."""
+    done = run_failing(backend, "error", RECIPE_STEP_TIMEOUT="150")
     assert done.returncode == 1
     assert (
         "error: rank 1 has failed, and the others wait for it: KeyError: 'no such thing'"
@@ -288,7 +299,7 @@ def test_an_error_on_one_rank_ends_the_others_with_its_words(backend):
     ("backend", "way"), [("torch", "absent"), ("tensorflow", "absent"), ("torch", "own loop")]
 )
 def test_a_wait_without_end_ends_with_where_each_rank_is(backend, way):
-    done = ended(backend, way, RECIPE_STEP_TIMEOUT="15")
+    done = run_failing(backend, way, RECIPE_STEP_TIMEOUT="15")
     assert done.returncode == 1
     assert (
         "the ranks wait for each other since" in done.stdout and "(step_timeout=15)" in done.stdout
@@ -299,15 +310,13 @@ def test_a_wait_without_end_ends_with_where_each_rank_is(backend, way):
 
 
 def test_a_long_save_and_a_long_validation_on_one_rank_are_no_wait_without_end():
-    done = ended("torch", "long", RECIPE_STEP_TIMEOUT="15")
+    done = run_failing("torch", "long", RECIPE_STEP_TIMEOUT="15")
     assert done.returncode == 0, done.stdout[-2000:]
     assert "rank 0 has ended" in done.stdout and "rank 1 has ended" in done.stdout
 
 
-def seen(**options) -> rollcall.Seen:
-    return rollcall.Seen(
-        **({"count": 0, "waits": False, "busy": "", "failed": "", "where": "x.py:1"} | options)
-    )
+def status(count=0, waits=False, busy="", failure="") -> rollcall.Status:
+    return rollcall.Status(count, waits, busy, failure, where="x.py:1")
 
 
 @pytest.mark.parametrize(
@@ -329,24 +338,27 @@ def test_who_waits_for_ever(monkeypatch, ranks, stuck):
     now = [1000.0]
     monkeypatch.setattr(rollcall.time, "monotonic", lambda: now[0])
     thread = rollcall.RollCall(limit=100.0)
-    told = [seen(**options) for options in ranks]
-    assert not thread._stuck(told)
+    statuses = [status(**options) for options in ranks]
+    assert not thread._reason_to_end(statuses)
     now[0] += 99
-    assert not thread._stuck(told)
+    assert not thread._reason_to_end(statuses)
     now[0] += 2
-    assert bool(thread._stuck(told)) == stuck
-    assert not thread._stuck([seen(count=1, waits=True), *told[1:]])  # somebody has gone on
+    assert bool(thread._reason_to_end(statuses)) == stuck
+    progressed = [status(count=1, waits=True), *statuses[1:]]
+    assert not thread._reason_to_end(progressed)
 
 
 def test_a_failed_rank_is_waited_for_for_seconds_only(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(rollcall.time, "monotonic", lambda: now[0])
     thread = rollcall.RollCall(limit=100.0)
-    told = [seen(waits=True), seen(failed="KeyError: x")]
-    assert not thread._stuck(told)
+    statuses = [status(waits=True), status(failure="KeyError: x")]
+    assert not thread._reason_to_end(statuses)
     now[0] += rollcall.PATIENCE + 1
-    assert "rank 1 has failed, and the others wait for it: KeyError: x" in thread._stuck(told)
-    assert not thread._stuck([seen(failed="KeyError: x")] * 2)  # all ranks have, and none waits
+    reason = thread._reason_to_end(statuses)
+    assert "rank 1 has failed, and the others wait for it: KeyError: x" in reason
+    all_failed = [status(failure="KeyError: x")] * 2
+    assert not thread._reason_to_end(all_failed)  # none waits
 
 
 @pytest.mark.parametrize("value", ["soon", "-1", "inf", "nan"])

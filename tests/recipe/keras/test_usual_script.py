@@ -19,12 +19,11 @@ def test_the_usual_script_runs_and_learns(tmp_path, backend, size):
     script = str(ROOT / "tests/recipe/keras/usual_script.py")
     done = launch(size, [script, str(tmp_path)], KERAS_BACKEND=backend)
     assert done.returncode == 0, done.stdout[-4000:]
-    told = re.findall(r"rank (\d) of (\d): accuracy ([\d.]+) ([\d.]+)", done.stdout)
-    assert sorted(told)[0][:2] == ("0", str(size)) and len(told) == size
-    assert len({accuracy for _, _, accuracy, _ in told}) == 1  # the metric of all ranks
-    assert all(
-        float(evaluated) > 0.5 for *_, evaluated in told
-    )  # of ten classes, each rank's own examples
+    lines = re.findall(r"rank (\d) of (\d): accuracy ([\d.]+) ([\d.]+)", done.stdout)
+    assert sorted(lines)[0][:2] == ("0", str(size)) and len(lines) == size
+    assert len({accuracy for _, _, accuracy, _ in lines}) == 1  # the metric of all ranks
+    # Each rank evaluates its own examples, of ten classes.
+    assert all(float(evaluated) > 0.5 for *_, evaluated in lines)
     weights = [list(np.load(tmp_path / f"rank{rank}.npz").values()) for rank in range(size)]
     for other in weights[1:]:
         for a, b in zip(weights[0], other, strict=True):
@@ -36,16 +35,23 @@ def test_the_usual_script_runs_and_learns(tmp_path, backend, size):
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "torch"])
-def test_the_import_brings_no_data_sets(backend):
-    """Who reuses the callbacks has images, or none, of their own: neither TFDS nor our input pipeline is theirs."""
-    program = "import sys, recipe.keras; assert not {'tensorflow_datasets', 'recipe.data.pipeline'} & set(sys.modules)"
+def test_the_import_brings_the_library_alone(backend):
+    """Who reuses the callbacks has data, runs and checkpoints of their own.
+
+    Neither TFDS nor our input pipeline, run log or networks are theirs.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", "import sys, recipe.keras; print(*sys.modules)"],
         env=environment(KERAS_BACKEND=backend),
         capture_output=True,
+        text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    modules = done.stdout.split()
+    assert "tensorflow_datasets" not in modules
+    rooms = {name.split(".")[1] for name in modules if name.startswith("recipe.")}
+    assert rooms == {"errors", "keras", "ranks", "rules", "system"}
 
 
 def test_a_wrapped_optimizer_on_one_rank_does_not_wait_for_slow_cycles():

@@ -1,10 +1,12 @@
-"""Run on real ranks by test_together.py: each scenario's findings on this rank go back to the test."""
+"""The scenarios of test_together.py, run on real ranks; each returns what this rank has seen."""
 
 import contextlib
 import io
 import logging
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import keras
 import numpy as np
@@ -39,7 +41,7 @@ def network(*layers: keras.layers.Layer) -> keras.Model:
 
 
 def reference_weights(make) -> keras.Model:
-    """The model that rank 0 makes, with rank 0's weights, on any rank."""
+    """Return the model that rank 0 makes, with rank 0's weights, on any rank."""
     model = make()
     model.set_weights(hvd.broadcast_object(model.get_weights(), 0))
     return model
@@ -84,44 +86,50 @@ class Steps(keras.callbacks.Callback):
 
 
 def minibatches(counts: list[int], seeds: list[int]) -> list[np.ndarray]:
-    """What one process would train on: each step's batches of the ranks that have one."""
-    parts = [
-        data(count, seed).reshape(count, BATCH, 4)
-        for count, seed in zip(counts, seeds, strict=True)
-    ]
-    return [np.concatenate([p[i] for p in parts if i < len(p)]) for i in range(max(counts))]
+    """Return what one process would train on: each step's batches of the ranks that have one."""
+    ranks = []
+    for count, seed in zip(counts, seeds, strict=True):
+        ranks.append(data(count, seed).reshape(count, BATCH, 4))
+    steps = []
+    for i in range(max(counts)):
+        batches = [of_rank[i] for of_rank in ranks if i < len(of_rank)]
+        steps.append(np.concatenate(batches))
+    return steps
 
 
 def fit_uneven(
     make, optimizer, counts, as_generator=False, steps_per_epoch=None, **options
 ) -> dict:
-    """Two epochs of data that end early on some ranks, beside one process with all of them."""
-    mine = data(counts[hvd.rank()], hvd.rank())
+    """Train two epochs on data that end early on some ranks."""
+    x = data(counts[hvd.rank()], hvd.rank())
     model = make()
     model.compile(hvd.DistributedOptimizer(optimizer(), **options), "mse", jit_compile=False)
-    callbacks = [BroadcastState(), MetricSums(), steps := Steps(), ReplicaCheck(every=3)]
-    with warnings.catch_warnings(record=True) as said:
+    if as_generator:
+        own_data = {"x": generated(x, 2)}
+    else:
+        own_data = {"x": x, "y": target(x), "batch_size": BATCH}
+    steps = Steps()
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         history = model.fit(
-            generated(mine, 2) if as_generator else mine,
-            None if as_generator else target(mine),
-            batch_size=None if as_generator else BATCH,
+            **own_data,
             steps_per_epoch=steps_per_epoch,
             epochs=2,
             shuffle=False,
             verbose=0,
-            callbacks=callbacks,
+            callbacks=[BroadcastState(), MetricSums(), steps, ReplicaCheck(every=3)],
         )
+    messages = [str(w.message) for w in caught_warnings]
     return {
         "weights": [value(v) for v in model.trainable_variables],
         "loss": history.history["loss"],
         "steps": steps.seen,
-        "warnings": [str(w.message) for w in said if "takes part with nothing" in str(w.message)],
+        "warnings": [m for m in messages if "takes part with nothing" in m],
     }
 
 
 def generated(x: np.ndarray, outputs: int):
-    """A data set whose length Keras doesn't know, as of a tf.data generator or an iterable DataLoader."""
+    """Return a data set whose length Keras doesn't know: a tf.data generator or a DataLoader."""
     if TENSORFLOW:
         import tensorflow as tf
 
@@ -129,10 +137,8 @@ def generated(x: np.ndarray, outputs: int):
             for i in range(0, len(x), BATCH):
                 yield (x[i : i + BATCH], target(x[i : i + BATCH]))[:outputs]
 
-        spec = (tf.TensorSpec((None, 4), tf.float32), tf.TensorSpec((None, 1), tf.float32))[
-            :outputs
-        ]
-        return tf.data.Dataset.from_generator(batches, output_signature=spec)
+        spec = (tf.TensorSpec((None, 4), tf.float32), tf.TensorSpec((None, 1), tf.float32))
+        return tf.data.Dataset.from_generator(batches, output_signature=spec[:outputs])
     import torch
 
     class Batches(torch.utils.data.IterableDataset):
@@ -150,97 +156,110 @@ def reference(make, optimizer, counts) -> dict:
     losses = []
     for _ in range(2):
         batches = minibatches(counts, list(range(len(counts))))
-        found = []
+        of_batches = []
         for x in batches:
             model.reset_metrics()
-            found.append(float(model.train_on_batch(x, target(x))))
-        losses.append(float(np.average(found, weights=[len(x) for x in batches])))
+            of_batches.append(float(model.train_on_batch(x, target(x))))
+        sizes = [len(x) for x in batches]
+        losses.append(float(np.average(of_batches, weights=sizes)))
     return {"weights": [value(v) for v in model.trainable_variables], "loss": losses}
 
 
+@dataclass(frozen=True)
+class Case:
+    """A training on data that end early, and how one process does the same."""
+
+    make: Callable[[], keras.Model]
+    optimizer: Callable[[], keras.optimizers.Optimizer]
+    counts: list[int]  # batches of each rank
+    options: dict = field(default_factory=dict)  # of fit_uneven
+    make_alone: Callable[[], keras.Model] | None = None  # where one process has another model
+    optimizer_alone: Callable[[], keras.optimizers.Optimizer] | None = None
+
+    def expected(self) -> dict:
+        """Train one process on the union of the ranks' batches."""
+        make = self.make_alone or self.make
+        optimizer = self.optimizer_alone or self.optimizer
+        return reference(make, optimizer, self.counts)
+
+
+def accumulating():
+    return keras.optimizers.Adam(0.02, gradient_accumulation_steps=2)
+
+
+def adam():
+    return keras.optimizers.Adam(0.02)
+
+
+def scaled():
+    return keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.02), initial_scale=4.0)
+
+
+def synchronised():
+    return network(hvd.SyncBatchNormalization(momentum=0.5))
+
+
+def normalised():
+    return network(keras.layers.BatchNormalization(momentum=0.5))
+
+
+def sparse():
+    """Make word numbers from signs. TensorFlow's gradient of the embedding is sparse."""
+    keras.utils.set_random_seed(100 + hvd.rank())
+    inputs = keras.Input((4,))
+    signs = keras.layers.Lambda(lambda x: keras.ops.cast(x > 0, "int32"), output_shape=(4,))
+    words = keras.layers.Embedding(2, 3)(signs(inputs))
+    return keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Flatten()(words)))
+
+
 def uneven() -> dict:
-    """Ranks with other numbers of batches, each kind beside one process."""
+    """Train ranks with other numbers of batches, in each kind of training, and one process."""
     counts = [5, 3, 4, 2][: hvd.size()]
-    few = [3, 5, 2, 4][: hvd.size()]  # rank 0 has fewer
-
-    def accumulating():
-        return keras.optimizers.Adam(0.02, gradient_accumulation_steps=2)
-
-    def plain():
-        return keras.optimizers.Adam(0.02)
-
-    def sparse():
-        """Word numbers from signs; TensorFlow's gradient is sparse."""
-        keras.utils.set_random_seed(100 + hvd.rank())
-        inputs = keras.Input((4,))
-        words = keras.layers.Lambda(lambda x: keras.ops.cast(x > 0, "int32"), output_shape=(4,))(
-            inputs
-        )
-        embedded = keras.layers.Flatten()(keras.layers.Embedding(2, 3)(words))
-        return keras.Model(inputs, keras.layers.Dense(1)(embedded))
-
-    def synchronised():
-        return network(hvd.SyncBatchNormalization(momentum=0.5))
-
-    def normalised():
-        return network(keras.layers.BatchNormalization(momentum=0.5))
-
-    def scaled():
-        return keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.02), initial_scale=4.0)
-
+    few_on_rank_0 = [3, 5, 2, 4][: hvd.size()]
+    generators = {"as_generator": True}
     passes = {"backward_passes_per_step": 2, "average_aggregated_gradients": True}
     cases = {
-        "arrays": (network, momentum, counts, {}, None),
-        "first rank has fewer": (network, momentum, few, {}, None),
-        "generators": (network, momentum, counts, {"as_generator": True}, None),
-        "steps_per_epoch": (
-            network,
-            momentum,
-            counts,
-            {"as_generator": True, "steps_per_epoch": 5},
-            None,
-        ),
-        "accumulation": (network, accumulating, counts, {}, accumulating),
-        "passes": (network, plain, counts, passes, accumulating),
-        "sparse": (sparse, momentum, counts, {}, None),
-        "grouped": (network, momentum, counts, {"groups": 1}, None),
-        "synchronised": (synchronised, momentum, counts, {}, momentum),
-        "scaled": (network, scaled, counts, {}, None),
+        "arrays": Case(network, momentum, counts),
+        "first rank has fewer": Case(network, momentum, few_on_rank_0),
+        "generators": Case(network, momentum, counts, generators),
+        "steps_per_epoch": Case(network, momentum, counts, generators | {"steps_per_epoch": 5}),
+        "accumulation": Case(network, accumulating, counts),
+        "passes": Case(network, adam, counts, passes, optimizer_alone=accumulating),
+        "sparse": Case(sparse, momentum, counts),
+        "grouped": Case(network, momentum, counts, {"groups": 1}),
+        "synchronised": Case(synchronised, momentum, counts, make_alone=normalised),
+        "scaled": Case(network, scaled, counts),
     }
-    found = {}
     if hvd.size() > 2:
         cases = {name: cases[name] for name in ("arrays", "generators", "passes")}
-    for name, (make, optimizer, numbers, options, other) in cases.items():
-        expected = reference(
-            normalised if make is synchronised else make, other or optimizer, numbers
-        )
+    results = {}
+    for name, case in cases.items():
+        expected = case.expected()
         if name == "steps_per_epoch":  # the data are not repeated: the second epoch has none
             expected = None
-        found[name] = {
-            "together": fit_uneven(make, optimizer, numbers, **options),
-            "expected": expected,
-        }
-    return found
+        together = fit_uneven(case.make, case.optimizer, case.counts, **case.options)
+        results[name] = {"together": together, "expected": expected}
+    return results
 
 
 def even_generators() -> dict:
-    """Data of a length that nobody knows beforehand, as long on all ranks: nothing but the steps may happen."""
+    """Train on data of unknown length, the same on all ranks: nothing but the steps may happen."""
     counts = [3] * hvd.size()
-    found = fit_uneven(network, momentum, counts, as_generator=True)
-    return found | {"expected": reference(network, momentum, counts)}
+    together = fit_uneven(network, momentum, counts, as_generator=True)
+    return together | {"expected": reference(network, momentum, counts)}
 
 
 def two_optimizers() -> dict:
-    """A train_step of its own with two optimizers and layers that come to exist in it; uneven data."""
+    """Train with an own train_step, two optimizers and layers made in the step, on uneven data."""
     counts = [4, 2, 3, 1][: hvd.size()]
-    mine = data(counts[hvd.rank()], hvd.rank())
+    own_data = data(counts[hvd.rank()], hvd.rank())
     keras.utils.set_random_seed(100 + hvd.rank())
-    model = Pair(
-        hvd.DistributedOptimizer(keras.optimizers.Adam(0.02)), hvd.DistributedOptimizer(momentum())
-    )
+    first = hvd.DistributedOptimizer(keras.optimizers.Adam(0.02))
+    second = hvd.DistributedOptimizer(momentum())
+    model = Pair(first, second)
     steps = Steps()
     history = model.fit(
-        mine,
+        own_data,
         batch_size=BATCH,
         epochs=2,
         shuffle=False,
@@ -273,15 +292,13 @@ class Pair(keras.Model):
 
     def train_step(self, x):
         x = keras.ops.convert_to_tensor(x[0] if isinstance(x, (tuple, list)) else x)
-        losses = {}
-        for name, layer, optimizer in (
-            ("a_loss", self.a, self.first),
-            ("b_loss", self.b, self.second),
-        ):
-            losses[name] = descend(
-                lambda layer=layer: keras.ops.mean((layer(x) - x[:, :2]) ** 2), layer, optimizer
-            )
-        return losses
+        return {
+            "a_loss": descend(lambda: self.loss_of(self.a, x), self.a, self.first),
+            "b_loss": descend(lambda: self.loss_of(self.b, x), self.b, self.second),
+        }
+
+    def loss_of(self, layer, x):
+        return keras.ops.mean((layer(x) - x[:, :2]) ** 2)
 
     def call(self, x):
         return self.a(x) + self.b(x)
@@ -330,8 +347,9 @@ def compiled(model: keras.Model, optimizer=None, **options) -> keras.Model:
 
 
 def stopping() -> dict:
-    """One rank stops, in each place where a callback can."""
-    last, x = hvd.size() - 1, data(1, 5)
+    """Stop on one rank, in each place where a callback can."""
+    last = hvd.size() - 1
+    x = data(1, 5)
     validation = {"validation_data": (x, target(x))}
     cases = {
         "mid-epoch": ({"stop_at": (1, 1)}, {}),
@@ -339,29 +357,27 @@ def stopping() -> dict:
         "end of epoch": ({"stop_at": 1, "stop_in": "on_epoch_end"}, {}),
         "validation": ({"stop_at": 0, "stop_in": "on_test_end"}, validation),
     }
-    found = {}
+    results = {}
     for name, (when, options) in cases.items():
         steps = Steps(stop_rank=last, **when)
         model = compiled(network())
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
             history = fit_steps(steps, model=model, **options)
-        weights = [value(v) for v in model.trainable_variables]
-        found[name] = {
+        results[name] = {
             "steps": steps.seen,
             "epochs": history.epoch,
-            "weights": weights,
-            "said": said.getvalue(),
+            "weights": [value(v) for v in model.trainable_variables],
+            "stderr": stderr.getvalue(),
         }
-    return found
+    return results
 
 
 def deciding() -> dict:
-    """Keras's own callbacks that decide, on numbers of this rank's, or of all."""
-    found = {}
+    """Count the epochs where Keras's own callbacks decide, by numbers of this rank's or of all."""
     x = data(4, hvd.rank())
-    y = target(x) * hvd.rank() + np.random.default_rng(9).normal(size=(len(x), 1)).astype(
-        np.float32
-    )
+    noise = np.random.default_rng(9).normal(size=(len(x), 1)).astype(np.float32)
+    y = target(x) * hvd.rank() + noise
+    epochs = {}
     for order in ("alone", "before", "after"):
         stop = keras.callbacks.EarlyStopping(monitor="loss", patience=1)
         callbacks = {
@@ -373,12 +389,14 @@ def deciding() -> dict:
         history = model.fit(
             x, y, batch_size=BATCH, epochs=30, verbose=0, callbacks=[BroadcastState(), *callbacks]
         )
-        found[order] = len(history.epoch)
+        epochs[order] = len(history.epoch)
+
+    # One rank has a NaN in its second batch.
     y = target(x)
     if hvd.rank() == hvd.size() - 1:
         y[BATCH + 3] = np.nan
     with contextlib.redirect_stdout(io.StringIO()):
-        nan = compiled(network()).fit(
+        history = compiled(network()).fit(
             x,
             y,
             batch_size=BATCH,
@@ -387,7 +405,7 @@ def deciding() -> dict:
             verbose=0,
             callbacks=[keras.callbacks.TerminateOnNaN()],
         )
-    return found | {"nan epochs": len(nan.epoch)}
+    return epochs | {"nan": len(history.epoch)}
 
 
 class OwnRate(keras.callbacks.Callback):
@@ -399,30 +417,32 @@ class OwnRate(keras.callbacks.Callback):
 
 
 def refused() -> dict:
-    """What can't be agreed on: the error, on every rank."""
+    """Return the error of what can't be agreed on, on every rank."""
     rank = hvd.rank()
-    found = {
+    x = data(1, 0)
+    y = target(x)
+    last_of_rank_1 = 3 if rank == 1 else 0
+    sums_on_0 = [MetricSums()] if rank == 0 else []
+    restore_on_0 = [keras.callbacks.BackupAndRestore("unused")] if rank == 0 else []
+    errors = {
         "rates": caught(lambda: fit_steps(OwnRate())),
         "first epochs": caught(lambda: fit_steps(initial_epoch=rank)),
-        "no epoch": caught(lambda: fit_steps(initial_epoch=3 * (rank == 1))),
+        "no epoch": caught(lambda: fit_steps(initial_epoch=last_of_rank_1)),
         "epochs": caught(lambda: fit_steps(epochs=3 + rank)),
-        "callbacks": caught(lambda: fit_steps(*[MetricSums()] if rank == 0 else [])),
-        "Keras's restore": caught(
-            lambda: fit_steps(*[keras.callbacks.BackupAndRestore("unused")] if rank == 0 else [])
-        ),
-        "scaled outside": caught(lambda: outside().fit(data(1, 0), target(data(1, 0)), verbose=0)),
+        "callbacks": caught(lambda: fit_steps(*sums_on_0)),
+        "Keras's restore": caught(lambda: fit_steps(*restore_on_0)),
+        "scaled outside": caught(lambda: outside().fit(x, y, verbose=0)),
     }
     if TENSORFLOW:
         import tensorflow as tf
 
         with tf.distribute.MirroredStrategy(["/cpu:0"]).scope():
             model = compiled(network())
-            found["strategy"] = caught(lambda: model.fit(data(1, 0), target(data(1, 0)), verbose=0))
+            errors["strategy"] = caught(lambda: model.fit(x, y, verbose=0))
         several = compiled(network(), steps_per_execution=2)
-        found["steps per execution"] = caught(
-            lambda: fit_steps(model=several, batches=4 + 2 * rank)
-        )
-    return found
+        batches = 4 + 2 * rank
+        errors["steps per execution"] = caught(lambda: fit_steps(model=several, batches=batches))
+    return errors
 
 
 def outside() -> keras.Model:
@@ -433,36 +453,35 @@ def outside() -> keras.Model:
 
 
 def quiet() -> dict:
-    """Ten fits of new models, with jit_compile=True as users write: what the frameworks say on the way."""
-    heard = io.StringIO()
-    handler = logging.StreamHandler(heard)
-    loggers = [
-        logging.getLogger(name) for name in ("tensorflow", "torch._dynamo", "torch._logging")
-    ]
+    """Return what the frameworks say in fits of new models, one with jit_compile=True."""
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    names = ("tensorflow", "torch._dynamo", "torch._logging")
+    loggers = [logging.getLogger(name) for name in names]
     for logger in loggers:
         logger.addHandler(handler)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         for _ in range(7):
             fit_steps(epochs=1, batches=1)
         fit_steps(epochs=1, batches=1, model=compiled(network(), jit_compile=True))
     for logger in loggers:
         logger.removeHandler(handler)
-    return {"logged": heard.getvalue(), "warnings": [str(w.message) for w in said]}
+    messages = [str(w.message) for w in caught_warnings]
+    return {"logged": log.getvalue(), "warnings": messages}
 
 
 def validations() -> dict:
-    """Validation on one rank, and in other epochs on each; EarlyStopping by it on all."""
+    """Validate on one rank, and in other epochs on each; EarlyStopping by it on all."""
     x = data(2, 77)
-    given = (x, target(x))
+    examples = (x, target(x))
     rank = hvd.rank()
     model = compiled(network())
     stop = keras.callbacks.EarlyStopping(monitor="val_loss", patience=30)
-    on_root = fit_steps(
-        MetricSums(), stop, model=model, validation_data=given if rank == 0 else None
-    )
-    expected = model.evaluate(*given, verbose=0) if rank == 0 else None
-    now_and_then = fit_steps(MetricSums(), validation_data=given, validation_freq=1 + rank)
+    examples_on_root = examples if rank == 0 else None
+    on_root = fit_steps(MetricSums(), stop, model=model, validation_data=examples_on_root)
+    expected = model.evaluate(*examples, verbose=0) if rank == 0 else None
+    now_and_then = fit_steps(MetricSums(), validation_data=examples, validation_freq=1 + rank)
     return {
         "on root": on_root.history,
         "expected": hvd.broadcast_object(expected, 0),
@@ -471,7 +490,7 @@ def validations() -> dict:
 
 
 def replica_checks() -> dict:
-    """ReplicaCheck beside accumulators that hold each rank's own gradients, when training ends between updates."""
+    """Check replicas beside accumulators of each rank's own gradients, between two updates."""
     model = compiled(network(), keras.optimizers.Adam(0.01, gradient_accumulation_steps=3))
     fit_steps(ReplicaCheck(every=2), model=model, epochs=1)
     scaled = keras.optimizers.LossScaleOptimizer(
@@ -512,7 +531,7 @@ class Subclass(keras.Model):
 
 
 def late_models() -> dict:
-    """Models that Keras builds at the first batch, beside one process that begins with rank 0's weights."""
+    """Train models that Keras builds at the first batch, and one process with rank 0's weights."""
     makers = {
         "sequential": lambda: keras.Sequential([keras.layers.Dense(3), keras.layers.Dense(1)]),
         "subclass": Subclass,
@@ -522,33 +541,38 @@ def late_models() -> dict:
         "own": BroadcastState,
         "Horovod's": lambda: hvd.callbacks.BroadcastGlobalVariablesCallback(0),
     }
-    counts = [2] * hvd.size()
-    found = {}
+    results = {}
     for name, make in makers.items():
         for whose, callback in callbacks.items():
-            keras.utils.set_random_seed(100 + hvd.rank())
-            model = compiled(make(), keras.optimizers.Adam(0.02))
-            x = data(2, hvd.rank())
-            model.fit(
-                x,
-                target(x),
-                batch_size=BATCH,
-                epochs=2,
-                shuffle=False,
-                verbose=0,
-                callbacks=[callback()],
-            )
-            keras.utils.set_random_seed(100)
-            alone = make()
-            alone.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=False)
-            for minibatch in minibatches(counts, list(range(hvd.size()))) * 2:
-                alone.train_on_batch(minibatch, target(minibatch))
-            found[name, whose] = {
-                "weights": [value(v) for v in model.trainable_variables],
-                "expected": [value(v) for v in alone.trainable_variables],
-                "iterations": int(model.optimizer.iterations),
-            }
-    return found
+            results[name, whose] = fit_late(make, callback())
+    return results
+
+
+def fit_late(make, broadcast) -> dict:
+    """Train a model that is built at its first batch, and one process in the same way."""
+    keras.utils.set_random_seed(100 + hvd.rank())
+    model = compiled(make(), keras.optimizers.Adam(0.02))
+    x = data(2, hvd.rank())
+    model.fit(
+        x,
+        target(x),
+        batch_size=BATCH,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+        callbacks=[broadcast],
+    )
+    keras.utils.set_random_seed(100)
+    alone = make()
+    alone.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=False)
+    counts = [2] * hvd.size()
+    for minibatch in minibatches(counts, list(range(hvd.size()))) * 2:
+        alone.train_on_batch(minibatch, target(minibatch))
+    return {
+        "weights": [value(v) for v in model.trainable_variables],
+        "expected": [value(v) for v in alone.trainable_variables],
+        "iterations": int(model.optimizer.iterations),
+    }
 
 
 class Largest(keras.metrics.Metric):
@@ -574,7 +598,8 @@ class Counted(keras.metrics.Metric):
         self.all = self.add_variable((), "zeros", name="all")
 
     def update_state(self, y_true, y_pred, sample_weight=None):
-        self.positive.assign_add(keras.ops.sum(keras.ops.cast(y_true > 0, "float32")))
+        is_positive = keras.ops.cast(y_true > 0, "float32")
+        self.positive.assign_add(keras.ops.sum(is_positive))
         self.all.assign_add(keras.ops.cast(keras.ops.size(y_true), "float32"))
 
     def result(self):
@@ -582,7 +607,7 @@ class Counted(keras.metrics.Metric):
 
 
 class Named(keras.Sequential):
-    """A train_step whose logs have names of their own: trackers by other names, and numbers that no metric keeps."""
+    """A train_step whose logs have own names: of trackers by other names, and of plain numbers."""
 
     def __init__(self, layers, trackers):
         super().__init__(layers)
@@ -598,7 +623,7 @@ class Named(keras.Sequential):
         if self.total is not None:
             self.total.update_state(loss)
             return {"loss": self.total.result(), "last": loss}
-        return {"mine": loss}
+        return {"raw_loss": loss}
 
 
 class Score(keras.callbacks.Callback):
@@ -613,75 +638,81 @@ class Score(keras.callbacks.Callback):
         logs["words"] = "not a number"
 
 
+def labels(x: np.ndarray) -> np.ndarray:
+    return (target(x) > 0).astype(np.float32)
+
+
+def classifier(optimizer: keras.optimizers.Optimizer) -> keras.Model:
+    """Make a model with metrics of each kind; all ranks have the same."""
+    keras.utils.set_random_seed(3)
+    layers = [keras.Input((4,)), keras.layers.Dense(1, activation="sigmoid")]
+    model = keras.Sequential(layers)
+    metrics = [
+        "accuracy",
+        keras.metrics.AUC(name="auc"),
+        keras.metrics.F1Score(threshold=0.5),
+        Counted(),
+        Largest(),
+    ]
+    model.compile(optimizer, "mse", metrics=metrics)
+    return model
+
+
+def frozen() -> keras.optimizers.Optimizer:
+    """Make an optimizer that leaves the weights what they are."""
+    return hvd.DistributedOptimizer(keras.optimizers.SGD(0.0))
+
+
+def named(trackers: bool) -> keras.Model:
+    layers = [keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="zeros")]
+    model = Named(layers, trackers)
+    model.compile(frozen(), jit_compile=False)
+    return model
+
+
 def logs() -> dict:
-    """The epoch's logs, beside what one process logs over all examples; the weights stay what they are."""
+    """Return the epoch's logs, and what one process logs over all examples."""
     sizes = [3, 1, 2, 1][: hvd.size()]
-    mine = data(sizes[hvd.rank()], hvd.rank())
-    whole = np.concatenate([data(n, r) for r, n in enumerate(sizes)])
+    x = data(sizes[hvd.rank()], hvd.rank())
+    all_x = np.concatenate([data(n, r) for r, n in enumerate(sizes)])
+    quiet = {"batch_size": BATCH, "verbose": 0}
 
-    def labels(x):
-        return (target(x) > 0).astype(np.float32)
-
-    def fit(model, x, y, *callbacks):
-        options = {"batch_size": BATCH, "shuffle": False, "verbose": 0, "validation_data": (x, y)}
-        return model.fit(x, y, callbacks=[BroadcastState(), *callbacks], **options).history
-
-    def classifier():
-        keras.utils.set_random_seed(3)
-        layers = [keras.Input((4,)), keras.layers.Dense(1, activation="sigmoid")]
-        model = keras.Sequential(layers)
-        metrics = [
-            "accuracy",
-            keras.metrics.AUC(name="auc"),
-            keras.metrics.F1Score(threshold=0.5),
-            Counted(),
-        ]
-        model.compile(
-            hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)),
-            "mse",
-            metrics=[*metrics, Largest()],
+    def classify(model, *callbacks):
+        validation = (x, labels(x))
+        callbacks = [BroadcastState(), *callbacks]
+        history = model.fit(
+            x,
+            labels(x),
+            shuffle=False,
+            validation_data=validation,
+            callbacks=callbacks,
+            **quiet,
         )
-        return model
+        return history.history
 
-    named = Named(
-        [keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="zeros")], trackers=True
+    def regress(model):
+        history = model.fit(x, target(x), shuffle=False, callbacks=[MetricSums()], **quiet)
+        return history.history
+
+    alone = classifier(keras.optimizers.SGD(0.0))
+    expected = alone.evaluate(all_x, labels(all_x), return_dict=True, **quiet)
+    model = classifier(frozen())
+    fit_logs = classify(model, MetricSums())
+    evaluate_logs = model.evaluate(
+        x, labels(x), return_dict=True, callbacks=[MetricSums()], **quiet
     )
-    named.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)), jit_compile=False)
-    raw = Named(
-        [keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="zeros")], trackers=False
-    )
-    raw.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.0)), jit_compile=False)
-    alone = classifier()
-    alone.compile(keras.optimizers.SGD(0.0), "mse", metrics=["accuracy", keras.metrics.AUC(name="auc"),
-                  keras.metrics.F1Score(threshold=0.5), Counted(), Largest()])  # fmt: skip
-    expected = alone.evaluate(whole, labels(whole), batch_size=BATCH, verbose=0, return_dict=True)
-    together = classifier()
-    options = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
+    score = Score(ranks=[0])
+    unweighted = hvd.callbacks.MetricAverageCallback(unweighted=True)
+    losses = [float(np.mean(target(b) ** 2)) for b in x.reshape(-1, BATCH, 4)]  # weights are 0
     return {
-        "fit": fit(together, mine, labels(mine), MetricSums()),
-        "evaluate": together.evaluate(
-            mine,
-            labels(mine),
-            batch_size=BATCH,
-            verbose=0,
-            return_dict=True,
-            callbacks=[MetricSums()],
-        ),
+        "fit": fit_logs,
+        "evaluate": evaluate_logs,
         "expected": expected,
-        "share": float(labels(mine).mean()),
-        "named": named.fit(mine, target(mine), callbacks=[MetricSums()], **options).history,
-        "raw": raw.fit(mine, target(mine), callbacks=[MetricSums()], **options).history,
-        "own": [
-            float(np.mean(target(b) ** 2)) for b in mine.reshape(-1, BATCH, 4)
-        ],  # losses; the weights are 0
-        "callbacks": fit(classifier(), mine, labels(mine), Score([0]), MetricSums()),
-        "old": fit(
-            classifier(),
-            mine,
-            labels(mine),
-            Score([0]),
-            hvd.callbacks.MetricAverageCallback(unweighted=True),
-        ),
+        "named": regress(named(trackers=True)),
+        "raw": regress(named(trackers=False)),
+        "own losses": losses,
+        "callbacks": classify(classifier(frozen()), score, MetricSums()),
+        "unweighted": classify(classifier(frozen()), score, unweighted),
     }
 
 

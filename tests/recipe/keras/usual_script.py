@@ -1,4 +1,7 @@
-"""A script of the usual shape, as written for `import horovod.tensorflow.keras as hvd`: only that line is changed."""
+"""A script of the usual shape, as written for `import horovod.tensorflow.keras as hvd`.
+
+Only that line is changed.
+"""
 
 import sys
 from pathlib import Path
@@ -69,8 +72,6 @@ history = model.fit(
     verbose=int(hvd.rank() == 0),
 )
 loss, accuracy = model.evaluate(x, y, verbose=0)
-print(
-    f"rank {hvd.rank()} of {hvd.size()}: accuracy {history.history['accuracy'][-1]:.6f} {accuracy:.3f}",
-    flush=True,
-)
+trained = history.history["accuracy"][-1]
+print(f"rank {hvd.rank()} of {hvd.size()}: accuracy {trained:.6f} {accuracy:.3f}", flush=True)
 np.savez(Path(sys.argv[1], f"rank{hvd.rank()}.npz"), *model.get_weights())

@@ -47,9 +47,9 @@ def test_shares_are_all_of_the_batches_left(size: int, data: st.DataObject, n: i
     for share in shares:
         assert len(share) <= 2
         own_examples = []
-        for part in share:
-            example_range = range(part.begin * n // size, part.end * n // size)
-            own_examples += [(part.batch, example) for example in example_range]
+        for cut in share:
+            own_range = range(cut.start * n // size, cut.stop * n // size)
+            own_examples += [(cut.batch, example) for example in own_range]
         dealt += own_examples
         counts.append(len(own_examples))
     assert dealt == [(batch, example) for batch in range(left) for example in range(n)]

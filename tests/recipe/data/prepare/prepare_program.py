@@ -1,6 +1,8 @@
-"""recipe.data.prepare for an ImageNet of a few images in small files: prepare_program.py SECONDS ARGUMENT….
+"""recipe.data.prepare for an ImageNet of a few images: prepare_program.py SECONDS ARGUMENT….
 
-It expects the tars' own sizes and counts, and waits SECONDS at each image, so that a test can kill it among them."""
+It expects the tars' own sizes and counts, and writes small files. It waits SECONDS at each image,
+so that a test can kill it among them.
+"""
 
 import sys
 import time
