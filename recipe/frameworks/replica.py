@@ -28,7 +28,8 @@ class Replica(Protocol):
     def step(self, step: int, elements: Iterator[Element], stop: bool) -> Callable[[], StepResult]:
         """Draw this rank's elements for a step of the epoch, and update. Collective.
 
-        `stop` is this rank's wish to leave. The function that comes back waits for the step and returns its result.
+        `stop` is this rank's wish to leave. The function that comes back waits for the step and
+        returns its result.
         """
 
     def end(self) -> None:

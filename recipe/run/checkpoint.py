@@ -32,7 +32,8 @@ def save(
         checkpoint_file.write(path, arrays, meta)
     except OSError as error:
         raise RunError(
-            f"cannot write the checkpoint {path}: {error.strerror}; free space or rights, then --resume"
+            f"cannot write the checkpoint {path}: {error.strerror}; free space or rights, then "
+            "--resume"
         )
     for old in checkpoints(folder)[:-keep]:
         is_kept_for_good = keep_every and step_of(old) % keep_every == 0
@@ -54,7 +55,8 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
             warn(f"{error}; falling back to the checkpoint before it")
     if paths:
         raise RunError(
-            f"no checkpoint in {folder} is whole; restore one from a copy, or train in a new directory"
+            f"no checkpoint in {folder} is whole; restore one from a copy, or train in a new "
+            "directory"
         )
     return None
 

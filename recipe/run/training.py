@@ -40,8 +40,8 @@ def train(
 ) -> list[float]:
     """Run the recipe on all ranks, and return the top-1 error of each evaluated epoch, oldest first. Collective.
 
-    In an elastic run, `commits` takes precedence over checkpoints on disk. Raise UsageError, RunError or, when a
-    rank's `notice` tells it to leave, Preempted, on every rank.
+    In an elastic run, `commits` takes precedence over checkpoints on disk. Raise UsageError,
+    RunError or, when a rank's `notice` tells it to leave, Preempted, on every rank.
     """
     # Check what the user asks for, then open it.
     check_recipe(recipe)

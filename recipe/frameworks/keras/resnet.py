@@ -29,9 +29,10 @@ class Normal(keras.initializers.Initializer):
 def build(recipe: Recipe, num_classes: int) -> keras.Model:
     """Return the recipe's network.
 
-    uint8 images [b, s, s, 3] go in, with dropout also keys int64[b]; float32 logits [b, num_classes]
-    come out. ResNet-50 has 25,557,032 parameters at 1000 classes. Weight decay λ is the L2 term
-    λ/2·‖w‖² of convolution and FC kernels, so that its gradient λw takes part in momentum (remark 1).
+    uint8 images [b, s, s, 3] go in, with dropout also keys int64[b]; float32 logits [b,
+    num_classes] come out. ResNet-50 has 25,557,032 parameters at 1000 classes. Weight decay λ is
+    the L2 term λ/2·‖w‖² of convolution and FC kernels, so that its gradient λw takes part in
+    momentum (remark 1).
     """
     net = _Layers(recipe)
     size = recipe.data.image_size

@@ -26,8 +26,8 @@ class Step:
     """The step of a rank. Gradients add up over its forward passes, and are reduced while the last one's backward
     pass is still running. Then the optimizer, a DistributedOptimizer, updates.
 
-    A StepVector goes with the gradients. Its statistics are the moving ones after this step, averaged over all k
-    workers, so that they are equal on all ranks at any time.
+    A StepVector goes with the gradients. Its statistics are the moving ones after this step,
+    averaged over all k workers, so that they are equal on all ranks at any time.
     """
 
     def __init__(self, model: keras.Model, k: int, share: Share, signature: Signature) -> None:
@@ -113,7 +113,8 @@ class Step:
             predictions = ops.argmax(logits, axis=-1)
             hits = ops.cast(ops.equal(predictions, ops.cast(labels, "int32")), "float32")
 
-            # The paper's remarks 1 and 3: weight decay is part of the loss; the mean is over all kn examples.
+            # The paper's remarks 1 and 3: weight decay is part of the loss; the mean is over all kn
+            # examples.
             loss = self.model.optimizer.scale_loss(ops.mean(losses * weights) + penalties)
 
             moved = [ops.convert_to_tensor(scope.get_current_value(v)) for v in self.moving]
@@ -150,7 +151,8 @@ def batch_statistics(
 ) -> Callable[..., Any]:
     """Return a function of an element that gives the statistics of this one batch, as one vector.
 
-    They are in the order of `moving_statistics`: what these become from zero, divided by 1 − momentum.
+    They are in the order of `moving_statistics`: what these become from zero, divided by 1 −
+    momentum.
     """
     moving = moving_statistics(model)
 

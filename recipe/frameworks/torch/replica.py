@@ -164,7 +164,8 @@ class TorchReplica:
 def sgd(recipe: Recipe, network: torch.nn.Module) -> torch.optim.SGD:
     """Return SGD with weight decay λw, part of the gradient, on the kernels only (remark 1).
 
-    Its velocity u ← mu + g is free of η (paper, eq. 9), so that no change of η needs a correction (remark 2).
+    Its velocity u ← mu + g is free of η (paper, eq. 9), so that no change of η needs a correction
+    (remark 2).
     """
     settings = recipe.optimizer
     kernels = [p for p in network.parameters() if p.ndim > 1]
