@@ -1,4 +1,4 @@
-"""Reports finished runs as the paper does: `python -m recipe.report RUN…` prints errors and draws the curves."""
+"""Reports runs as the paper does: `python -m recipe.report RUN…` prints errors, draws curves."""
 
 import statistics
 from pathlib import Path

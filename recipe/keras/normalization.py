@@ -10,7 +10,7 @@ from recipe.keras import backend, names
 
 @keras.saving.register_keras_serializable("recipe")
 class SyncBatchNormalization(keras.layers.BatchNormalization):
-    """`keras.layers.BatchNormalization` whose mean and variance are those of all ranks' examples together.
+    """`keras.layers.BatchNormalization` with the mean and variance of all ranks' examples.
 
     Ranks may hold different numbers of examples, and masks are respected. The variance is taken
     around the common mean (a difference of squares would cancel), which costs a second small

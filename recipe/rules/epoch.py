@@ -1,4 +1,4 @@
-"""How an epoch is divided into steps, minibatches and the workers' batches. Pure functions, NumPy only."""
+"""How an epoch is divided into steps, minibatches and the workers' batches. NumPy only."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The division of an epoch of so many examples into minibatches of kn, and of these into the workers' batches.
+    """The division of an epoch into minibatches of kn, and of these into the workers' batches.
 
     Raise UsageError when the epoch has no step.
     """
@@ -56,7 +56,7 @@ class Epoch:
         return min(self.k * self.n, self.examples - step * self.k * self.n)
 
     def indices(self, order: np.ndarray, step: int, worker: int) -> np.ndarray:
-        """Return int64[n_j]: the examples of worker j in a step of an epoch with this order (paper, remark 4).
+        """Return int64[n_j]: worker j's examples in a step of this order (paper, remark 4).
 
         A minibatch is kn examples in a row of the order, a worker's batch n in a row of these. The
         last, short minibatch is divided so that the workers' n_j differ by one at most, the larger
@@ -65,7 +65,7 @@ class Epoch:
         return order[self._batch(step, worker)]
 
     def weight(self, step: int, worker: int) -> float:
-        """Return k·n_j/M, the factor of worker j's mean loss in the loss of the minibatch (paper, remark 3).
+        """Return k·n_j/M, the factor of worker j's mean loss (paper, remark 3).
 
         With it the mean over k workers is the mean over the minibatch's M examples. It is exactly
         1.0 for a full minibatch.
@@ -112,7 +112,7 @@ class Share:
 
 
 def check_size(recipe: "Recipe", size: int) -> None:
-    """Raise UsageError when `size` ranks can't share the k workers evenly, so many of them in a forward pass."""
+    """Raise UsageError when `size` ranks can't share the k workers evenly."""
     k, workers_at_once = recipe.k, recipe.run.workers_at_once
     if k % size:
         possible = ", ".join(str(ranks) for ranks in range(1, k + 1) if k % ranks == 0)
@@ -132,7 +132,7 @@ def check_size(recipe: "Recipe", size: int) -> None:
 
 
 def permutation(examples: int, seed: int, epoch: int, block: int = 1) -> np.ndarray:
-    """Return int64[examples]: one random order of the whole training set for one epoch (paper, remark 4).
+    """Return int64[examples]: a random order of the training set (paper, remark 4).
 
     It ranks the raw 64-bit words of Philox with the key (seed, epoch). NumPy promises that stream
     for ever. It does not promise that Generator.permutation stays as it is.

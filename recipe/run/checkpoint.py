@@ -62,7 +62,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, oldest first: files of the very names that `save` writes."""
+    """Return the checkpoints in a folder, oldest first, by the names that `save` gives."""
     paths = [path for path in _files(folder, _NAME) if path.name == name_of(step_of(path))]
     return sorted(paths, key=step_of)
 
@@ -73,7 +73,7 @@ def unfinished(folder: Path) -> list[Path]:
 
 
 def set_aside(paths: Iterable[Path]) -> None:
-    """Rename checkpoints to aside-step-SSSSSSSS.npz: out of the way of the run, but left to the user.
+    """Rename checkpoints to aside-step-SSSSSSSS.npz: no longer the run's, left to the user.
 
     Raise RunError when one can't be renamed.
     """

@@ -1,4 +1,4 @@
-"""What must be so before and while a run goes on: the same recipe and data on all ranks, finite figures."""
+"""What a run needs: the same recipe and data on all ranks, and finite figures."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class DataFacts(NamedTuple):
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise UsageError when a rank has another recipe, from another copy of its file, say. Collective.
+    """Raise UsageError when a rank has another recipe, from an older file, say. Collective.
 
     The ranks would wait for each other, or train on other examples. The data's folders may differ.
     """
@@ -110,7 +110,7 @@ def check_losses(
 
 
 def check_evaluation(sums: Sums, epochs: int) -> None:
-    """Raise RunError when the weights are no good. All ranks have the same sums, and raise it together."""
+    """Raise RunError when the loss is not finite. All ranks raise it together."""
     if not np.isfinite(sums.loss):
         raise RunError(
             f"the evaluation's loss is {sums.mean_loss} after {epochs} epochs: training has "

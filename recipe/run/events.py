@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written in the caller's own thread: a convenience that never ends or delays a run."""
+"""TensorBoard's event files: a convenience that never ends or delays a run."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Events:
-    """Scalars for TensorBoard in FOLDER. What can't be written is left out, with one warning in all."""
+    """Scalars for TensorBoard. What can't be written is left out, with one warning in all."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         """Open a new file. TensorBoard forgets what it was told of the steps beyond `step`."""

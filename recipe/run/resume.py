@@ -132,7 +132,7 @@ def _check_folder(path: Path) -> None:
 
 
 def _refuse_other_recipe(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> None:
-    """Raise UsageError, naming the fields, when `recipe` is not the one whose `identity` is `old`."""
+    """Raise UsageError, naming the fields, when `old` is the identity of another recipe."""
     if changes := config.differences(old, config.identity(recipe)):
         raise UsageError(
             f"--run_dir={run_dir} was started with another recipe: {changes}; resume with the old "
@@ -162,7 +162,7 @@ def _warn_of_other_versions(old: dict[str, str]) -> None:
 
 
 def _step(meta: dict[str, Any], epoch: Epoch) -> int:
-    """Return the step to go on from. After --resume=force an epoch may have another number of steps than it had."""
+    """Return the step to go on from. By force an epoch may have another number of steps now."""
     old_steps = meta["steps_per_epoch"]
     inside = meta["step"] - meta["epochs"] * old_steps
     if inside and epoch.steps != old_steps:
@@ -201,7 +201,7 @@ def _saved_at_epoch(recipe: Recipe, lines: list[dict[str, Any]]) -> bool:
 
 
 def _saved_at_step(every: int, lines: list[dict[str, Any]]) -> bool:
-    """Return whether a run with these lines of steps has had a checkpoint within an epoch, before the last line."""
+    """Return whether a run with these lines has had a checkpoint within an epoch."""
     if not every or not lines or not lines[-1].get("epoch"):
         return False
     steps_per_epoch = round(lines[-1]["step"] / lines[-1]["epoch"])

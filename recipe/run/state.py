@@ -38,7 +38,7 @@ class RunState:
 
     @classmethod
     def from_meta(cls, meta: dict[str, Any], step: int) -> "RunState":
-        """Return the state of a checkpoint's description; `step`: by the epochs of the present recipe."""
+        """Return the state that a checkpoint describes, but with `step` of the present recipe."""
         return cls(
             step=step,
             epochs=meta["epochs"],

@@ -8,7 +8,7 @@ from keras import ops
 
 @keras.saving.register_keras_serializable("recipe")
 class WorkerBatchNormalization(keras.layers.BatchNormalization):
-    """`keras.layers.BatchNormalization` of a batch that is several workers' batches, each normalised by itself.
+    """`keras.layers.BatchNormalization` that normalises each worker's part of a batch by itself.
 
     In training the batch is divided into `workers` equal parts, in order. The moving statistics
     move by the mean of the parts' statistics. Masks and renormalisation are not supported.

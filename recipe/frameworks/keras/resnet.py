@@ -1,4 +1,4 @@
-"""The paper's ResNet in Keras (sec. 5.1): bottleneck blocks, stride 2 on the 3×3, γ = 0 at each block's end."""
+"""The paper's ResNet in Keras (sec. 5.1): stride 2 on the 3×3, γ = 0 at each block's end."""
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ from recipe.rules.pixels import MEAN, STD
 
 
 class Normal(keras.initializers.Initializer):
-    """Normal weights that depend on (seed, name) only, the same in every framework: `recipe.rules.initial.normal`."""
+    """Normal weights that depend on (seed, name) only: `recipe.rules.initial.normal`."""
 
     def __init__(self, seed: int, name: str, std: float | None = None) -> None:
         self.seed, self.name, self.std = seed, name, std
@@ -53,7 +53,7 @@ def build(recipe: Recipe, num_classes: int) -> keras.Model:
 
 
 def _normalised(images: keras.KerasTensor, model: Model) -> keras.KerasTensor:
-    """Normalise by per-channel mean and standard deviation (sec. 5.1), on the device, in float32."""
+    """Normalise by mean and standard deviation of each channel (sec. 5.1), in float32."""
     std = np.asarray(STD, dtype=np.float32)
     offset = -np.asarray(MEAN, dtype=np.float32) / std
     x = layers.Rescaling(1 / std, offset, dtype="float32", name="normalise")(images)

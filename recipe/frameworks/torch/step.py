@@ -1,4 +1,4 @@
-"""One step of one rank in PyTorch: forward and backward of its workers, one round of allreduces, one update."""
+"""One step of one rank in PyTorch: forward and backward, one round of allreduces, one update."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,8 +20,10 @@ AUTOCAST = {"float32": None, "mixed_bfloat16": torch.bfloat16, "mixed_float16": 
 
 
 class Step:
-    """The step of a rank. Gradients add up over its forward passes, and Horovod's hooks reduce them while the last
-    one's backward pass is still running. Then the optimizer updates.
+    """The step of a rank.
+
+    Gradients add up over its forward passes, and Horovod's hooks reduce them while the last one's
+    backward pass is still running. Then the optimizer updates.
 
     A StepVector goes with the gradients. Its statistics are the batches' own, summed over the
     workers. The moving ones move by their mean over all k, so that they are equal on all ranks at
