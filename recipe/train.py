@@ -1,4 +1,4 @@
-"""Trains a recipe: `mpirun -np 2 python -m recipe.train --config=quick`, or the same under horovodrun or srun.
+"""Trains a recipe, as in `mpirun -np 2 python -m recipe.train --config=quick`.
 
 --config names a preset of recipe/configs or a run's config.json; --config.SECTION.FIELD=VALUE
 changes one field: --config.k=4 --config.optimizer.base_rate=0.05

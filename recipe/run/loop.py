@@ -8,18 +8,16 @@ import numpy as np
 
 from recipe.config import Recipe
 from recipe.data.element import Element
-from recipe.data.pipeline import TrainingExamples
 from recipe.errors import Preempted
 from recipe.frameworks.replica import Replica
 from recipe.frameworks.vector import StepResult
-from recipe.ranks import binding, collectives
+from recipe.ranks import collectives
 from recipe.ranks.preemption import Notice
-from recipe.rules.epoch import Epoch, Share
 from recipe.rules.sums import Sums
 from recipe.run import state
-from recipe.run.checks import Sources, check_evaluation, check_losses
+from recipe.run.checks import check_evaluation, check_losses
 from recipe.run.commits import Commits
-from recipe.run.evaluation import evaluate
+from recipe.run.evaluation import RunData, evaluate
 from recipe.run.record import Record
 from recipe.run.reproduction import norm, order_digest
 from recipe.run.runlog import Figures
@@ -36,22 +34,19 @@ class Loop:
         recipe: Recipe,
         run_dir: Path,
         replica: Replica,
-        sources: Sources,
+        data: RunData,
         run_state: RunState,
         commits: Commits | None,
     ) -> None:
         self.recipe, self.run_dir, self.replica = recipe, run_dir, replica
+        self.data, self.epoch = data, data.training.division
         self.state, self.commits = run_state, commits
-        self.epoch = Epoch.of(recipe, len(sources.training))
-        share = Share.of(recipe, collectives.rank(), collectives.size())
-        self.training = TrainingExamples(sources.training, recipe, share, binding.cores())
-        self.evaluation = sources.evaluation
         self.record = Record(run_dir, recipe, self.epoch, run_state)
         self._pending: Callable[[], StepResult] | None = None  # gives the last step's result
 
     def run(self, notice: Notice) -> list[float]:
         """Train to the recipe's end, and return the top-1 error of each evaluated epoch."""
-        elements = self.record.elements(iter(self.training.elements(self.state.step)))
+        elements = self.record.elements(iter(self.data.training.elements(self.state.step)))
         self.replica.begin(self.epoch.steps)
         watchdog.beat("the first step's beginning")
         if self.state.step == 0:
@@ -69,7 +64,7 @@ class Loop:
             self.replica.end()
             self.record.say_waits()
             if self.recipe.data.bad_images == "replace":
-                self.record.say_replaced(self.training.replaced)
+                self.record.say_replaced(self.data.training.replaced)
         finally:
             self.record.close()
         return self.state.errors
@@ -113,7 +108,7 @@ class Loop:
         self._pending = None
         step = self.state.step - 1  # counted from 0
         watchdog.beat(f"step {step + 1} of {self.recipe.epochs * self.epoch.steps}")
-        check_losses(result.losses, step, self.epoch, self.training.order)
+        check_losses(result.losses, step, self.epoch, self.data.training.order)
         loss, hits = result.losses.sum(dtype=np.float64), result.hits.sum(dtype=np.float64)
         examples = self.epoch.minibatch(step % self.epoch.steps)
         self.record.settled(step + 1, Sums(float(loss), float(hits), examples))
@@ -128,7 +123,7 @@ class Loop:
         # The run's result is the median of the last five epochs, so that these always count.
         if is_due(epochs, self.recipe.run.eval_every) or epochs > self.recipe.epochs - 5:
             self.record.doing(f"the evaluation after epoch {epochs}")
-            sums = evaluate(self.recipe, self.replica, self.training, self.evaluation, epochs)
+            sums = evaluate(self.recipe, self.replica, self.data, epochs)
             check_evaluation(sums, epochs)
             self.state.errors.append(sums.error)
             figures |= {"eval_loss": sums.mean_loss, "eval_error": sums.error}
@@ -146,7 +141,7 @@ class Loop:
         """Do rank 0's part of an epoch's end, and return whether there is a checkpoint of it."""
         epochs, weights = self.state.epochs, self.replica.weights()
         state.check_finite(weights, self.state.step)
-        order = order_digest(self.training.order(epochs - 1))
+        order = order_digest(self.data.training.order(epochs - 1))
         digests: Figures = {"order": order, "weights": digest(weights), "norm": norm(weights)}
         self.record.write_epoch(figures | digests)
         save_due = is_due(epochs, self.recipe.run.checkpoint_every) or epochs == self.recipe.epochs

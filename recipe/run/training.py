@@ -7,19 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from recipe.config import Recipe
-from recipe.data.pipeline import TrainingExamples
 from recipe.data.prepare.builders import prepare
 from recipe.data.sources import open_source
 from recipe.errors import RunError
 from recipe.frameworks.replica import Replica
-from recipe.ranks import binding, collectives
+from recipe.ranks import collectives
 from recipe.ranks.preemption import Notice
-from recipe.rules.epoch import Epoch, Share
+from recipe.rules.epoch import Epoch
 from recipe.rules.sums import Sums
 from recipe.run import checkpoint, resume, runlog
 from recipe.run.checks import Sources, check_data, check_evaluation, check_recipe, check_size
 from recipe.run.commits import Commits
-from recipe.run.evaluation import evaluate
+from recipe.run.evaluation import RunData, evaluate
 from recipe.run.loop import Loop
 from recipe.run.runlog import RankHost
 from recipe.run.state import RunState
@@ -61,7 +60,8 @@ def train(
         again.saved(state.step)
         if state.epochs >= recipe.epochs:  # more, after --resume=force
             return state.errors
-        return Loop(recipe, run_dir, replica, sources, state, commits).run(notice)
+        data = RunData.of(recipe, sources)
+        return Loop(recipe, run_dir, replica, data, state, commits).run(notice)
 
 
 def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Sums:
@@ -75,10 +75,8 @@ def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Su
         replica = make_replica(recipe, sources.training.num_classes)
         epochs = restore(replica, run_dir)
         replica.begin(steps=1)
-        share = Share.of(recipe, collectives.rank(), collectives.size())
-        training = TrainingExamples(sources.training, recipe, share, binding.cores())
         with telling("evaluating"):
-            sums = evaluate(recipe, replica, training, sources.evaluation, epochs)
+            sums = evaluate(recipe, replica, RunData.of(recipe, sources), epochs)
         check_evaluation(sums, epochs)
         return sums
 

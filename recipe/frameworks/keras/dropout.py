@@ -12,8 +12,8 @@ from recipe.rules import dropout
 class ExampleDropout(keras.layers.Layer):
     """Sets each of an example's features to 0 with probability `rate` in training.
 
-    The others are multiplied by 1/(1 − rate). Inputs: features [b, units] and keys int64[b], the bits of
-    `recipe.rules.augment.keys`. `recipe.rules.dropout` decides.
+    The others are multiplied by 1/(1 − rate). Inputs: features [b, units] and keys int64[b], the
+    bits of `recipe.rules.augment.keys`. `recipe.rules.dropout` decides.
     """
 
     def __init__(self, rate: float, **kwargs: Any) -> None:

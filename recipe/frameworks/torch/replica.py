@@ -148,7 +148,7 @@ class TorchReplica:
         collectives.check_equal(named, self._steps_done)
 
     def _state(self) -> list[StateTensor]:
-        """Return state dict and velocities: all that training changes, but for η and the loss scale."""
+        """Return all that training changes, but for η and the loss scale."""
         entries = []
         for name, tensor in self.network.state_dict().items():
             if path := keras_path(name):

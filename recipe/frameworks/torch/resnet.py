@@ -25,9 +25,9 @@ def build(recipe: Recipe, num_classes: int) -> "ResNet":
 class ResNet(nn.Module):
     """The network.
 
-    uint8 images [b, s, s, 3] go in, to train with dropout also keys int64[b]. float32 logits
-    [b, num_classes] come out. ResNet-50 has 25,557,032 parameters at 1000 classes. Under autocast the FC layer stays in
-    float32, as the logits and the softmax after them need the range.
+    uint8 images [b, s, s, 3] go in, to train with dropout also keys int64[b]. float32 logits [b,
+    num_classes] come out. ResNet-50 has 25,557,032 parameters at 1000 classes. Under autocast the
+    FC layer stays in float32, as the logits and the softmax after them need the range.
     """
 
     counters: torch.Tensor
@@ -123,7 +123,8 @@ def _conv(inputs: int, outputs: int, size: int, stride: int) -> nn.Conv2d:
 def _initialise(network: ResNet, recipe: Recipe) -> None:
     """Draw the weights, and set γ = 0 in the last BN of each block.
 
-    Convolutions have He's, the FC layer has a standard deviation of 0.01. They are drawn in Keras's shapes under Keras's names.
+    Convolutions have He's, the FC layer has a standard deviation of 0.01. They are drawn in Keras's
+    shapes under Keras's names.
     """
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
