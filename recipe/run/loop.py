@@ -18,12 +18,10 @@ from recipe.run import state
 from recipe.run.checks import check_evaluation, check_losses
 from recipe.run.commits import Commits
 from recipe.run.evaluation import RunData, evaluate
-from recipe.run.record import Record
-from recipe.run.reproduction import norm, order_digest
+from recipe.run.record import Record, evaluation_figures, is_due
 from recipe.run.runlog import Figures
 from recipe.run.state import RunState
 from recipe.system import again, watchdog
-from recipe.system.arrays import digest
 
 
 class Loop:
@@ -50,7 +48,7 @@ class Loop:
         self.replica.begin(self.epoch.steps)
         watchdog.beat("the first step's beginning")
         if self.state.step == 0:
-            self._initial_weights = digest(self.replica.weights())
+            self.record.remember(self.replica.weights())
         try:
             self._commit()
             while self.state.epochs < self.recipe.epochs:
@@ -63,8 +61,7 @@ class Loop:
                 self._end_epoch()
             self.replica.end()
             self.record.say_waits()
-            if self.recipe.data.bad_images == "replace":
-                self.record.say_replaced(self.data.training.replaced)
+            self.record.say_replaced(self.data.training.replaced)
         finally:
             self.record.close()
         return self.state.errors
@@ -90,7 +87,7 @@ class Loop:
             leave = self._settle() or leave
 
         if steps == 1:
-            self.record.write_start(self._initial_weights)
+            self.record.write_start()
         if line_due:
             self.record.write_line(self.replica.rate())
         # An epoch's end is saved after its evaluation. Who leaves saves too.
@@ -126,11 +123,9 @@ class Loop:
             sums = evaluate(self.recipe, self.replica, self.data, epochs)
             check_evaluation(sums, epochs)
             self.state.errors.append(sums.error)
-            figures |= {"eval_loss": sums.mean_loss, "eval_error": sums.error}
-            figures |= {"eval_examples": int(sums.count)}
+            figures |= evaluation_figures(sums)
         self.state.epoch_sums = Sums()
 
-        # The record comes before the checkpoint that relies on it.
         self.record.doing(f"the record of epoch {epochs}")
         if collectives.on_root(lambda: self._record_epoch(figures), "loop"):
             again.saved(self.state.step)
@@ -141,9 +136,7 @@ class Loop:
         """Do rank 0's part of an epoch's end, and return whether there is a checkpoint of it."""
         epochs, weights = self.state.epochs, self.replica.weights()
         state.check_finite(weights, self.state.step)
-        order = order_digest(self.data.training.order(epochs - 1))
-        digests: Figures = {"order": order, "weights": digest(weights), "norm": norm(weights)}
-        self.record.write_epoch(figures | digests)
+        self.record.write_epoch(figures, weights, self.data.training.order(epochs - 1))
         save_due = is_due(epochs, self.recipe.run.checkpoint_every) or epochs == self.recipe.epochs
         if save_due:
             self._write_checkpoint()
@@ -172,8 +165,3 @@ class Loop:
             "goes on from there",
             everywhere=True,
         )
-
-
-def is_due(count: int, every: int) -> bool:
-    """Return whether something is due that happens every so many steps or epochs; 0: never."""
-    return every > 0 and count % every == 0
