@@ -112,7 +112,8 @@ def test_other_processors_are_named_as_the_cause(run, capsys):
     ):
         (Path(folder) / "environment.json").write_text(json.dumps({"processors": [kind]}))
     assert verdict(capsys, *runs[:2]).endswith(
-        "; they ran on other processors (Old (avx2); New (avx512f)), whose libraries round otherwise"
+        "; they ran on other processors (Old (avx2); New (avx512f)), whose libraries round "
+        "otherwise"
     )
     assert "they ran on" not in verdict(capsys, runs[0], runs[2])
     assert verdict(capsys, runs[0], runs[3]).endswith("the same to the bit, up to epoch 3")

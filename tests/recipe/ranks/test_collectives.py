@@ -196,8 +196,8 @@ def test_a_machine_whose_name_gloo_can_not_use_is_told_before_it_dies(tmp_path, 
         assert done.returncode == 0 and "rank 1" in said, said
     else:
         assert (
-            "UsageError: the name of this machine, odd-host, does not resolve to an address of its own"
-            in said
+            "UsageError: the name of this machine, odd-host, does not resolve to an address of its "
+            "own" in said
         ), said
 
 

@@ -1,4 +1,6 @@
-"""Ctrl-C asks for a save; once more, it leaves at once. Where it is meant for others, it is not heard."""
+"""Ctrl-C asks for a save; once more, it leaves at once. Where it is meant for others, it is not
+heard.
+"""
 
 import signal
 import subprocess

@@ -1,4 +1,6 @@
-"""Crops and flips: the distribution against a scalar reference, the bounds, and what they depend on."""
+"""Crops and flips: the distribution against a scalar reference, the bounds, and what they depend
+on.
+"""
 
 import math
 import random
@@ -47,7 +49,9 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
     [(375, 500, 0.08), (500, 333, 0.08), (28, 28, 0.08), (100, 900, 0.08), (28, 28, 0.5)],
 )
 def test_distribution_is_the_reference_samplers(height: int, width: int, min_area: float) -> None:
-    """Two equal distributions are farther apart than this in one test of a million (Smirnov's bound)."""
+    """Two equal distributions are farther apart than this in one test of a million (Smirnov's
+    bound).
+    """
     bound = math.sqrt(-math.log(1e-6 / 2) / 2) * math.sqrt(2 / SAMPLES)
     shapes = np.tile((height, width), (SAMPLES, 1))
     boxes, _ = augment.crop_boxes(shapes, np.arange(SAMPLES), 0, 0, min_area)
@@ -83,7 +87,9 @@ def test_boxes_are_inside_the_image(height: int, width: int, seed: int, epoch: i
 
 
 def test_only_the_example_decides() -> None:
-    """Law 1, and trap 10: (seed, epoch, index) gives the same crop in any batch, and another epoch or seed another."""
+    """(seed, epoch, index) gives the same crop in any batch, and another epoch
+    or seed another.
+    """
     shapes = np.random.default_rng(1).integers(20, 600, (64, 2))
     indices = np.random.default_rng(2).permutation(10_000)[:64]
     boxes, flips = augment.crop_boxes(shapes, indices, 7, 3)

@@ -16,7 +16,8 @@ def at(preset: str, steps_per_epoch: int, step: int) -> float:
     return recipe_rate(load_recipe(preset))(step / steps_per_epoch)
 
 
-# 1,281,167 // 8192 = 156 steps an epoch. 0.1 → 3.2 in 5·156 = 780 equal increments (paper, sec. 2.2, 5.1).
+# 1,281,167 // 8192 = 156 steps an epoch. 0.1 → 3.2 in 5·156 = 780 equal increments (paper, sec.
+# 2.2, 5.1).
 IMAGENET_1HR = {
     0: 0.1,
     1: 0.1 + 3.1 / 780,
@@ -57,13 +58,13 @@ def test_imagenet_8gpu(step, rate):
 
 
 def test_scaling_is_not_integer_division():
-    """Trap 9: 0.1·(kn // 256)."""
+    """Not 0.1·(kn // 256), which rounds to whole multiples."""
     assert scaled_rate(0.1, 384) == pytest.approx(0.15)
     assert scaled_rate(0.1, 128) == pytest.approx(0.05)
 
 
 def test_step_decay_is_a_power_of_the_number_of_decays_passed():
-    """Trap 2: a multiplier that is applied again each epoch, and resets at the next boundary."""
+    """Not a multiplier that is applied again each epoch, and resets at the next boundary."""
     rate = Rate(3.2, 3.2, warmup="none")
     assert [rate(e) for e in (29, 31, 35, 59)] == pytest.approx([3.2, 0.32, 0.32, 0.32])
     assert [rate(e) for e in (61, 79, 81, 89)] == pytest.approx([0.032, 0.032, 0.0032, 0.0032])
@@ -71,7 +72,7 @@ def test_step_decay_is_a_power_of_the_number_of_decays_passed():
 
 @given(st.integers(2, 400), st.floats(0.05, 8), st.integers(1, 64))
 def test_warmup_rises_by_a_constant_amount_and_ends_exactly_at_the_peak(steps, warmup_epochs, k):
-    """Trap 5, also for a warmup of a fraction of an epoch: no overshoot, no increment left out."""
+    """Also for a warmup of a fraction of an epoch: no overshoot, no increment left out."""
     rate = Rate(0.1, 0.1 * k, warmup_epochs=warmup_epochs)
     ramp = [rate(t / steps) for t in range(math.ceil(warmup_epochs * steps) + 2)]
     assert ramp[0] == 0.1

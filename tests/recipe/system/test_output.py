@@ -1,4 +1,6 @@
-"""A line that can't be printed is lost, and nothing else: the work goes on, and the exit status stays right."""
+"""A line that can't be printed is lost, and nothing else: the work goes on, and the exit status
+stays right.
+"""
 
 import os
 import subprocess
