@@ -1,4 +1,7 @@
-"""Top-1 error of a run's last checkpoint, by any number of ranks: `python -m recipe.evaluate --run_dir=RUN`."""
+"""Top-1 error of a run's last checkpoint: `python -m recipe.evaluate --run_dir=RUN`.
+
+Any number of ranks may evaluate it.
+"""
 
 from pathlib import Path
 
