@@ -92,7 +92,8 @@ class _Curve(NamedTuple):
 def _curve(epochs: list[dict[str, Any]], name: str, scale: float = 1) -> _Curve:
     """Return the curve of a figure, over the epochs that have it."""
     lines = [line for line in epochs if line.get(name) is not None]
-    return _Curve([line["epoch"] for line in lines], [scale * line[name] for line in lines])
+    values = [scale * line[name] for line in lines]
+    return _Curve([line["epoch"] for line in lines], values)
 
 
 if __name__ == "__main__":
