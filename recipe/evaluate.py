@@ -1,7 +1,4 @@
-"""Top-1 error of a run's last checkpoint: `python -m recipe.evaluate --run_dir=RUN`.
-
-Any number of ranks may evaluate it.
-"""
+"""Prints a run's top-1 error, by any number of ranks: `python -m recipe.evaluate --run_dir=RUN`."""
 
 from pathlib import Path
 

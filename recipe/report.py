@@ -1,7 +1,4 @@
-"""Reports finished runs as the paper does: `python -m recipe.report RUN…` prints errors and draws.
-
-The picture has the curves of the errors and of the learning rate.
-"""
+"""Reports runs as the paper does: `python -m recipe.report RUN…` prints errors, draws curves."""
 
 import statistics
 from pathlib import Path
