@@ -1,13 +1,18 @@
-"""Starts a program on all ranks by mpirun, horovodrun or Slurm's srun: prints the whole command, then runs it.
+"""Starts a program on all ranks by mpirun, horovodrun or Slurm's srun.
 
-    python -m launch.run --hostfile hostfiles/bigbasin-32 python -m recipe.train --config=imagenet_1hr
-    python -m launch.run --launcher horovodrun -np 2 python -m recipe.train --config=quick       # this machine
-    python -m launch.run --launcher horovodrun --elastic 8:256 --hostfile hosts python -m recipe.train …    # may change
-    python -m launch.run --launcher srun python -m recipe.train --config=imagenet_1hr       # in a Slurm allocation
-    python -m launch.run --launcher srun-gloo python -m recipe.train --config=imagenet_1hr  # the same without MPI
+It prints the whole command, then runs it.
 
-The ranks get the environment's variables below and no others, so that no secret travels; HOROVOD_… and NCCL_… ones
-that are set win over the settings chosen here.
+    python -m launch.run --hostfile hostfiles/bigbasin-32 python -m recipe.train …
+    # On this machine:
+    python -m launch.run --launcher horovodrun -np 2 python -m recipe.train --config=quick
+    # Hosts may come and go:
+    python -m launch.run --launcher horovodrun --elastic 8:256 --hostfile hosts …
+    # In a Slurm allocation, with MPI and without:
+    python -m launch.run --launcher srun python -m recipe.train --config=imagenet_1hr
+    python -m launch.run --launcher srun-gloo python -m recipe.train --config=imagenet_1hr
+
+The ranks get the environment's variables below and no others, so that no secret travels. HOROVOD_…
+and NCCL_… variables that are set win over the settings chosen here.
 """
 
 import argparse
@@ -21,6 +26,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from launch import hostfile
 from launch.command import Parser, run
@@ -28,6 +34,7 @@ from launch.hostfile import Host
 from recipe.errors import UsageError
 from recipe.ranks import launched
 
+# What the ranks get.
 FORWARDED = (
     "PATH",
     "LD_LIBRARY_PATH",
@@ -44,7 +51,8 @@ FORWARDED = (
     "TF_CPP_MIN_LOG_LEVEL",
 )
 FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "UCX_", "FI_", "TF_FORCE_GPU_")
-LOCAL = (
+# What the launcher itself needs, by the beginnings of names.
+LAUNCHERS_PREFIXES = (
     "CUDA_VISIBLE_DEVICES",
     "SSH_AUTH_SOCK",
     "TERM",
@@ -52,13 +60,18 @@ LOCAL = (
     "OMPI_ALLOW_RUN_AS_ROOT",
     "SLURM_",
     "PMIX_",
-)  # beginnings; the launcher's
-OURS = (
-    Path(sys.prefix) / "bin" / "orted"
-).exists()  # Open MPI is the environment's, not the system's
+)
+# But not these. SLURM_JWT is a key. SLURM_EXPORT_ENV, of `sbatch --export`, would have srun keep
+# the variables chosen here from the ranks.
+WITHHELD = ("SLURM_JWT", "SLURM_EXPORT_ENV")
+
+# Whether Open MPI is the environment's own, and not the system's.
+OWN_OPEN_MPI = (Path(sys.prefix) / "bin" / "orted").exists()
 PATIENCE = 120  # seconds until srun must have started something
 LONGEST = 32 * os.sysconf("SC_PAGE_SIZE")  # bytes of one argument, for Linux
-# Where schedulers that this launcher doesn't know keep a job's hosts, and what makes a hostfile of it.
+
+# Where schedulers that this launcher doesn't know keep a job's hosts, and what makes a hostfile of
+# it.
 A_LINE_A_SLOT = "sort {0} | uniq -c | awk '{{print $2, \"slots=\" $1}}' > hosts"
 SCHEDULERS = {
     "PBS_NODEFILE": A_LINE_A_SLOT,
@@ -66,12 +79,19 @@ SCHEDULERS = {
     "PE_HOSTFILE": "awk '{{print $1, \"slots=\" $2}}' {0} > hosts",
     "OMPI_MCA_orte_default_hostfile": "--hostfile {0}",
 }
-# A lost host is noticed after 10 + 3 · 5 seconds: Open MPI's own 8 minutes, or for ever.
+# A lost host is noticed after 10 + 3 · 5 seconds. By default Open MPI takes 8 minutes, or for ever.
 KEEPALIVE = {
     "oob_tcp_keepalive_time": "10",
     "oob_tcp_keepalive_intvl": "5",
     "oob_tcp_keepalive_probes": "3",
 }
+
+
+class RankRange(NamedTuple):
+    """How many ranks an elastic run may have."""
+
+    least: int
+    most: int
 
 
 @dataclass(frozen=True)
@@ -90,70 +110,84 @@ class Job:
 
     @property
     def servers(self) -> int:
+        """Return the number of hosts."""
         return len(self.hosts)
 
 
 def main(argv: list[str]) -> None:
-    options = _parsed(argv)
+    """Print the command for the job, and become it."""
+    options = _parse(argv)
     job = _job(options, os.environ)
     command = LAUNCHERS[options.launcher](job)
     for note in _notes(options, job, os.environ):
         print(f"note: {note}", file=sys.stderr, flush=True)
-    variables = job.environment | _local(os.environ)
-    text = shlex.join(
-        ["env", "-i", *(f"{name}={value}" for name, value in variables.items()), *command]
-    )
+
+    # The command as one line for a shell.
+    variables = job.environment | _launchers_own(os.environ)
+    assignments = [f"{name}={value}" for name, value in variables.items()]
+    text = shlex.join(["env", "-i", *assignments, *command])
     print(text, file=sys.stdout if options.dry_run else sys.stderr, flush=True)
     if not options.dry_run:
-        _ready(command, job, variables)
+        _prepare(command, job, variables)
         os.execvpe(command[0], command, variables)
 
 
+# --- the launchers
+
+
 def mpirun(job: Job) -> list[str]:
-    """Open MPI: no rank bound to a core, ranks in the order of the hosts, one network, a lost host noticed."""
+    """Return Open MPI's command: no rank bound to a core, ranks in the order of the hosts.
+
+    Raise UsageError for a log folder that it can't take.
+    """
     if ":" in job.log_dir:
         raise UsageError(
             f"--log-dir={job.log_dir}: mpirun would cut it at the colon; name a folder without"
         )
+    words = ["mpirun", "-np", str(job.ranks)]
+
+    # Where. Of a file it would look up all names, one after the other, deaf to signals.
     place = [] if job.allocated else _place(job, "mpirun")
-    if (
-        "--hostfile" in place
-    ):  # it would look up thousands of names, one after the other, deaf to signals
-        place += ["--mca", "if_base_do_not_resolve", "1"]
-    words = ["mpirun", "-np", str(job.ranks), *place, "--bind-to", "none", "--map-by", "slot"]
+    words += place
+    if "--hostfile" in place:
+        words += ["--mca", "if_base_do_not_resolve", "1"]
+    words += ["--bind-to", "none", "--map-by", "slot"]
     if os.geteuid() == 0:
         words.append("--allow-run-as-root")
-    if OURS:
-        words += ["--prefix", sys.prefix]  # where the other hosts find Open MPI
-    names = hostfile.mpirun_settings(host.name for host in job.hosts) | hostfile.mpirun_settings(
-        _own_name()
-    )
-    several = KEEPALIVE | _networks(job.interface) if job.servers > 1 else {}
-    for name, value in (names | several).items():
+    if OWN_OPEN_MPI:
+        words += ["--prefix", sys.prefix]  # where the other hosts find it
+
+    for name, value in _mpi_parameters(job).items():
         words += ["--mca", name, value]
-    words += ["--output-filename", job.log_dir] if job.log_dir else []
-    return words + [word for name in job.environment for word in ("-x", name)] + job.program
+
+    # What the ranks get, and where their output goes.
+    if job.log_dir:
+        words += ["--output-filename", job.log_dir]
+    for name in job.environment:
+        words += ["-x", name]
+    return words + job.program
 
 
 def horovodrun(job: Job) -> list[str]:
-    """Horovod's own launcher by Gloo: ssh, and no MPI."""
+    """Return the command of Horovod's own launcher, by Gloo: ssh, and no MPI."""
     words = ["horovodrun", "--gloo", "-np", str(job.ranks)]
     if launched.homeless():
-        words.append("--disable-cache")  # it would lie there
+        words.append("--disable-cache")  # it would lie in the home directory
     words += job.elastic or _place(job, "horovodrun")
     if job.interface:
         words += ["--network-interfaces", job.interface]
-    words += ["--output-filename", job.log_dir] if job.log_dir else []
+    if job.log_dir:
+        words += ["--output-filename", job.log_dir]
     return words + job.program
 
 
 def srun(job: Job) -> list[str]:
-    """Slurm, with PMIx."""
+    """Return Slurm's command, with PMIx."""
     return _srun(job, "pmix") + job.program
 
 
 def srun_gloo(job: Job) -> list[str]:
-    """Slurm, without MPI."""
+    """Return Slurm's command, without MPI."""
     return [*_srun(job, "none"), sys.executable, "-m", "launch.gloo", *job.program]
 
 
@@ -161,8 +195,26 @@ LAUNCHERS = {"mpirun": mpirun, "horovodrun": horovodrun, "srun": srun, "srun-glo
 MPI = ("mpirun", "srun")
 
 
+def _srun(job: Job, mpi: str) -> list[str]:
+    """Return srun's words before the program. Raise UsageError outside of a Slurm allocation."""
+    if not hostfile.in_slurm(os.environ):
+        raise UsageError(
+            "srun needs a Slurm allocation, of salloc or sbatch; "
+            "elsewhere take --launcher=horovodrun"
+        )
+    words = ["srun", f"--mpi={mpi}", f"--ntasks={job.ranks}"]
+    words += ["--distribution=block", "--kill-on-bad-exit=1", "--cpu-bind=none"]
+    if job.log_dir:
+        folder = job.log_dir.replace("%", "%%")
+        words += ["--output", f"{folder}/rank.%t"]
+    return words
+
+
 def _place(job: Job, launcher: str) -> list[str]:
-    """Where mpirun or horovodrun starts ranks: a list or, where that would be too long for an argument, the file."""
+    """Return where mpirun or horovodrun starts ranks: a list or, where that is too long, the file.
+
+    Raise UsageError when the launcher can't read the file.
+    """
     listed = hostfile.render(job.hosts, "horovod")
     if len(listed) < LONGEST:
         return ["-H", listed]
@@ -175,29 +227,36 @@ def _place(job: Job, launcher: str) -> list[str]:
     )
 
 
-def _own_name() -> list[str]:
-    """This machine's name, up to the first dot, as mpirun has it."""
-    return [socket.gethostname().partition(".")[0]]
+def _mpi_parameters(job: Job) -> dict[str, str]:
+    """Return Open MPI's parameters for the hosts' names, the network, and hosts that get lost."""
+    own_name = socket.gethostname().partition(".")[0]  # as mpirun cuts it
+    parameters = hostfile.mpirun_settings(host.name for host in job.hosts)
+    parameters |= hostfile.mpirun_settings([own_name])
+    if job.servers > 1:
+        parameters |= KEEPALIVE | _networks(job.interface)
+    return parameters
 
 
-def _srun(job: Job, mpi: str) -> list[str]:
-    if not hostfile.in_slurm(os.environ):
-        raise UsageError(
-            "srun needs a Slurm allocation, of salloc or sbatch; elsewhere take --launcher=horovodrun"
-        )
-    words = [
-        "srun",
-        f"--mpi={mpi}",
-        f"--ntasks={job.ranks}",
-        "--distribution=block",
-        "--kill-on-bad-exit=1",
-    ]
-    folder = job.log_dir.replace("%", "%%")
-    return [*words, "--cpu-bind=none", *(["--output", f"{folder}/rank.%t"] if folder else [])]
+def _networks(interface: str) -> dict[str, str]:
+    """Return Open MPI's networks for its daemons (oob) and its messages (btl).
+
+    What the environment sets already is left out. Docker's bridge has the same address on every
+    host.
+    """
+    already_set = set()
+    for name in os.environ:
+        if match := re.fullmatch(r"OMPI_MCA_(oob|btl)_tcp_if_(?:in|ex)clude", name):
+            already_set.add(match[1])
+    kind, names = ("include", interface) if interface else ("exclude", "lo,docker0")
+    layers = [layer for layer in ("oob", "btl") if layer not in already_set]
+    return {f"{layer}_tcp_if_{kind}": names for layer in layers}
+
+
+# --- variables
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that ranks get."""
+    """Return the variables that ranks get."""
     return {
         name: value
         for name, value in environ.items()
@@ -206,75 +265,93 @@ def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def settings(servers: int, ranks: int, interface: str, launcher: str) -> dict[str, str]:
-    """Horovod's and NCCL's variables for so many servers, as starting points: `horovodrun --autotune` finds better.
+    """Return Horovod's and NCCL's variables for so many servers.
 
-    Several servers of several GPUs each reduce in three phases, as in the paper (sec. 4): inside a server by NCCL,
-    between servers by MPI, inside again."""
-    found = {}
+    They are starting points: `horovodrun --autotune` finds better ones. Several servers of several
+    GPUs each reduce in three phases, as in the paper (sec. 4): inside a server by NCCL, between
+    servers by MPI, inside again.
+    """
+    variables = {}
     if servers > 1 and ranks > servers and launcher in MPI:  # the phase between servers is MPI's
-        found["HOROVOD_HIERARCHICAL_ALLREDUCE"] = "1"
+        variables["HOROVOD_HIERARCHICAL_ALLREDUCE"] = "1"
     if servers > 1:
-        # ResNet-50's 102 MB of gradients in several pieces: the first travels while backprop makes the next.
-        found["HOROVOD_FUSION_THRESHOLD"] = str(32 * 2**20)
-        found["HOROVOD_CYCLE_TIME"] = "3.5"  # ms
+        # ResNet-50's 102 MB of gradients in pieces: the first travels while backprop makes the
+        # next.
+        variables["HOROVOD_FUSION_THRESHOLD"] = str(32 * 2**20)
+        variables["HOROVOD_CYCLE_TIME"] = "3.5"  # ms
     if interface:
-        found |= {
-            "NCCL_SOCKET_IFNAME": interface,
-            "HOROVOD_GLOO_IFACE": interface.split(",")[0],
-        }  # Gloo takes one
-    return found
+        variables["NCCL_SOCKET_IFNAME"] = interface
+        variables["HOROVOD_GLOO_IFACE"] = interface.split(",")[0]  # Gloo takes one
+    return variables
 
 
-def _parsed(argv: list[str]) -> argparse.Namespace:
+def _launchers_own(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that the launcher itself needs."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(LAUNCHERS_PREFIXES) and name not in WITHHELD
+    }
+
+
+# --- the job
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line. Raise UsageError for a wrong one."""
     parser = Parser(prog="python -m launch.run", description=__doc__)
-    parser.add_argument("--launcher", choices=list(LAUNCHERS), default="mpirun")
-    parser.add_argument("--hostfile", help="default: the Slurm allocation, or this machine")
-    parser.add_argument("-np", type=int, metavar="RANKS", help="default: all slots")
-    parser.add_argument(
-        "--elastic", type=_range, metavar="MIN:MAX", help="horovodrun: ranks; the hosts may change"
-    )
-    parser.add_argument(
-        "--interface", default="", help="the network between the hosts, such as eth0"
-    )
-    parser.add_argument("--log-dir", default="", help="a folder for a file of each rank's output")
-    parser.add_argument("--dry-run", action="store_true", help="print the command only")
-    parser.add_argument(
-        "program", nargs=argparse.REMAINDER, help="what to run, such as python -m recipe.train …"
-    )
+    add = parser.add_argument
+    add("--launcher", choices=list(LAUNCHERS), default="mpirun")
+    add("--hostfile", help="default: the Slurm allocation, or this machine")
+    add("-np", type=int, metavar="RANKS", help="default: all slots")
+    elastic = "horovodrun: ranks; the hosts may change"
+    add("--elastic", type=_rank_range, metavar="MIN:MAX", help=elastic)
+    add("--interface", default="", help="the network between the hosts, such as eth0")
+    add("--log-dir", default="", help="a folder for a file of each rank's output")
+    add("--dry-run", action="store_true", help="print the command only")
+    program = "what to run, such as python -m recipe.train …"
+    add("program", nargs=argparse.REMAINDER, help=program)
     return parser.parse_args(argv)
 
 
 def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
-    program = options.program[1:] if options.program[:1] == ["--"] else options.program
+    """Return the job that the options ask for. Raise UsageError when there can be no such job."""
+    program = options.program
+    if program[:1] == ["--"]:
+        program = program[1:]
     if not program:
         raise UsageError(
-            "nothing to run: end the command with one, such as python -m recipe.train --config=quick"
+            "nothing to run: end the command with one, "
+            "such as python -m recipe.train --config=quick"
         )
+
+    # Hosts and ranks.
     hosts = _hosts(options, environ)
-    slots = sum(host.slots for host in hosts)
-    asked = slots if options.hostfile else _tasks(environ) or slots  # --ntasks may leave slots free
-    most = min(slots, asked, options.elastic[1] if options.elastic else slots)
-    ranks = most if options.np is None else options.np
-    if not 1 <= ranks <= slots:
-        raise UsageError(f"-np {ranks} ranks don't fit into {slots} slots; lower -np or add hosts")
+    ranks = _ranks(options, hosts, environ)
     _check_k(program, ranks, options.elastic)
+    allocated = hostfile.in_slurm(environ) and options.launcher != "horovodrun"
+
+    # Variables: what the user sets wins over what is chosen here.
     chosen = settings(len(hosts), ranks, options.interface, options.launcher)
+    environment = chosen | forwarded(environ)
+    if launched.homeless():
+        environment["HOME"] = "/"
+
     return Job(
         program=program,
         hosts=hosts,
         file=options.hostfile or "",
-        allocated=not options.hostfile
-        and hostfile.in_slurm(environ)
-        and options.launcher != "horovodrun",
+        allocated=allocated and not options.hostfile,
         ranks=ranks,
         interface=options.interface,
         log_dir=options.log_dir,
         elastic=_elastic(options, ranks),
-        environment=chosen | forwarded(environ) | ({"HOME": "/"} if launched.homeless() else {}),
+        environment=environment,
     )
 
 
 def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host]:
+    """Return the hosts of the hostfile, of the Slurm allocation, or this machine."""
     if options.hostfile:
         return hostfile.read(options.hostfile)
     if hostfile.in_slurm(environ):
@@ -284,64 +361,42 @@ def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host
     return [Host("localhost", options.np)]
 
 
+def _ranks(options: argparse.Namespace, hosts: list[Host], environ: Mapping[str, str]) -> int:
+    """Return how many ranks to start: all slots, unless something asks for fewer."""
+    slots = sum(host.slots for host in hosts)
+    limits = [slots]
+    if not options.hostfile:
+        limits.append(_tasks(environ) or slots)  # --ntasks may leave slots free
+    if options.elastic:
+        limits.append(options.elastic.most)
+    ranks = min(limits) if options.np is None else options.np
+    if not 1 <= ranks <= slots:
+        raise UsageError(f"-np {ranks} ranks don't fit into {slots} slots; lower -np or add hosts")
+    return ranks
+
+
 def _tasks(environ: Mapping[str, str]) -> int | None:
-    """Of a Slurm job, if it was told."""
-    told = environ.get("SLURM_NTASKS", "")
-    if told and not (told.isdecimal() and int(told)):
+    """Return the number of tasks of a Slurm job, None when the user did not give it."""
+    tasks = environ.get("SLURM_NTASKS", "")
+    if not tasks:
+        return None
+    if not tasks.isdecimal() or int(tasks) == 0:
         raise UsageError(
-            f"SLURM_NTASKS={told[:80]} is not a number of tasks: unset it, or give -np"
+            f"SLURM_NTASKS={tasks[:80]} is not a number of tasks: unset it, or give -np"
         )
-    return int(told) if told else None
+    return int(tasks)
 
 
-def _notes(options: argparse.Namespace, job: Job, environ: Mapping[str, str]) -> list[str]:
-    """What the environment does not tell, and was assumed."""
-    notes = [f"{launched.no_home()}; the ranks get HOME=/"] if launched.homeless() else []
-    return notes if options.hostfile else notes + _assumed(options, job, environ)
-
-
-def _assumed(options: argparse.Namespace, job: Job, environ: Mapping[str, str]) -> list[str]:
-    """Of the hosts and the ranks, where no hostfile says them."""
-    if hostfile.in_slurm(environ):
-        told = options.np is not None or _tasks(environ) or environ.get("SLURM_NTASKS_PER_NODE")
-        counted = f"Slurm was not told how many tasks, and counts {environ.get('SLURM_TASKS_PER_NODE')} a node"
-        return (
-            []
-            if told
-            else [
-                f"{counted}: {job.ranks} ranks; give sbatch or salloc --ntasks-per-node, a task a GPU"
-            ]
-        )
-    return [
-        f"all ranks are on this machine; {name} names the hosts of this job: {shlex.quote(path)}, to be given by "
-        f"--hostfile ({form.format(shlex.quote(path))})"
-        for name, form in SCHEDULERS.items()
-        if (path := environ.get(name)) and len(_first_words(path)) > 1
-    ]
-
-
-def _first_words(path: str) -> set[str]:
-    """The hosts of a scheduler's file."""
-    try:
-        return {
-            line.split()[0]
-            for line in Path(path).read_text(errors="replace").splitlines()
-            if line.split()
-        }
-    except OSError:
-        return set()
-
-
-def _range(text: str) -> tuple[int, int]:
-    """Of MIN:MAX."""
+def _rank_range(text: str) -> RankRange:
+    """Read MIN:MAX."""
     match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX ranks, such as 8:256")
-    return int(match[1]), int(match[2])
+    return RankRange(int(match[1]), int(match[2]))
 
 
 def _elastic(options: argparse.Namespace, ranks: int) -> list[str]:
-    """horovodrun's options. Raises UsageError when there can be no such run."""
+    """Return horovodrun's options for an elastic run. Raise UsageError when there can be none."""
     if options.elastic is None:
         return []
     if options.launcher != "horovodrun":
@@ -352,82 +407,151 @@ def _elastic(options: argparse.Namespace, ranks: int) -> list[str]:
         raise UsageError(
             "--elastic needs --hostfile, a file that may then change, or a Slurm allocation"
         )
+
+    # The ranks to begin with.
     least, most = options.elastic
     if not least <= ranks <= most:
         raise UsageError(
-            f"{ranks} ranks to begin with are not among --elastic={least}:{most}; change -np or the hosts"
+            f"{ranks} ranks to begin with are not among --elastic={least}:{most}; "
+            "change -np or the hosts"
         )
-    discovery = [
-        sys.executable,
-        "-m",
-        "launch.hostfile",
-        "discover",
-        *([options.hostfile] if options.hostfile else []),
-    ]
+
+    # horovodrun asks this script for the hosts again and again.
+    discovery = [sys.executable, "-m", "launch.hostfile", "discover"]
+    if options.hostfile:
+        discovery.append(options.hostfile)
     limits = ["--min-np", str(least), "--max-np", str(most)]
     return [*limits, "--host-discovery-script", shlex.join(discovery)]
 
 
-def _check_k(program: list[str], ranks: int, elastic: tuple[int, int] | None) -> None:
-    """Raises UsageError when the program is the recipe and its k workers can't be shared by so many ranks."""
-    if "recipe.train" in program and not {"-h", "--help"} & set(program):
-        from recipe import cli
-        from recipe.rules import sharding  # the recipe's flags take half a second
+def _check_k(program: list[str], ranks: int, elastic: RankRange | None) -> None:
+    """Raise UsageError when the program is the recipe and the ranks can't share its k workers."""
+    if "recipe.train" not in program or {"-h", "--help"} & set(program):
+        return
+    from recipe import cli  # here, since the recipe's flags take half a second
+    from recipe.rules.epoch import check_size
 
-        recipe, *_ = cli.parse_recipe(program[program.index("recipe.train") + 1 :])
-        if elastic is None:
-            sharding.check_size(recipe.k, ranks, recipe.run.workers_at_once)
-        elif elastic[1] > recipe.k:
-            raise UsageError(
-                f"--elastic up to {elastic[1]} ranks: config.k={recipe.k} workers have work for {recipe.k}"
+    arguments = program[program.index("recipe.train") + 1 :]
+    recipe, *_ = cli.parse_recipe(arguments)
+    if elastic is None:
+        check_size(recipe, ranks)
+    elif elastic.most > recipe.k:
+        raise UsageError(
+            f"--elastic up to {elastic.most} ranks: "
+            f"config.k={recipe.k} workers have work for {recipe.k}"
+        )
+
+
+# --- what the environment does not say
+
+
+def _notes(options: argparse.Namespace, job: Job, environ: Mapping[str, str]) -> list[str]:
+    """Return sentences about what was assumed."""
+    notes = []
+    if launched.homeless():
+        notes.append(f"{launched.no_home()}; the ranks get HOME=/")
+    if options.hostfile:
+        return notes
+    if hostfile.in_slurm(environ):
+        return notes + _slurm_notes(options, job, environ)
+    return notes + _scheduler_notes(environ)
+
+
+def _slurm_notes(options: argparse.Namespace, job: Job, environ: Mapping[str, str]) -> list[str]:
+    """Say how many ranks were assumed, where the user told neither Slurm nor this program."""
+    if options.np is not None or _tasks(environ) or environ.get("SLURM_NTASKS_PER_NODE"):
+        return []
+    per_node = environ.get("SLURM_TASKS_PER_NODE")
+    return [
+        f"Slurm was not told how many tasks, and counts {per_node} a node: {job.ranks} ranks; "
+        "give sbatch or salloc --ntasks-per-node, a task a GPU"
+    ]
+
+
+def _scheduler_notes(environ: Mapping[str, str]) -> list[str]:
+    """Say where a scheduler that this launcher doesn't know keeps the job's hosts."""
+    notes = []
+    for name, conversion in SCHEDULERS.items():
+        path = environ.get(name)
+        if path and len(_first_words(path)) > 1:
+            quoted = shlex.quote(path)
+            notes.append(
+                f"all ranks are on this machine; {name} names the hosts of this job: {quoted}, "
+                f"to be given by --hostfile ({conversion.format(quoted)})"
             )
+    return notes
 
 
-def _ready(command: list[str], job: Job, variables: dict[str, str]) -> None:
-    """Raises UsageError when the command can't be run here; makes the folder for the ranks' output."""
-    if not shutil.which(command[0], path=variables.get("PATH")):
+def _first_words(path: str) -> set[str]:
+    """Return the hosts of a scheduler's file, none when it can't be read."""
+    try:
+        lines = Path(path).read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
+    return {line.split()[0] for line in lines if line.split()}
+
+
+# --- whether the command can be run here
+
+
+def _prepare(command: list[str], job: Job, variables: dict[str, str]) -> None:
+    """Raise UsageError when the command can't be run here; make the folder for the output."""
+    launcher = command[0]
+    if not shutil.which(launcher, path=variables.get("PATH")):
         raise UsageError(
-            f"{command[0]} is not on the PATH: put .venv/bin there, or take another --launcher"
+            f"{launcher} is not on the PATH: put .venv/bin there, or take another --launcher"
         )
-    if command[0] == "mpirun":
+    if launcher == "mpirun":
         _check_mpirun(variables)
-    known = [name for _, name in socket.if_nameindex()]
-    if job.interface and command[0] != "srun" and not set(job.interface.split(",")) <= set(known):
-        raise UsageError(
-            f"--interface={job.interface}: this machine has {', '.join(known)}; name the network of all"
-        )
+    if job.interface and launcher != "srun":
+        _check_interface(job.interface)
     if "--mpi=pmix" in command:
         _try_pmix(job.servers, variables)
     if job.log_dir:
-        try:
-            Path(job.log_dir).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"--log-dir={job.log_dir} can't be made ({error.strerror}): name a folder you may write to"
-            )
+        _make_log_dir(job.log_dir)
+
+
+def _make_log_dir(log_dir: str) -> None:
+    """Make the folder for the ranks' output. Raise UsageError when that fails."""
+    try:
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--log-dir={log_dir} can't be made ({error.strerror}): name a folder you may write to"
+        )
 
 
 def _check_mpirun(variables: dict[str, str]) -> None:
-    """Raises UsageError when another MPI's comes first. MPICH's prints its usage, starts nothing, and ends with 0."""
-    found = subprocess.run(
+    """Raise UsageError when another MPI's mpirun comes first.
+
+    MPICH's would print its usage, start nothing, and end with 0.
+    """
+    done = subprocess.run(
         ["mpirun", "--version"], env=variables, capture_output=True, text=True, check=False
-    ).stdout
-    if "(Open MPI)" not in found:
+    )
+    if "(Open MPI)" not in done.stdout:
         path = shutil.which("mpirun", path=variables.get("PATH"))
         raise UsageError(
             f"{path} is not Open MPI's: put the environment's first: source .venv/bin/activate"
         )
 
 
+def _check_interface(interface: str) -> None:
+    """Raise UsageError when this machine lacks one of the interfaces."""
+    known = [name for _, name in socket.if_nameindex()]
+    if not set(interface.split(",")) <= set(known):
+        raise UsageError(
+            f"--interface={interface}: this machine has {', '.join(known)}; name the network of all"
+        )
+
+
 def _try_pmix(servers: int, variables: dict[str, str]) -> None:
-    """Raises UsageError when srun can't start MPI ranks on a host. `srun --mpi=list` lists what doesn't load, too."""
-    one_each = [
-        f"--nodes={servers}",
-        f"--ntasks={servers}",
-        "--ntasks-per-node=1",
-        "--kill-on-bad-exit=1",
-    ]
-    words = ["srun", "--mpi=pmix", "--input=none", *one_each, "true"]
+    """Raise UsageError when srun can't start MPI ranks on a host.
+
+    It is tried: `srun --mpi=list` also lists what doesn't load.
+    """
+    words = ["srun", "--mpi=pmix", "--input=none", f"--nodes={servers}", f"--ntasks={servers}"]
+    words += ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "true"]
     others = "take --launcher=mpirun or srun-gloo"
     try:
         done = subprocess.run(
@@ -436,32 +560,11 @@ def _try_pmix(servers: int, variables: dict[str, str]) -> None:
     except subprocess.TimeoutExpired:
         raise UsageError(f"`{shlex.join(words)}` did not end in {PATIENCE} s: {others}")
     if done.returncode:
+        message = "; ".join(done.stderr.splitlines())
         raise UsageError(
-            f"srun --mpi=pmix does not work here ({'; '.join(done.stderr.splitlines())}): {others}, or have Slurm's "
+            f"srun --mpi=pmix does not work here ({message}): {others}, or have Slurm's "
             "PMIx plugin and libpmix.so (Debian: libpmix-dev) installed on all nodes"
         )
-
-
-def _networks(interface: str) -> dict[str, str]:
-    """Open MPI's networks for its daemons and its messages, but for what the environment says of them.
-
-    Docker's bridge has the same address on every host."""
-    kind, names = ("include", interface) if interface else ("exclude", "lo,docker0")
-    said = {
-        name[9:12]
-        for name in os.environ
-        if re.fullmatch(r"OMPI_MCA_(oob|btl)_tcp_if_(in|ex)clude", name)
-    }
-    return {f"{part}_tcp_if_{kind}": names for part in ("oob", "btl") if part not in said}
-
-
-def _local(environ: Mapping[str, str]) -> dict[str, str]:
-    """What the launcher itself needs. SLURM_JWT is a key, and SLURM_EXPORT_ENV, of `sbatch --export`, would have srun
-    keep the variables chosen here from the ranks."""
-    names = [
-        n for n in environ if n.startswith(LOCAL) and n not in ("SLURM_JWT", "SLURM_EXPORT_ENV")
-    ]
-    return {name: environ[name] for name in names}
 
 
 if __name__ == "__main__":

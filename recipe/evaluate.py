@@ -20,14 +20,14 @@ def main(argv: list[str]) -> None:
     run_dir = Path(VALUES.run_dir)
     recipe = runlog.read_recipe(run_dir)
     with noise.filtered():
-        from recipe.frameworks import replica
+        from recipe.frameworks.replica import load_framework
         from recipe.ranks import collectives
-        from recipe.run import loop
+        from recipe.run import training
 
-        fit = replica.of(recipe.framework)
+        framework = load_framework(recipe.framework)
     with watchdog.patience(recipe.run.step_timeout):
-        fit.start(recipe.run.deterministic)
-    sums = loop.evaluate_run(recipe, run_dir, fit.make_replica)
+        framework.start(recipe.run.deterministic)
+    sums = training.evaluate_run(recipe, run_dir, framework.make_replica)
     if collectives.rank() == 0:
         print(f"top-1 error {sums.error:.2%}  loss {sums.mean_loss:.4f}  examples {sums.count:.0f}")
 

@@ -12,9 +12,9 @@ from absl import flags
 
 from recipe import cli, config
 from recipe.config import Recipe
-from recipe.data.work import telling
 from recipe.ranks import preemption
 from recipe.system import again, noise, watchdog
+from recipe.system.progress import telling
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string(
@@ -42,26 +42,29 @@ def main(argv: list[str]) -> None:
 
 
 def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption.Notice) -> None:
-    """Train on all ranks and say how it ended. Collective."""
+    """Train on all ranks, and say how it ended. Collective."""
     with noise.filtered():
-        from recipe.frameworks import replica
+        from recipe.frameworks.replica import load_framework
         from recipe.ranks import collectives, elastic
         from recipe.rules import sums
-        from recipe.run import loop
+        from recipe.run import training
         from recipe.run.commits import Commits
+        from recipe.run.resume import Mode
 
-        fit = replica.of(recipe.framework)
+        framework = load_framework(recipe.framework)
+
     # Ranks that join an elastic run wait for the next commit.
     patience = 0.0 if elastic.wanted() else recipe.run.step_timeout
     with watchdog.patience(patience), telling("waiting for all ranks"):
-        fit.start(recipe.run.deterministic)
+        framework.start(recipe.run.deterministic)
 
+    mode, make_replica = Mode(VALUES.resume), framework.make_replica
     if elastic.wanted():
 
         def attempt(commits: Commits) -> list[float]:
             again.begun(commits.run_dir, arguments)
-            run_dir = Path(commits.run_dir)
-            return loop.train(recipe, run_dir, VALUES.resume, fit.make_replica, notice, commits)
+            folder = Path(commits.run_dir)
+            return training.train(recipe, folder, mode, make_replica, notice, commits)
 
         commits = Commits(run_dir)
         errors = elastic.rerun(attempt, commits)
@@ -69,11 +72,10 @@ def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption
     else:
         run_dir = collectives.broadcast(run_dir, "run_dir")
         again.begun(run_dir, arguments)
-        errors = loop.train(recipe, Path(run_dir), VALUES.resume, fit.make_replica, notice)
+        errors = training.train(recipe, Path(run_dir), mode, make_replica, notice)
 
     if collectives.rank() == 0:
-        median = sums.final_error(errors)
-        last = len(errors[-5:])
+        median, last = sums.final_error(errors), len(errors[-5:])
         print(f"top-1 error {median:.2%} (median of the last {last} epochs) in {run_dir}")
         print(f"curves: python -m recipe.report {shlex.quote(run_dir)}")
 

@@ -1,4 +1,4 @@
-"""The command: builds `.venv` at the project's root in six stages, or sees that it is in place."""
+"""The command: builds `.venv` at the project's root in six stages, unless it is in place."""
 
 import argparse
 import os
@@ -12,11 +12,11 @@ from recipe.errors import RunError
 
 
 def main() -> int:
-    """Exit status 0: the environment is in place; 1: a sentence on stderr says why not."""
-    option = parse().gpu
+    """Return the exit status: 0 when the environment is in place, 1 with a sentence why not."""
+    gpu = parse().gpu
     try:
         checks.python(sys.version_info[:2])
-        install(option)
+        install(gpu)
     except (RunError, OSError) as error:  # an OSError names its file and what is wrong with it
         print(f"install: {error}", file=sys.stderr)
         return 1
@@ -27,30 +27,35 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="launch/install/install",
-        description="Builds .venv at the project's root: TensorFlow, PyTorch, an MPI, and Horovod for them."
-        " Does nothing when it is in place.",
-        epilog="Default: as .venv is now; without one, --gpu where an NVIDIA driver and nvcc are, else --cpu.",
+        description="Builds .venv at the project's root: TensorFlow, PyTorch, an MPI, and Horovod "
+        "for them. Does nothing when it is in place.",
+        epilog="Default: as .venv is now; without one, "
+        "--gpu where an NVIDIA driver and nvcc are, else --cpu.",
     )
     kind = parser.add_mutually_exclusive_group()
+    gpu = "with NCCL; needs the CUDA toolkit (nvcc)"
     kind.add_argument("--cpu", dest="gpu", action="store_false", default=None, help="without GPUs")
-    kind.add_argument(
-        "--gpu", dest="gpu", action="store_true", help="with NCCL; needs the CUDA toolkit (nvcc)"
-    )
+    kind.add_argument("--gpu", dest="gpu", action="store_true", help=gpu)
     return parser.parse_args()
 
 
-def install(option: bool | None) -> None:
-    """Build the environment unless it is there."""
-    wanted, remark = target.choose(option)
+def install(gpu: bool | None) -> None:
+    """Build the environment unless it is there.
+
+    `gpu` is whether it is for GPUs; None leaves that as it is now.
+    """
+    wanted, remark = target.choose(gpu)
     if target.in_place(wanted) and target.decoder().exists():
         print(f"environment in place: {target.VENV}")
         return
+
     lock = target.ROOT / ".cache" / "install.lock"
     with locked(lock, "another installation is running here: waiting for it") as held:
-        if target.in_place(wanted):  # or the other one has just made it
+        # Perhaps the other one has just built it.
+        if target.in_place(wanted):
             if not target.decoder().exists():
                 stages.decoder(Console(target.LOG, 1, [held]), wanted)
             return
@@ -60,17 +65,21 @@ def install(option: bool | None) -> None:
 
 
 def build(wanted: target.Target, console: Console) -> None:
-    """All stages, from nothing to the proof."""
+    """Run all stages, from nothing to the proof."""
     start = time.monotonic()
     compiler = stages.check(wanted)
     if reason := target.difference(wanted):
         print(f"rebuilding {target.VENV}: {reason}")
+
+    # The stages that the console counts.
     stages.create(console, wanted)
     stages.packages(console, wanted)
     built = stages.horovod(console, wanted, compiler)
     stages.project(console, wanted)
     stages.decoder(console, wanted)
     proofs = stages.proofs(console, wanted)
+
+    # The stamp, and what the user sees.
     versions = stages.finish(console, wanted, built, proofs)
     minutes, seconds = divmod(round(time.monotonic() - start), 60)
     print(f"\nReady in {minutes} min {seconds} s: {target.VENV}")

@@ -1,68 +1,77 @@
-"""What the user sees of the installation: one line a stage; the output of every command goes to a log file."""
+"""What the user sees of the installation: one line a stage.
 
-import contextlib
+The output of every command goes to a log file.
+"""
+
 import re
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from recipe.errors import RunError
 from recipe.system import ticking
 
-# What a command's output says, and what to tell the user; the first match counts.
-KNOWN = (
-    (
-        r"No space left on device",
-        "the disk is full: free about 4 GB (15 GB with GPUs), then run this again",
-    ),
-    (
-        r"name resolution|Name or service not known|Connection refused|Network is unreachable|Max retries exceeded"
-        r"|NewConnectionError|ReadTimeout|ConnectTimeout|ProxyError|SSLError",
-        "pip cannot reach a package index: check the network, the proxy and `pip config list`",
-    ),
-    (
-        r"DO NOT MATCH THE HASHES",
-        "the downloaded Horovod is not the trusted release (its sha256 differs): check `pip config list`",
-    ),
-    (
-        r"No matching distribution found for (?P<name>\S+)",
-        "the package index has no {name} for this Python and machine: check `pip config list`",
-    ),
-    (
-        r"Killed signal terminated program|virtual memory exhausted",
-        "the compiler ran out of memory: run this again with MAKEFLAGS=-j1",
-    ),
+NO_INDEX = (
+    r"name resolution|Name or service not known|Connection refused|Network is unreachable"
+    r"|Max retries exceeded|NewConnectionError|ReadTimeout|ConnectTimeout|ProxyError|SSLError"
 )
-
-
+# What to tell the user, by what a command's output says. The first match counts.
+ADVICE = {
+    r"No space left on device": (
+        "the disk is full: free about 4 GB (15 GB with GPUs), then run this again"
+    ),
+    NO_INDEX: (
+        "pip cannot reach a package index: check the network, the proxy and `pip config list`"
+    ),
+    r"DO NOT MATCH THE HASHES": (
+        "the downloaded Horovod is not the trusted release (its sha256 differs): "
+        "check `pip config list`"
+    ),
+    r"No matching distribution found for (?P<name>\S+)": (
+        "the package index has no {name} for this Python and machine: check `pip config list`"
+    ),
+    r"Killed signal terminated program|virtual memory exhausted": (
+        "the compiler ran out of memory: run this again with MAKEFLAGS=-j1"
+    ),
+}
+COMPILER_ERROR = re.compile(r"CMake Error|: (fatal )?error: |\*\*\* ")
 TAIL = 4000  # bytes of the log
+TIMED_OUT, NOT_STARTED = 124, 127  # exit statuses, a shell's
 
 
 class Console:
-    """Prints the stages of an installation, numbered, with the time each took."""
+    """Prints the stages of an installation, numbered, with the time each took.
+
+    `held` are file descriptors of locks, which the commands inherit.
+    """
 
     def __init__(self, log: Path, total: int, held: Sequence[int] = ()):
-        self.log, self.total, self.held = log, total, tuple(held)
+        self.log = log
+        self.total = total
+        self.held = tuple(held)
         self.count = 0
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_bytes(b"")
 
     @contextmanager
     def stage(self, text: str) -> Iterator[None]:
-        """Print what happens now, how long it has been going on, and at the end how long it took."""
+        """Print what happens now, how long it goes on, and at the end how long it took."""
         self.count += 1
         start, terminal = time.monotonic(), sys.stdout.isatty()
         head = f"[{self.count}/{self.total}] {text} ... "
         print(head, end="", flush=True)
 
+        # A terminal's line is written anew, a log's grows.
         def tick() -> None:
-            far = f"{time.monotonic() - start:.0f} s{self.far()}"
-            print(f"\r{head}{far}\x1b[K" if terminal else f"{far}; ", end="", flush=True)
+            seconds = time.monotonic() - start
+            progress = f"{seconds:.0f} s{self.compiled_share()}"
+            line = f"\r{head}{progress}\x1b[K" if terminal else f"{progress}; "
+            print(line, end="", flush=True)
 
         try:
             with ticking.every(ticking.TERMINAL if terminal else ticking.LOG, tick):
@@ -70,14 +79,16 @@ class Console:
         except BaseException:
             print(flush=True)
             raise
-        print(f"\r{head}\x1b[K" if terminal else "", end="")
+        if terminal:
+            print(f"\r{head}\x1b[K", end="")
         print(f"{time.monotonic() - start:.0f} s", flush=True)
 
-    def far(self) -> str:
-        """How far a compilation says that it is, by its last lines in the log; else nothing."""
-        with contextlib.suppress(OSError), self.log.open("rb") as log:
+    def compiled_share(self) -> str:
+        """Return how far a compilation is, by its last lines in the log: ", 45 %", or ""."""
+        with suppress(OSError), self.log.open("rb") as log:
             log.seek(max(0, self.log.stat().st_size - TAIL))
-            if shares := re.findall(rb"\[ *(\d+)%\]", log.read()):
+            shares = re.findall(rb"\[ *(\d+)%\]", log.read())
+            if shares:
                 return f", {int(shares[-1])} %"
         return ""
 
@@ -88,54 +99,62 @@ class Console:
         env: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> str:
-        """Run a command into the log and return its output; a failure ends the installation with a sentence."""
+        """Run a command into the log and return its output. Raise RunError when it fails."""
         words = [str(word) for word in command]
         start = self.log.stat().st_size
         with self.log.open("ab") as log:
             log.write(f"\n$ {shlex.join(words)}\n".encode())
             log.flush()
-            code = self.call(words, log, env, timeout)
+            status = self._call(words, log, env, timeout)
         output = self.log.read_bytes()[start:].decode(errors="replace")
-        if code:
-            raise RunError(f"{explain(what, code, output)}\nfull output: {self.log}")
+        if status:
+            raise RunError(f"{explain(what, status, output)}\nfull output: {self.log}")
         return output
 
-    def call(
+    def _call(
         self, words: list[str], log: BinaryIO, env: Mapping[str, str] | None, timeout: float | None
     ) -> int:
-        """The exit status. Children hold the lock too: one that outlives us keeps the next installation waiting."""
-        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        """Run a command and return its exit status.
+
+        It holds the locks too: if it outlives this process, the next installation waits for it.
+        """
         try:
-            return subprocess.call(words, **streams, env=env, timeout=timeout, pass_fds=self.held)
+            return subprocess.call(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=env,
+                timeout=timeout,
+                pass_fds=self.held,
+            )
         except subprocess.TimeoutExpired:
             log.write(f"no end after {timeout:g} s\n".encode())
-            return 124
+            return TIMED_OUT
         except OSError as error:
             log.write(f"{error}\n".encode())
-            return 127
+            return NOT_STARTED
 
 
-def explain(what: str, code: int, output: str) -> str:
-    """The sentence for a failed command, and the last lines it wrote."""
-    sentence = f"{what} failed (exit status {code})"
-    for pattern, known in KNOWN:
+def explain(what: str, status: int, output: str) -> str:
+    """Return the sentence for a failed command, and the last lines it wrote."""
+    sentence = f"{what} failed (exit status {status})"
+    for pattern, advice in ADVICE.items():
         if match := re.search(pattern, output):
-            sentence = f"{what} failed: {known.format(**match.groupdict())}"
+            sentence = f"{what} failed: {advice.format(**match.groupdict())}"
             break
-    return "\n".join([sentence, *(f"  | {line}" for line in last_lines(output))])
+    quoted = [f"  | {line}" for line in telling_lines(output)]
+    return "\n".join([sentence, *quoted])
 
 
-def last_lines(output: str) -> list[str]:
-    """What is worth showing: the first error of a compiler, which pip buries, and the last lines."""
+def telling_lines(output: str) -> list[str]:
+    """Return the lines worth showing: a compiler's first error, which pip buries, and the last."""
     lines = [line.rstrip() for line in output.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("$ ", "WARNING: Location"))]
-    first = next(
-        (
-            i
-            for i, line in enumerate(lines)
-            if re.search(r"CMake Error|: (fatal )?error: |\*\*\* ", line)
-        ),
-        -1,
-    )
-    buried = lines[first : first + 3] if 0 <= first < len(lines) - 6 else []
-    return [*buried, *(["..."] if buried else []), *lines[-4:]]
+    last = lines[-4:]
+    for index, line in enumerate(lines):
+        if COMPILER_ERROR.search(line):
+            if index < len(lines) - 6:  # not among the last anyway
+                return [*lines[index : index + 3], "...", *last]
+            break
+    return last

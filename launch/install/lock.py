@@ -1,4 +1,7 @@
-"""One installation at a time: a lock that the kernel releases when its holders are gone, however they ended."""
+"""One installation at a time: a lock on a file.
+
+The kernel releases it when its holders are gone, however they ended.
+"""
 
 import fcntl
 from collections.abc import Iterator
@@ -8,7 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def locked(path: Path, waiting: str) -> Iterator[int]:
-    """Hold the lock of this file; if another process has it, say so and wait. Gives its file descriptor."""
+    """Hold the lock of this file, and yield its file descriptor.
+
+    If another process has it, print `waiting` and wait.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:

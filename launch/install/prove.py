@@ -1,58 +1,85 @@
-"""The proof that an environment works, run on every rank: what Horovod was built with, and a right allreduce."""
+"""The proof that an environment works, run on every rank.
+
+It shows what Horovod was built with, and a right allreduce.
+"""
 
 import importlib
 import json
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-MINE = (1.0, 2.0, 3.0)  # rank r contributes (r + 1) times this
+ADDEND = (1.0, 2.0, 3.0)  # rank r contributes (r + 1) times this
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the ranks of one framework found."""
+
+    framework: str
+    mpi: bool  # whether Horovod was built with it, as the next two
+    gloo: bool
+    nccl: bool
+    size: int
+    sum: list[float]
 
 
 def facts(framework: str) -> dict[str, bool]:
-    """What `horovodrun --check-build` asks this framework's library (it imports the framework five times)."""
+    """Return what Horovod's library for this framework was built with.
+
+    `horovodrun --check-build` asks the same, but imports the framework five times.
+    """
     hvd = importlib.import_module(f"horovod.{framework}")
-    return {name: bool(getattr(hvd, f"{name}_built")()) for name in ("mpi", "gloo", "nccl")}
+    return {
+        "mpi": bool(hvd.mpi_built()),
+        "gloo": bool(hvd.gloo_built()),
+        "nccl": bool(hvd.nccl_built()),
+    }
 
 
 def total(framework: str, factor: int) -> list[float]:
-    """The sum over ranks of factor · MINE, from host memory."""
+    """Return the sum over ranks of factor · ADDEND, from host memory. Collective."""
     hvd = importlib.import_module(f"horovod.{framework}")
     library = importlib.import_module(framework)
     if framework == "tensorflow":
         with library.device("CPU"):
-            return (
-                hvd.allreduce(library.constant(MINE) * factor, op=hvd.Sum, name="proof")
-                .numpy()
-                .tolist()
-            )
-    return hvd.allreduce(library.tensor(MINE) * factor, op=hvd.Sum, name="proof").tolist()
+            summed = hvd.allreduce(library.constant(ADDEND) * factor, op=hvd.Sum, name="proof")
+            return summed.numpy().tolist()
+    return hvd.allreduce(library.tensor(ADDEND) * factor, op=hvd.Sum, name="proof").tolist()
 
 
 def expected(size: int) -> list[float]:
-    """1 + 2 + … + size, times MINE."""
-    return [value * size * (size + 1) / 2 for value in MINE]
+    """Return 1 + 2 + … + size, times ADDEND."""
+    return [value * size * (size + 1) / 2 for value in ADDEND]
 
 
-def problem(proof: dict, size: int, gpu: bool) -> str:
-    """What is wrong with a proof, or ""."""
-    missing = [name for name in ("mpi", "gloo", *(["nccl"] * gpu)) if not proof[name]]
+def problem(proof: Proof, size: int, gpu: bool) -> str:
+    """Return what is wrong with a proof, or ""."""
+    needed = {"mpi": proof.mpi, "gloo": proof.gloo}
+    if gpu:
+        needed["nccl"] = proof.nccl
+    missing = [name for name, built in needed.items() if not built]
     if missing:
-        return f"Horovod's {proof['framework']} library was built without {' and '.join(missing)}"
-    if proof["size"] != size:
-        return f"{size} processes of {proof['framework']} see {proof['size']} ranks: MPI does not connect them"
-    if proof["sum"] != expected(size):
-        return f"allreduce in {proof['framework']} gave {proof['sum']}, not {expected(size)}"
+        return f"Horovod's {proof.framework} library was built without {' and '.join(missing)}"
+    if proof.size != size:
+        return (
+            f"{size} processes of {proof.framework} see {proof.size} ranks: "
+            "MPI does not connect them"
+        )
+    if proof.sum != expected(size):
+        return f"allreduce in {proof.framework} gave {proof.sum}, not {expected(size)}"
     return ""
 
 
 def main(framework: str, result: Path) -> None:
-    """Every rank takes part; rank 0 writes what it found."""
-    proof = {"framework": framework, **facts(framework)}
+    """Take part in the proof; rank 0 writes it. Collective."""
+    built = facts(framework)
     hvd = importlib.import_module(f"horovod.{framework}")
     hvd.init()
-    proof |= {"size": hvd.size(), "sum": total(framework, hvd.rank() + 1)}
+    reduced = total(framework, hvd.rank() + 1)
+    proof = Proof(framework, **built, size=hvd.size(), sum=reduced)
     if hvd.rank() == 0:
-        result.write_text(json.dumps(proof))
+        result.write_text(json.dumps(asdict(proof)))
     hvd.shutdown()
 
 

@@ -1,4 +1,7 @@
-"""Horovod's wheel as a function of its inputs: their key, and the cache that keeps a wheel for each key."""
+"""Horovod's wheel as a function of its inputs.
+
+The inputs have a key, and the cache keeps a wheel for each key.
+"""
 
 import hashlib
 import json
@@ -24,14 +27,15 @@ FLAGS = {
     "HOROVOD_WITH_GLOO": "1",
     "HOROVOD_CPU_OPERATIONS": "MPI",
 }
-# Where the built libraries look for others: the environment's lib (Open MPI's wheel), TensorFlow, PyTorch.
+# Where the built libraries look for others: the environment's lib, for Open MPI's wheel;
+# TensorFlow; PyTorch.
 RUN_PATHS = ("$ORIGIN/../../../..", "$ORIGIN/../../tensorflow", "$ORIGIN/../../torch/lib")
 NCCL_RUN_PATH = "$ORIGIN/../../nvidia/nccl/lib"
 COMPILER_SETTINGS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "HOROVOD_BUILD_CUDA_CC_LIST")
 
 
 def build_flags(mpi_libraries: list[str], cuda_home: str | None) -> dict[str, str]:
-    """The environment variables that decide what is built; all of them are part of the key."""
+    """Return the variables that decide what is built; all of them are part of the key."""
     flags = {**FLAGS, "HOROVOD_RPATH": ";".join([*RUN_PATHS, *mpi_libraries])}
     flags |= {name: os.environ[name] for name in COMPILER_SETTINGS if name in os.environ}
     if cuda_home:
@@ -46,45 +50,45 @@ def build_flags(mpi_libraries: list[str], cuda_home: str | None) -> dict[str, st
 
 
 def key(inputs: Mapping[str, object]) -> str:
-    """A name for everything that a wheel depends on."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    """Return a name for everything that a wheel depends on."""
+    text = json.dumps(inputs, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sources() -> dict[str, str]:
-    """What Horovod is built from."""
+    """Return what Horovod is built from."""
     return {"horovod": VERSION, "sdist": SHA256, "patch": sha256(PATCH)}
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file."""
+    """Return the checksum of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def cache() -> Path:
-    """The user's cache of built wheels, shared by all copies of this project."""
+    """Return the user's cache of built wheels, shared by all copies of this project."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (
-        (Path(base) if base.startswith("/") else Path.home() / ".cache")
-        / "imagenet-1hr-recipe"
-        / "wheels"
-    )
+    folder = Path(base) if base.startswith("/") else Path.home() / ".cache"
+    return folder / "imagenet-1hr-recipe" / "wheels"
 
 
 def finished(folder: Path) -> Path | None:
-    """The wheel in a folder of the cache, if there is a whole one."""
-    wheel = next(iter(sorted(folder.glob("horovod-*.whl"))), None)
-    return wheel if wheel is not None and zipfile.is_zipfile(wheel) else None
+    """Return the wheel in a folder of the cache, None if there is no whole one."""
+    wheels = sorted(folder.glob("horovod-*.whl"))
+    return wheels[0] if wheels and zipfile.is_zipfile(wheels[0]) else None
 
 
 def keep(folder: Path, inputs: Mapping[str, object], build: Callable[[Path], Path]) -> Path:
-    """The wheel of a folder of the cache; `build` makes it in a scratch folder if there is none.
+    """Return the wheel of a folder of the cache.
 
-    The folder appears by a rename when its wheel is whole: whatever interrupts a build leaves only scratch.
+    If there is none, `build` makes it in a scratch folder. The folder appears by a rename when its
+    wheel is whole: whatever interrupts a build leaves only scratch.
     """
     waiting = "\n  another installation builds the same wheel: waiting for it"
     with locked(folder.with_name(folder.name + ".lock"), waiting):
         if wheel := finished(folder):
             return wheel
+        # Left by builds that were interrupted.
         for leftover in [folder, *folder.parent.glob(f"{folder.name}.part-*")]:
             shutil.rmtree(leftover, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.part-", dir=folder.parent))
@@ -92,11 +96,11 @@ def keep(folder: Path, inputs: Mapping[str, object], build: Callable[[Path], Pat
             store(build(scratch), inputs, scratch / "done").rename(folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    return folder / next(folder.glob("horovod-*.whl")).name
+    return next(folder.glob("horovod-*.whl"))
 
 
 def store(wheel: Path, inputs: Mapping[str, object], folder: Path) -> Path:
-    """A folder with the wheel and, for people, what it was built from."""
+    """Make a folder with the wheel and, for people, what it was built from."""
     folder.mkdir()
     shutil.move(wheel, folder)
     (folder / "inputs.json").write_text(json.dumps(inputs, indent=1, sort_keys=True) + "\n")

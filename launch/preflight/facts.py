@@ -1,4 +1,7 @@
-"""What one host is: versions, GPUs, limits, addresses, data. Imports no framework: a broken one doesn't matter."""
+"""What one host is: versions, GPUs, limits, addresses, data.
+
+It imports no framework, so that a broken one doesn't matter.
+"""
 
 import hashlib
 import importlib.metadata
@@ -16,116 +19,142 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import psutil
 
+from launch.preflight.measurements import DataFolder, Gpu, HostFacts, UnreadableFolder
 from recipe.ranks import launched
 
 ROOT = Path(__file__).parents[2]
 SAMPLED = 32  # files of a folder whose contents are looked at
 PIECE = 4096  # bytes of each, at its beginning, middle and end
-FILES = 20_000  # of a folder at most: a million of small ones would take minutes on a network disk
-NOT_READ = re.compile(
-    r"downloads|records\.npz|SHA256SUMS|.*\.index\.npz"
-)  # archives, and what is made anew anywhere
+FILES = 20_000  # of a folder at most: a million of small ones take minutes on a network disk
+# Archives, and what each host makes for itself.
+NOT_READ = re.compile(r"downloads|records\.npz|SHA256SUMS|.*\.index\.npz")
+NVIDIA_SMI = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version"]
+MPI_LIBRARY = re.compile(rb"libmpi\w*\.so\.\d+")
 
 
-def collect(data_dir: str) -> dict[str, Any]:
-    """The facts of this host but for what it knows of the others, as JSON; `data_dir`: "" for the recipe's default."""
-    return {
-        "hostname": socket.gethostname(),
-        "python": platform.python_version(),
-        "recipe": _sources(),
-        "packages": packages(),
-        "horovod_build": _horovod_build(),
-        "horovod_mpi": _horovod_mpi(),
-        "prefix": sys.prefix,
-        "disk_of_prefix": mount_of(Path(sys.prefix)),
-        **gpus(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory": psutil.virtual_memory().available,
-        "disk": {
-            folder: shutil.disk_usage(folder).free
-            for folder in (str(Path.cwd()), tempfile.gettempdir())
-        },
-        "open_files": _hard_limit(resource.RLIMIT_NOFILE),
-        "locked_memory": _hard_limit(resource.RLIMIT_MEMLOCK),
-        "infiniband": Path("/sys/class/infiniband").is_dir(),
-        "address": resolve(socket.gethostname()),
-        "own_name": launched.is_own(socket.gethostname()),
-        "interfaces": interfaces(),
-        "data": data(data_folder(data_dir)),
-    }
+class Sample(NamedTuple):
+    """Files of a folder: how many, how many bytes, and a digest."""
+
+    files: int
+    bytes: int
+    digest: str
+
+
+class GpuQuery(NamedTuple):
+    """The GPUs that nvidia-smi lists, and why it fails ("" when it doesn't)."""
+
+    gpus: list[Gpu]
+    error: str
+
+
+def collect(data_dir: str) -> HostFacts:
+    """Return the facts of this host, without what it knows of the others.
+
+    `data_dir` is the value of --data_dir, "" for the recipe's default.
+    """
+    hostname = socket.gethostname()
+    horovod = _horovod_folder()
+    prefix = Path(sys.prefix)
+    gpu_query = query_gpus()
+    folders = [str(Path.cwd()), tempfile.gettempdir()]
+    disk: dict[str, float] = {folder: shutil.disk_usage(folder).free for folder in folders}
+
+    return HostFacts(
+        hostname=hostname,
+        python=platform.python_version(),
+        recipe=_source_digest(),
+        packages=packages(),
+        horovod_build=_build_digest(horovod),
+        horovod_mpi=_mpi_libraries(horovod),
+        prefix=str(prefix),
+        disk_of_prefix=mount_of(prefix),
+        gpus=gpu_query.gpus,
+        gpu_error=gpu_query.error,
+        cores=len(os.sched_getaffinity(0)),
+        memory=psutil.virtual_memory().available,
+        disk=disk,
+        open_files=_hard_limit(resource.RLIMIT_NOFILE),
+        locked_memory=_hard_limit(resource.RLIMIT_MEMLOCK),
+        infiniband=Path("/sys/class/infiniband").is_dir(),
+        address=resolve(hostname),
+        own_name=launched.is_own(hostname),
+        interfaces=interfaces(),
+        data=data(data_folder(data_dir)),
+    )
 
 
 def data_folder(data_dir: str) -> Path:
-    """Where the recipe looks for data, by --data_dir's value and the environment."""
+    """Return where the recipe looks for data, by --data_dir's value and the environment."""
     return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
-def data(folder: Path) -> dict[str, Any]:
-    """Count, bytes and digest of a folder's files; {"error": why} when it can't be read."""
+def data(folder: Path) -> DataFolder | UnreadableFolder:
+    """Count and sample a folder's files, at most FILES of them."""
     try:
-        found = list(islice(_files(folder), FILES))
-        return {"folder": str(folder), **sample(folder, found), "all": len(found) < FILES}
+        files = list(islice(_files(folder), FILES))
+        counted = sample(folder, files)
     except OSError as error:
-        return {"folder": str(folder), "error": error.strerror or str(error)}
+        return UnreadableFolder(str(folder), error.strerror or str(error))
+    return DataFolder(
+        str(folder), counted.files, counted.bytes, counted.digest, all=len(files) < FILES
+    )
 
 
-def sample(folder: Path, found: list[Path]) -> dict[str, Any]:
-    """`found`, in order: how many, how many bytes, and a digest of names, sizes and pieces of SAMPLED contents."""
-    sizes = [path.stat().st_size for path in found]
+def sample(folder: Path, files: list[Path]) -> Sample:
+    """Count these files of a folder, and digest names, sizes and pieces of SAMPLED contents."""
+    # Names and sizes of all files.
+    sizes = [path.stat().st_size for path in files]
     digest = hashlib.sha256()
-    for path, size in zip(found, sizes, strict=True):
+    for path, size in zip(files, sizes, strict=True):
         digest.update(f"{path.relative_to(folder)}\0{size}\0".encode(errors="surrogateescape"))
-    for index in sorted({i * len(found) // SAMPLED for i in range(SAMPLED)} if found else ()):
-        with found[index].open("rb") as file:
+
+    # Contents of some, spread evenly: their beginning, middle and end.
+    chosen = {i * len(files) // SAMPLED for i in range(SAMPLED)}
+    for index in sorted(chosen) if files else []:
+        with files[index].open("rb") as file:
             for start in (0, sizes[index] // 2, max(sizes[index] - PIECE, 0)):
                 file.seek(start)
                 digest.update(file.read(PIECE))
-    return {"files": len(found), "bytes": sum(sizes), "digest": digest.hexdigest()[:12]}
+    return Sample(len(files), sum(sizes), digest.hexdigest()[:12])
 
 
 def packages() -> dict[str, str]:
-    """All packages of the environment with their versions."""
-    found = (
-        (d.metadata["Name"], d.version) for d in importlib.metadata.distributions(path=sys.path)
-    )
-    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found if name}
+    """Return the versions of all packages of the environment, by normalized name."""
+    versions = {}
+    for distribution in importlib.metadata.distributions(path=sys.path):
+        name = distribution.metadata["Name"]
+        if name:
+            versions[re.sub(r"[-_.]+", "-", name).lower()] = distribution.version
+    return versions
 
 
-def gpus() -> dict[str, Any]:
-    """{"gpus": what nvidia-smi lists, none where there is no such program, "gpu_error": why it fails}."""
-    command = [
-        "nvidia-smi",
-        "--query-gpu=name,memory.total,driver_version",
-        "--format=csv,noheader",
-    ]
+def query_gpus() -> GpuQuery:
+    """Ask nvidia-smi for the GPUs. There are none where there is no such program."""
+    command = [*NVIDIA_SMI, "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except FileNotFoundError:
-        return {"gpus": [], "gpu_error": ""}
+        return GpuQuery([], "")
     except (OSError, subprocess.TimeoutExpired) as error:
-        return {"gpus": [], "gpu_error": str(error)}
+        return GpuQuery([], str(error))
     if done.returncode:
-        return {
-            "gpus": [],
-            "gpu_error": (done.stdout + done.stderr).strip() or f"exit status {done.returncode}",
-        }
-    return {"gpus": parse_gpus(done.stdout), "gpu_error": ""}
+        message = (done.stdout + done.stderr).strip()
+        return GpuQuery([], message or f"exit status {done.returncode}")
+    return GpuQuery(parse_gpus(done.stdout), "")
 
 
-def parse_gpus(printed: str) -> list[dict[str, str]]:
-    """The lines of nvidia-smi's CSV, of three columns."""
-    rows = (line.split(", ") for line in printed.splitlines())
-    return [
-        dict(zip(("name", "memory", "driver"), row, strict=True)) for row in rows if len(row) == 3
-    ]
+def parse_gpus(printed: str) -> list[Gpu]:
+    """Read nvidia-smi's CSV. Lines that don't have three columns are left out."""
+    rows = [line.split(", ") for line in printed.splitlines()]
+    return [Gpu(*row) for row in rows if len(row) == 3]
 
 
 def interfaces() -> dict[str, list[str]]:
-    """The IPv4 addresses of each interface, with their networks: {"eth0": ["10.0.0.1/255.255.255.0"]}."""
+    """Return the IPv4 addresses of each interface: {"eth0": ["10.0.0.1/255.255.255.0"]}."""
     return {
         name: [f"{a.address}/{a.netmask}" for a in addresses if a.family == socket.AF_INET]
         for name, addresses in psutil.net_if_addrs().items()
@@ -133,71 +162,77 @@ def interfaces() -> dict[str, list[str]]:
 
 
 def resolve(name: str) -> str:
-    """The IPv4 address of a name; "" if it has none."""
+    """Return the IPv4 address of a name, "" if it has none."""
     try:
         return socket.gethostbyname(name)
     except OSError:
         return ""
 
 
-def mount_of(folder: Path) -> str:
-    """The network disk that a folder lies on, as "server:/home", or a local one's kind, as "ext4"; "" if unknown."""
-    inside = [
-        p for p in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(p.mountpoint)
-    ]
-    found = max(inside, key=lambda p: len(p.mountpoint), default=None)
-    if found is None:
-        return ""
-    return found.device if ":" in found.device else found.fstype
-
-
 def resolve_all(names: list[str]) -> dict[str, str]:
-    """The addresses of all hosts, as this one knows them."""
+    """Return the addresses of all hosts, as this one knows them."""
     with ThreadPoolExecutor(max_workers=64) as pool:  # a name that is unknown takes seconds
         return dict(zip(names, pool.map(resolve, names), strict=True))
 
 
-def _sources() -> str:
-    """A digest of the project's own source."""
-    found = [path for part in ("recipe", "launch") for path in sorted((ROOT / part).rglob("*.py"))]
+def mount_of(folder: Path) -> str:
+    """Return the disk that a folder lies on, "" if it is unknown.
+
+    A network disk is named, as "server:/home"; of a local one, it is the kind, as "ext4".
+    """
+    disks = psutil.disk_partitions(all=True)
+    holding = [disk for disk in disks if folder.resolve().is_relative_to(disk.mountpoint)]
+    if not holding:
+        return ""
+    innermost = max(holding, key=lambda disk: len(disk.mountpoint))
+    return innermost.device if ":" in innermost.device else innermost.fstype
+
+
+def _source_digest() -> str:
+    """Return a digest of the project's own source."""
     digest = hashlib.sha256()
-    for path in found:
-        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    for folder in ("recipe", "launch"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def _horovod_build() -> str:
-    """A digest of Horovod's compiled libraries: of one version, there are many builds."""
+def _horovod_folder() -> Path | None:
+    """Return where Horovod is installed."""
     try:
-        folder = Path(importlib.metadata.distribution("horovod").locate_file("horovod"))
-        return sample(folder, sorted(folder.rglob("*.so")))["digest"]
-    except (importlib.metadata.PackageNotFoundError, OSError):
+        return Path(str(importlib.metadata.distribution("horovod").locate_file("horovod")))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _build_digest(horovod: Path | None) -> str:
+    """Return a digest of Horovod's compiled libraries: one version has many builds."""
+    if horovod is None:
+        return ""
+    try:
+        return sample(horovod, sorted(horovod.rglob("*.so"))).digest
+    except OSError:
         return ""
 
 
-def _horovod_mpi() -> list[str]:
-    """The MPI libraries that Horovod's compiled ones ask for, such as libmpi.so.40, which is Open MPI's."""
-    try:
-        folder = Path(importlib.metadata.distribution("horovod").locate_file("horovod"))
-        libraries = sorted(folder.rglob("mpi_lib*.so"))
-    except importlib.metadata.PackageNotFoundError:
+def _mpi_libraries(horovod: Path | None) -> list[str]:
+    """Return the MPI libraries that Horovod's compiled ones ask for, such as libmpi.so.40."""
+    if horovod is None:
         return []
-    return sorted(
-        {
-            name.decode()
-            for path in libraries
-            for name in re.findall(rb"libmpi\w*\.so\.\d+", _bytes(path))
-        }
-    )
+    names: set[str] = set()
+    for path in sorted(horovod.rglob("mpi_lib*.so")):
+        names |= {name.decode() for name in MPI_LIBRARY.findall(_bytes(path))}
+    return sorted(names)
 
 
 def _bytes(path: Path) -> mmap.mmap:
+    """Map a file's contents into memory."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _files(folder: Path) -> Iterable[Path]:
-    """All files below, in an order that is the same everywhere."""
+    """List all files below a folder, in an order that is the same everywhere."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     for entry in entries:
         if NOT_READ.fullmatch(entry.name):
@@ -209,6 +244,6 @@ def _files(folder: Path) -> Iterable[Path]:
 
 
 def _hard_limit(kind: int) -> int | None:
-    """What the recipe may raise its own to; None: no limit."""
+    """Return what the recipe may raise its own limit to. None: there is no limit."""
     _, hard = resource.getrlimit(kind)
     return None if hard == resource.RLIM_INFINITY else hard

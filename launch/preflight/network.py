@@ -1,8 +1,10 @@
-"""The network between hosts, by MPI: clocks, latency and bandwidth of every pair, an allreduce of all.
+"""The network between hosts, by MPI.
 
-n hosts meet in n - 1 rounds, in each of them all in disjoint pairs, and each direction of a pair gets BOX seconds: the
-time grows with n, though the pairs grow with n². All pairs of a round send at once, as they do in a ring allreduce.
-What seems to be a fault is measured again: a moment's disturbance is none.
+Measured are the clocks, latency and bandwidth of every pair, and an allreduce of all.
+
+n hosts meet in n - 1 rounds. In each round all hosts meet in disjoint pairs, and each direction of
+a pair gets BOX seconds. So the time grows with n, though the pairs grow with n². All pairs of a
+round send at once, as they do in a ring allreduce.
 """
 
 import array
@@ -11,7 +13,9 @@ import statistics
 import struct
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from launch.preflight.measurements import Allreduce, Clock, Link, RankLinks
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -19,21 +23,30 @@ if TYPE_CHECKING:
 BOX = 0.2  # seconds of sending, for each direction of a pair
 PINGS, PING_BOX = 200, 0.05  # of 8 bytes, at most, and the seconds they may take
 CLOCK_PINGS = 20
-SMALLEST, LARGEST = (
-    2**17,
-    2**22,
-)  # bytes of a message; below, MPI only buffers it and says that it is sent
+# Bytes of a message. Below the smallest, MPI only buffers it and says that it is sent.
+SMALLEST, LARGEST = 2**17, 2**22
 GRADIENTS = 25_557_032  # float32, ResNet-50's: an allreduce of a training step
 MORE, END = 1, 2  # tags
-FIRST, LAST = 10, 10**6  # the orders of parts that `say` is told, before the rounds and after them
+FIRST, LAST = 10, 10**6  # the orders of parts that `say` is given, before and after the rounds
 DOUBLE = struct.Struct("d")
 
 
-def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
-    """A tournament: 0 … count - 1 in disjoint pairs, so that every two meet once.
+class Ping(NamedTuple):
+    """A question for another clock: how long the answer took, and how far that clock is ahead."""
 
-    count - 1 rounds, or count when it is odd, where one rests in each."""
-    places = [*range(count), *([-1] if count % 2 else [])]
+    trip: float
+    ahead: float
+
+
+def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield the rounds of a tournament of 0 … count - 1, in which every two meet once.
+
+    A round is a list of disjoint pairs. There are count - 1 rounds. When count is odd there are
+    count, and one rests in each.
+    """
+    places = [*range(count)]
+    if count % 2:
+        places.append(-1)  # whoever meets it rests
     for _ in range(len(places) - 1):
         pairs = zip(places[: len(places) // 2], reversed(places), strict=False)
         yield [(min(pair), max(pair)) for pair in pairs if -1 not in pair]
@@ -41,124 +54,137 @@ def rounds(count: int) -> Iterator[list[tuple[int, int]]]:
 
 
 def gather(comm: "MPI.Comm", value: Any) -> list[Any]:
-    """JSON values of all ranks, at rank 0."""
+    """Gather JSON values of all ranks at rank 0; elsewhere return []. Collective."""
     from mpi4py import MPI
 
     if comm.rank:
         comm.Send(json.dumps(value).encode(), 0)
         return []
-    found, status = [value], MPI.Status()
+    values, status = [value], MPI.Status()
     for rank in range(1, comm.size):
         comm.Probe(rank, status=status)
         text = bytearray(status.Get_count())
         comm.Recv(text, rank)
-        found.append(json.loads(text))
-    return found
+        values.append(json.loads(text))
+    return values
 
 
-def clocks(comm: "MPI.Comm") -> list[dict[str, float]]:
-    """At rank 0, for each rank: by how many seconds its clock is ahead of rank 0's, give or take the bound."""
-    there = bytearray(DOUBLE.size)
-    if comm.rank:
-        for _ in range(CLOCK_PINGS):
-            comm.Recv(there, 0)
-            comm.Send(DOUBLE.pack(time.time()), 0)
-        return []
-    found = [{"ahead": 0.0, "bound": 0.0}]
-    for rank in range(1, comm.size):
-        pings = []
-        for _ in range(CLOCK_PINGS):
-            began = time.time()
-            comm.Send(there, rank)
-            comm.Recv(there, rank)
-            ended = time.time()
-            (theirs,) = DOUBLE.unpack(there)
-            pings.append((ended - began, theirs - (began + ended) / 2))
-        trip, ahead = min(pings)  # the quickest is the least disturbed
-        found.append({"ahead": ahead, "bound": trip / 2})
-    return found
-
-
-def agreed(comm: "MPI.Comm", mine: bool) -> bool:
-    """What rank 0 says."""
-    said = bytearray([mine])
-    comm.Bcast(said)
-    return bool(said[0])
-
-
-def told(comm: "MPI.Comm", value: Any) -> Any:
-    """Rank 0's JSON value, everywhere."""
-    text = json.dumps(value).encode() if comm.rank == 0 else b""
-    length = bytearray(len(text).to_bytes(8, "little"))
+def broadcast(comm: "MPI.Comm", value: Any) -> Any:
+    """Return rank 0's JSON value on all ranks. Collective."""
+    content = json.dumps(value).encode() if comm.rank == 0 else b""
+    length = bytearray(len(content).to_bytes(8, "little"))
     comm.Bcast(length)
-    text = bytearray(text or int.from_bytes(length, "little"))
+    text = bytearray(content or int.from_bytes(length, "little"))
     comm.Bcast(text)
     return json.loads(text)
 
 
+def agreed(comm: "MPI.Comm", decision: bool) -> bool:
+    """Return rank 0's decision on all ranks. Collective."""
+    buffer = bytearray([decision])
+    comm.Bcast(buffer)
+    return bool(buffer[0])
+
+
+def clocks(comm: "MPI.Comm") -> list[Clock]:
+    """Compare the ranks' clocks with rank 0's, at rank 0; elsewhere return []. Collective."""
+    if comm.rank == 0:
+        own = Clock(ahead=0.0, bound=0.0)
+        others = [_compare_clock(comm, rank) for rank in range(1, comm.size)]
+        return [own, *others]
+    buffer = bytearray(DOUBLE.size)
+    for _ in range(CLOCK_PINGS):
+        comm.Recv(buffer, 0)
+        comm.Send(DOUBLE.pack(time.time()), 0)
+    return []
+
+
+def _compare_clock(comm: "MPI.Comm", rank: int) -> Clock:
+    """Compare the clock of another rank with this one's, which is rank 0's."""
+    buffer = bytearray(DOUBLE.size)
+    pings = []
+    for _ in range(CLOCK_PINGS):
+        began = time.time()
+        comm.Send(buffer, rank)
+        comm.Recv(buffer, rank)
+        ended = time.time()
+        (theirs,) = DOUBLE.unpack(buffer)
+        pings.append(Ping(ended - began, theirs - (began + ended) / 2))
+    quickest = min(pings)  # the least disturbed
+    return Clock(quickest.ahead, bound=quickest.trip / 2)
+
+
 def pairs(
     comm: "MPI.Comm", names: list[str], say: Callable[[int, str], None], start: int = 1
-) -> dict[str, Any]:
-    """What this rank measured as a sender, and the seconds of all rounds.
+) -> RankLinks:
+    """Measure the links from this rank to all others, in rounds. Collective.
 
-    {"rows": [{"from", "to", "latency" in seconds, "bandwidth" in bytes/s}, … one a peer], "seconds"}; `names`: the
-    ranks' hosts; `say`: is told of each round's beginning and end; `start`: the first round's number."""
-    rows, buffer = [], bytearray(LARGEST)
+    `names` are the ranks' hosts. `say` is called at each round's beginning and end. `start` is the
+    first round's number.
+    """
+    links: list[Link] = []
+    buffer = bytearray(LARGEST)
     comm.Barrier()
     began = time.monotonic()
     for number, meetings in enumerate(rounds(comm.size), start):
-        mine = next((pair for pair in meetings if comm.rank in pair), ())
-        peer = sum(mine) - comm.rank
-        say(
-            FIRST + 2 * number,
-            f"round {number}, with {names[peer]}" if mine else f"round {number}, resting",
-        )
-        for sender in mine:
-            if comm.rank == sender:
-                latency, bandwidth = _ping(comm, peer), _send(comm, peer, buffer)
-                rows.append(
-                    {"from": comm.rank, "to": peer, "latency": latency, "bandwidth": bandwidth}
-                )
-            else:
-                _echo(comm, peer)
-                _receive(comm, peer, buffer)
-        say(FIRST + 2 * number + 1, f"the end of round {number}")
+        order = FIRST + 2 * number
+        pair = next((pair for pair in meetings if comm.rank in pair), None)
+        if pair is None:
+            say(order, f"round {number}, resting")
+        else:
+            peer = sum(pair) - comm.rank
+            say(order, f"round {number}, with {names[peer]}")
+            links.append(_meet(comm, names, peer, buffer))
+        say(order + 1, f"the end of round {number}")
         comm.Barrier()
-    return {"rows": rows, "seconds": time.monotonic() - began}
+    return RankLinks(links, time.monotonic() - began)
 
 
-def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Of two results of `pairs` of one rank, each link's lower latency and higher bandwidth."""
-    rows = [
-        one
-        | {
-            "latency": min(one["latency"], two["latency"]),
-            "bandwidth": max(one["bandwidth"], two["bandwidth"]),
-        }
-        for one, two in zip(first["rows"], second["rows"], strict=True)
-    ]
-    return first | {"rows": rows}
+def _meet(comm: "MPI.Comm", names: list[str], peer: int, buffer: bytearray) -> Link:
+    """Measure the link to the peer, and let it measure its own. The lower rank comes first."""
+    if peer < comm.rank:
+        _echo(comm, peer)
+        _receive(comm, peer, buffer)
+    latency = _ping(comm, peer)
+    bandwidth = _send(comm, peer, buffer)
+    if peer > comm.rank:
+        _echo(comm, peer)
+        _receive(comm, peer, buffer)
+    return Link(names[comm.rank], names[peer], latency, bandwidth)
 
 
-def together(comm: "MPI.Comm") -> dict[str, float]:
-    """The allreduce of all hosts: {"bytes", "seconds"} of the largest that the time allows, up to GRADIENTS floats."""
+def better(first: RankLinks, second: RankLinks) -> RankLinks:
+    """Take each link's lower latency and higher bandwidth, of two measurements of one rank."""
+    links = []
+    for one, two in zip(first.links, second.links, strict=True):
+        latency = min(one.latency, two.latency)
+        bandwidth = max(one.bandwidth, two.bandwidth)
+        links.append(Link(one.sender, one.receiver, latency, bandwidth))
+    return RankLinks(links, first.seconds)
+
+
+def together(comm: "MPI.Comm") -> Allreduce:
+    """Measure the largest allreduce that the time allows, up to GRADIENTS floats. Collective."""
     from mpi4py import MPI
 
-    ours, sums = array.array("f", bytes(4 * GRADIENTS)), array.array("f", bytes(4 * GRADIENTS))
+    addends = array.array("f", bytes(4 * GRADIENTS))
+    sums = array.array("f", bytes(4 * GRADIENTS))
     count, seconds = GRADIENTS // 4**5, 0.0
     while True:
         comm.Barrier()
         began = time.monotonic()
-        comm.Allreduce([ours, count, MPI.FLOAT], [sums, count, MPI.FLOAT])
+        comm.Allreduce([addends, count, MPI.FLOAT], [sums, count, MPI.FLOAT])
         seconds = time.monotonic() - began
         if agreed(comm, count == GRADIENTS or seconds > BOX):
-            return {"bytes": 4 * count, "seconds": seconds}
+            return Allreduce(4 * count, seconds)
         count = min(4 * count, GRADIENTS)
 
 
 def _ping(comm: "MPI.Comm", peer: int) -> float:
-    """Seconds that 8 bytes take: half of a round trip, the median."""
-    message, trips, end = bytearray(8), [], time.monotonic() + PING_BOX
+    """Return the seconds that 8 bytes take: half of a round trip, the median."""
+    message = bytearray(8)
+    trips: list[float] = []
+    end = time.monotonic() + PING_BOX
     while len(trips) < 3 or (len(trips) < PINGS and time.monotonic() < end):
         began = time.perf_counter()
         comm.Send(message, peer, MORE)
@@ -169,6 +195,7 @@ def _ping(comm: "MPI.Comm", peer: int) -> float:
 
 
 def _echo(comm: "MPI.Comm", peer: int) -> None:
+    """Answer the peer's _ping."""
     from mpi4py import MPI
 
     message, status = bytearray(8), MPI.Status()
@@ -180,7 +207,7 @@ def _echo(comm: "MPI.Comm", peer: int) -> None:
 
 
 def _send(comm: "MPI.Comm", peer: int, buffer: bytearray) -> float:
-    """Bytes a second, until the peer has them all."""
+    """Send for BOX seconds. Return the bytes a second, until the peer has them all."""
     size, sent, began = SMALLEST, 0, time.monotonic()
     while (started := time.monotonic()) < began + BOX:
         comm.Send(memoryview(buffer)[:size], peer, MORE)
@@ -193,6 +220,7 @@ def _send(comm: "MPI.Comm", peer: int, buffer: bytearray) -> float:
 
 
 def _receive(comm: "MPI.Comm", peer: int, buffer: bytearray) -> None:
+    """Receive what the peer's _send sends, then tell it that all is here."""
     from mpi4py import MPI
 
     status = MPI.Status()

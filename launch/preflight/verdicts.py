@@ -6,399 +6,467 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-Facts = Mapping[str, Mapping[str, Any]]  # of facts.collect, by the hosts' names in the hostfile
+from launch.preflight.measurements import Clock, DataFolder, Gpu, HostFacts, Link, UnreadableFolder
+
+Facts = Mapping[str, HostFacts]  # by the hosts' names in the hostfile
 
 KEY_PACKAGES = re.compile(
     "horovod|tensorflow|tensorflow-cpu|keras|torch|numpy|mpi4py|nvidia-nccl.*"
 )
 OPEN_MPI = "libmpi.so.40"
-SKEW = 1.0  # seconds: beyond, logs of several hosts can't be read together and files seem to come from the future
+# Seconds. Beyond, logs of several hosts can't be read together and files seem to be of the future.
+SKEW = 1.0
 DISK = 2e9  # bytes: checkpoints, logs, temporary files
 MEMORY = 2e9  # bytes a rank: a framework and its input pipeline
 FILES = 2048  # ImageNet has 1024 files, all open at once; sockets to all ranks come on top
-SLOW, SLOWER = 0.5, 0.25  # of what both ends of a link do with others: worth a note, a fault
-ENDS = ("from", "to")  # of a link
+# Of what both ends of a link do with others: worth a note, worth a fault.
+SLOW, SLOWER = 0.5, 0.25
 SHOWN = 4  # hosts or packages in one sentence
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong, or with `fault=False` worth a note; `host`: where, such as "h1" or "h1, h3"; "" everywhere."""
+    """Something wrong or, with `fault=False`, worth a note."""
 
-    host: str
+    host: str  # where, such as "h1" or "h1, h3"; "" everywhere
     what: str
     fix: str
     fault: bool = True
 
     def __str__(self) -> str:
-        return (
-            f"{self.host}{': ' * bool(self.host)}{self.what}{'; fix: ' * bool(self.fix)}{self.fix}"
-        )
+        where = f"{self.host}: " if self.host else ""
+        remedy = f"; fix: {self.fix}" if self.fix else ""
+        return f"{where}{self.what}{remedy}"
 
 
-def odd(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(what more than half of the hosts have, the hosts that have something else); None when no value is in majority.
+class Majority(NamedTuple):
+    """What more than half of the hosts have, and the hosts that have something else."""
 
-    Values must be hashable; by no majority all hosts are odd, and when all have the same, none is."""
+    value: Any  # None: no value is in the majority
+    others: dict[str, Any]
+
+
+class Slowest(NamedTuple):
+    """The slowest link, and the host whose links are the slowest by their median."""
+
+    link: Link
+    host: str
+
+
+class Speeds(NamedTuple):
+    """The highest bandwidth with which each host sends and receives, in bytes a second."""
+
+    sends: dict[str, float]
+    receives: dict[str, float]
+
+
+def odd(values: Mapping[str, Any]) -> Majority:
+    """Find the value that more than half of the hosts have, and the odd hosts.
+
+    Values must be hashable. Without a majority all hosts are odd. When all have the same value,
+    none is.
+    """
     if not values:
-        return None, {}
+        return Majority(None, {})
     common, count = Counter(values.values()).most_common(1)[0]
     if 2 * count <= len(values):
-        return None, dict(values)
-    return common, {host: value for host, value in values.items() if value != common}
+        return Majority(None, dict(values))
+    others = {host: value for host, value in values.items() if value != common}
+    return Majority(common, others)
 
 
 def difference(what: str, values: Mapping[str, Any], fix: str) -> list[Finding]:
-    """A finding for each value that isn't the majority's: "h2: torch 2.12.0, the others 2.13.0"."""
+    """Report each value that isn't the majority's: "h2: torch 2.12.0, the others 2.13.0"."""
     common, others = odd(values)
-    groups: dict[Any, list[str]] = {}
+    hosts_by_value: dict[Any, list[str]] = {}
     for host, value in others.items():
-        groups.setdefault(value, []).append(host)
-    if common is None and groups:
-        said = ", ".join(f"{listed(hosts)} {shown(value)}" for value, hosts in groups.items())
-        return [Finding("", f"{what} differs: {said}", fix)]
+        hosts_by_value.setdefault(value, []).append(host)
+
+    if common is None and others:
+        sides = [f"{listed(hosts)} {shown(value)}" for value, hosts in hosts_by_value.items()]
+        return [Finding("", f"{what} differs: {', '.join(sides)}", fix)]
     return [
         Finding(listed(hosts), f"{what} {shown(value)}, the others {shown(common)}", fix)
-        for value, hosts in groups.items()
+        for value, hosts in hosts_by_value.items()
     ]
 
 
 def merged(findings: list[Finding]) -> list[Finding]:
-    """What several hosts have alike, once."""
-    alike: dict[Finding, list[str]] = {}
+    """Merge the findings that several hosts have alike."""
+    hosts_by_finding: dict[Finding, list[str]] = {}
     for finding in findings:
-        alike.setdefault(replace(finding, host=""), []).append(finding.host)
-    return [replace(finding, host=listed(hosts)) for finding, hosts in alike.items()]
+        hosts_by_finding.setdefault(replace(finding, host=""), []).append(finding.host)
+    return [replace(finding, host=listed(hosts)) for finding, hosts in hosts_by_finding.items()]
+
+
+# --- what a host has
 
 
 def versions(facts: Facts) -> list[Finding]:
-    """Python, the project's source, Horovod's build, every package of the environment, and the disk it lies on."""
+    """Compare Python, the project's source, Horovod's build, all packages, and their disk."""
     fix = "share one environment, or install there again (launch/install/install)"
-    found = difference("Python", _each(facts, lambda f: f["python"]), fix)
-    found += difference(
-        "this project's source", _each(facts, lambda f: f["recipe"]), "share it, or copy it again"
+    copy_again = "share it, or copy it again"
+    build = "Horovod's compiled library"
+    findings = difference("Python", _each(facts, lambda host: host.python), fix)
+    findings += difference(
+        "this project's source", _each(facts, lambda host: host.recipe), copy_again
     )
-    found += difference(
-        "Horovod's compiled library", _each(facts, lambda f: f["horovod_build"]), fix
-    )
-    found += _mpi(facts)
-    names = {name for f in facts.values() for name in f["packages"]}
-    different = [name for name in sorted(names) if odd(_package(facts, name))[1]]
+    findings += difference(build, _each(facts, lambda host: host.horovod_build), fix)
+    findings += _mpi(facts)
+    findings += _packages(facts, fix)
+
+    # The disk is worth a note only.
+    disks = _each(facts, lambda host: host.disk_of_prefix)
+    notes = difference("the environment's disk", disks, "")
+    return findings + [replace(finding, fault=False) for finding in notes]
+
+
+def _packages(facts: Facts, fix: str) -> list[Finding]:
+    """Compare the packages: a finding each for those that matter, one for all others."""
+    all_names = {name for host_facts in facts.values() for name in host_facts.packages}
+    different = [name for name in sorted(all_names) if odd(_package(facts, name)).others]
     keys = [name for name in different if KEY_PACKAGES.fullmatch(name)]
+    rest = [name for name in different if name not in keys]
+
+    findings = []
     for name in keys:
-        found += difference(name, _package(facts, name), fix)
-    if rest := [name for name in different if name not in keys]:
-        found += difference(
-            f"the versions of {listed(rest)}:", _each(facts, lambda f: _several(f, rest)), fix
-        )
-    disks = difference("the environment's disk", _each(facts, lambda f: f["disk_of_prefix"]), "")
-    return found + [replace(finding, fault=False) for finding in disks]
+        findings += difference(name, _package(facts, name), fix)
+    if rest:
+        rest_versions = _each(facts, lambda host: _several(host, rest))
+        findings += difference(f"the versions of {listed(rest)}:", rest_versions, fix)
+    return findings
 
 
 def _mpi(facts: Facts) -> list[Finding]:
-    """Whether Horovod was built with the MPI that starts its ranks here, Open MPI."""
-    others = {
-        host: listed(f["horovod_mpi"]) or "none"
-        for host, f in facts.items()
-        if OPEN_MPI not in f["horovod_mpi"]
-    }
-    what = "Horovod was built with another MPI ({0}) than mpirun's, {1}: ranks of mpirun don't find each other"
-    fix = "install it again (launch/install/install), or start ranks by horovodrun --gloo or srun-gloo"
-    return [Finding(host, what.format(has, OPEN_MPI), fix) for host, has in others.items()]
+    """Check that Horovod was built with the MPI that starts its ranks here, Open MPI."""
+    fix = (
+        "install it again (launch/install/install), "
+        "or start ranks by horovodrun --gloo or srun-gloo"
+    )
+    findings = []
+    for host, host_facts in facts.items():
+        if OPEN_MPI not in host_facts.horovod_mpi:
+            built_with = listed(host_facts.horovod_mpi) or "none"
+            what = (
+                f"Horovod was built with another MPI ({built_with}) than mpirun's, {OPEN_MPI}: "
+                "ranks of mpirun don't find each other"
+            )
+            findings.append(Finding(host, what, fix))
+    return findings
 
 
 def gpus(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
-    """Their number against the slots, their kind and driver; without any, the cores."""
-    found = difference(
-        "GPUs:", _each(facts, lambda f: describe_gpus(f["gpus"])), "see nvidia-smi there"
-    )
-    drivers = {host: f["gpus"][0]["driver"] for host, f in facts.items() if f["gpus"]}
-    found += difference("the GPU's driver", drivers, "install one driver everywhere")
-    for host, f in facts.items():
-        have = len(f["gpus"])
-        if f["gpu_error"]:
-            found.append(
-                Finding(
-                    host, f"nvidia-smi fails: {f['gpu_error'][:200]}", "mend the GPU's driver there"
-                )
-            )
-        if 0 < have < slots[host]:
-            found.append(
-                Finding(
-                    host,
-                    f"{slots[host]} slots and {have} GPUs",
-                    f"write slots={have} in the hostfile",
-                )
-            )
-        if not have and slots[host] > f["cores"]:
-            what = f"{slots[host]} slots, {f['cores']} cores and no GPU: the ranks share cores"
-            found.append(Finding(host, what, "", fault=False))
-    return found
+    """Check the GPUs' number against the slots, their kind and driver; without any, the cores."""
+    # The hosts with each other.
+    kinds = _each(facts, lambda host: describe_gpus(host.gpus))
+    findings = difference("GPUs:", kinds, "see nvidia-smi there")
+    drivers = {host: facts[host].gpus[0].driver for host in facts if facts[host].gpus}
+    findings += difference("the GPU's driver", drivers, "install one driver everywhere")
+
+    # Each host with its slots.
+    for host, host_facts in facts.items():
+        count, cores = len(host_facts.gpus), host_facts.cores
+        if host_facts.gpu_error:
+            what = f"nvidia-smi fails: {host_facts.gpu_error[:200]}"
+            findings.append(Finding(host, what, "mend the GPU's driver there"))
+        if 0 < count < slots[host]:
+            fix = f"write slots={count} in the hostfile"
+            findings.append(Finding(host, f"{slots[host]} slots and {count} GPUs", fix))
+        if not count and slots[host] > cores:
+            what = f"{slots[host]} slots, {cores} cores and no GPU: the ranks share cores"
+            findings.append(Finding(host, what, "", fault=False))
+    return findings
 
 
 def limits(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
-    """Free disk and memory, open files and locked memory."""
-    found = []
+    """Check free disk and memory, open files and locked memory."""
     files = FILES + sum(slots.values())
-    for host, f in facts.items():
-        found += [
+    findings = []
+    for host, host_facts in facts.items():
+        # Disk and memory.
+        findings += [
             Finding(host, f"{size(free)} free in {folder}", f"free {size(DISK)}")
-            for folder, free in f["disk"].items()
+            for folder, free in host_facts.disk.items()
             if free < DISK
         ]
-        if f["memory"] < MEMORY * slots[host]:
-            what = f"{size(f['memory'])} of memory for {slots[host]} ranks"
-            found.append(Finding(host, what, f"free {size(MEMORY)} a rank, or lower its slots"))
-        if f["open_files"] is not None and f["open_files"] < files:
+        if host_facts.memory < MEMORY * slots[host]:
+            what = f"{size(host_facts.memory)} of memory for {slots[host]} ranks"
+            findings.append(Finding(host, what, f"free {size(MEMORY)} a rank, or lower its slots"))
+
+        # What /etc/security/limits.conf limits.
+        if host_facts.open_files is not None and host_facts.open_files < files:
+            what = f"{host_facts.open_files} open files allowed, {files} needed"
             fix = f"raise nofile in /etc/security/limits.conf there to {files} or more"
-            found.append(
-                Finding(host, f"{f['open_files']} open files allowed, {files} needed", fix)
-            )
-        if f["infiniband"] and f["locked_memory"] is not None:
+            findings.append(Finding(host, what, fix))
+        if host_facts.infiniband and host_facts.locked_memory is not None:
+            what = f"InfiniBand, but only {size(host_facts.locked_memory)} of locked memory"
             fix = "set memlock to unlimited in /etc/security/limits.conf there"
-            found.append(
-                Finding(
-                    host, f"InfiniBand, but only {size(f['locked_memory'])} of locked memory", fix
-                )
-            )
-    return found
+            findings.append(Finding(host, what, fix))
+    return findings
+
+
+# --- names and addresses
 
 
 def addresses(facts: Facts, interface: str) -> list[Finding]:
-    """Whether each host's name is, on itself, an address that the others can reach, on `interface` if it is given.
+    """Check that each host's name is, on itself, an address that the others can reach.
 
-    One host alone needs any address of its own."""
+    When `interface` is not "", it must be on that interface. One host alone needs any address of
+    its own.
+    """
     if len(facts) > 1:
-        return [finding for host, f in facts.items() for finding in _address(host, f, interface)]
-    what = "its own name {0} does not resolve to an address of its own: horovodrun --gloo dies of that, mpirun does not"
-    return [
-        Finding(host, what.format(f["hostname"]), f"add `127.0.1.1 {f['hostname']}` to /etc/hosts")
-        for host, f in facts.items()
-        if not f["own_name"]
-    ]
-
-
-def _address(host: str, f: Mapping[str, Any], interface: str) -> list[Finding]:
-    name, address = f["hostname"], f["address"]
-    fix = f"give {name} its address in {host}'s /etc/hosts"
-    own = {
-        entry.split("/")[0]: device
-        for device, entries in f["interfaces"].items()
-        for entry in entries
-    }
-    wanted = [entry.split("/")[0] for entry in f["interfaces"].get(interface, [])]
-    if interface and not wanted:
-        have = listed([device for device in own.values() if device != "lo"])
-        return [
-            Finding(
-                host,
-                f"no address on interface {interface} (there is {have})",
-                "name the right --interface",
+        checked = [_address(host, facts[host], interface) for host in facts]
+        return [finding for finding in checked if finding is not None]
+    findings = []
+    for host, host_facts in facts.items():
+        if not host_facts.own_name:
+            name = host_facts.hostname
+            what = (
+                f"its own name {name} does not resolve to an address of its own: "
+                "horovodrun --gloo dies of that, mpirun does not"
             )
-        ]
+            findings.append(Finding(host, what, f"add `127.0.1.1 {name}` to /etc/hosts"))
+    return findings
+
+
+def _address(host: str, host_facts: HostFacts, interface: str) -> Finding | None:
+    """Check one host of several: Gloo listens at the address of the host's own name."""
+    name, address = host_facts.hostname, host_facts.address
+    own = host_facts.own_addresses
+
+    # The interface, when one is named.
+    wanted = [entry.split("/")[0] for entry in host_facts.interfaces.get(interface, [])]
+    if interface and not wanted:
+        others = listed([device for device in own.values() if device != "lo"])
+        what = f"no address on interface {interface} (there is {others})"
+        return Finding(host, what, "name the right --interface")
+
+    # The address of the host's own name.
+    fix = f"give {name} its address in {host}'s /etc/hosts"
     if wanted:
         fix += f": {wanted[0]}"
     if not address:
-        return [
-            Finding(host, f"its own name {name} doesn't resolve there, and Gloo listens at it", fix)
-        ]
-    if ipaddress.ip_address(address).is_loopback:
-        return [
-            Finding(
-                host,
-                f"its own name {name} is {address} there: Gloo listens where nobody reaches it",
-                fix,
-            )
-        ]
-    if address not in own:
-        return [
-            Finding(host, f"its own name {name} is {address} there, which it does not have", fix)
-        ]
-    if wanted and address not in wanted:
-        what = f"its own name {name} is {address} there, on {own[address]} and not on {interface}: Gloo listens there"
-        return [Finding(host, what, fix)]
-    return []
+        what = f"its own name {name} doesn't resolve there, and Gloo listens at it"
+    elif ipaddress.ip_address(address).is_loopback:
+        what = f"its own name {name} is {address} there: Gloo listens where nobody reaches it"
+    elif address not in own:
+        what = f"its own name {name} is {address} there, which it does not have"
+    elif wanted and address not in wanted:
+        what = (
+            f"its own name {name} is {address} there, on {own[address]} and not on {interface}: "
+            "Gloo listens there"
+        )
+    else:
+        return None
+    return Finding(host, what, fix)
 
 
 def doubles(facts: Facts) -> list[Finding]:
-    """Machines that stand in the hostfile under two names, by their own name and addresses."""
-    known: dict[tuple, list[str]] = {}
-    for host, f in facts.items():
-        known.setdefault((f["hostname"], *sorted(_own(f))), []).append(host)
+    """Report machines with two names in the hostfile, by their own name and addresses."""
+    hosts_by_machine: dict[tuple[str, ...], list[str]] = {}
+    for host, host_facts in facts.items():
+        machine = (host_facts.hostname, *sorted(host_facts.own_addresses))
+        hosts_by_machine.setdefault(machine, []).append(host)
     fix = "write it once, with all its slots"
     return [
         Finding(listed(hosts), "names of one machine", fix)
-        for hosts in known.values()
+        for hosts in hosts_by_machine.values()
         if len(hosts) > 1
     ]
 
 
 def names(facts: Facts, in_slurm: bool) -> list[Finding]:
-    """Whether all hosts see each host's name alike, and as the address that it has."""
-    found = []
+    """Check that all hosts see each host's name alike, and as an address that it has."""
+    findings = []
     for name in facts:
         if name == "localhost":
             continue
-        # A host's word on itself may be a loopback address, of which `addresses` speaks.
-        seen = {host: f["names"][name] or "unknown" for host, f in facts.items() if host != name}
-        found += difference(
-            f"the address of {name}", seen, f"give {name} one address in /etc/hosts or DNS"
-        )
-        common, _ = odd(seen)
+        # A host's view of itself may be a loopback address, which `addresses` reports.
+        seen = {host: facts[host].names[name] or "unknown" for host in facts if host != name}
+        fix = f"give {name} one address in /etc/hosts or DNS"
+        findings += difference(f"the address of {name}", seen, fix)
+
+        # What most of them see may be wrong, too.
+        common = odd(seen).value
         if common == "unknown":
-            what = f"the name {name} is unknown to the other hosts"
-            if in_slurm:
-                found.append(
-                    Finding(
-                        "",
-                        f"{what}: horovodrun and Gloo need it, mpirun and srun do not",
-                        "",
-                        False,
-                    )
-                )
-            else:
-                found.append(Finding("", what, "add it to /etc/hosts or DNS"))
-        elif common and common not in _own(facts[name]):
+            findings.append(_unknown_name(name, in_slurm))
+        elif common and common not in facts[name].own_addresses:
             what = f"the others know {name} as {common}, an address that it does not have"
-            found.append(Finding(name, what, "correct /etc/hosts or DNS, or the hostfile"))
-    return found
+            findings.append(Finding(name, what, "correct /etc/hosts or DNS, or the hostfile"))
+    return findings
 
 
-def clocks(skews: Mapping[str, Mapping[str, float]]) -> list[Finding]:
-    """Of network.clocks, by the hosts' names."""
-    first = next(iter(skews), "")
-    return [
-        Finding(
-            host, f"its clock is {skew['ahead']:+.1f} s off {first}'s", "start chrony or ntpd there"
-        )
-        for host, skew in skews.items()
-        if abs(skew["ahead"]) > SKEW + skew["bound"]
-    ]
+def _unknown_name(name: str, in_slurm: bool) -> Finding:
+    """Report a name that the other hosts don't know. In a Slurm allocation that is a note."""
+    what = f"the name {name} is unknown to the other hosts"
+    if in_slurm:
+        what += ": horovodrun and Gloo need it, mpirun and srun do not"
+        return Finding("", what, "", fault=False)
+    return Finding("", what, "add it to /etc/hosts or DNS")
 
 
-def data(facts: Facts, asked: bool) -> list[Finding]:
-    """Whether the data directory is there and the same; `asked`: whether it was named by an option or a variable."""
-    seen = {host: f["data"] for host, f in facts.items()}
-    folder = next(iter(seen.values()))["folder"] if seen else ""
-    if seen and not asked and all("error" in d for d in seen.values()):
-        return [
-            Finding(
-                "", f"data not looked at: {folder} is not there", "give --data_dir", fault=False
-            )
-        ]
+# --- clocks, data, links
+
+
+def clocks(compared: Mapping[str, Clock]) -> list[Finding]:
+    """Report the clocks that differ from the first host's by more than SKEW and the bound."""
+    first = next(iter(compared), "")
+    findings = []
+    for host, clock in compared.items():
+        if abs(clock.ahead) > SKEW + clock.bound:
+            what = f"its clock is {clock.ahead:+.1f} s off {first}'s"
+            findings.append(Finding(host, what, "start chrony or ntpd there"))
+    return findings
+
+
+def data(facts: Facts, named: bool) -> list[Finding]:
+    """Check that the data directory is there and the same.
+
+    `named`: an option or a variable names the directory.
+    """
+    readable: dict[str, DataFolder] = {}
+    unreadable: dict[str, UnreadableFolder] = {}
+    for host, host_facts in facts.items():
+        if isinstance(host_facts.data, DataFolder):
+            readable[host] = host_facts.data
+        else:
+            unreadable[host] = host_facts.data
+    folder = next((host_facts.data.folder for host_facts in facts.values()), "")
+
+    # The default directory may be missing everywhere.
+    if unreadable and not readable and not named:
+        what = f"data not looked at: {folder} is not there"
+        return [Finding("", what, "give --data_dir", fault=False)]
+
+    # Missing on some.
     fix = "mount the same disk, or copy the data there again"
-    gone = [
-        Finding(
-            host,
-            f"data directory {folder}: {d['error']}",
-            fix if asked else f"{fix}, or give --data_dir",
-        )
-        for host, d in seen.items()
-        if "error" in d
-    ]
-    there = {host: describe_data(d) for host, d in seen.items() if "error" not in d}
+    findings = []
+    for host, missing in unreadable.items():
+        what = f"data directory {folder}: {missing.error}"
+        findings.append(Finding(host, what, fix if named else f"{fix}, or give --data_dir"))
+
+    # Empty on some, or not the same.
     empty = [
-        Finding(h, f"data directory {folder} has no files", fix)
-        for h, d in seen.items()
-        if d.get("files") == 0
+        Finding(host, f"data directory {folder} has no files", fix)
+        for host, contents in readable.items()
+        if contents.files == 0
     ]
-    return gone + (empty or difference(f"data in {folder}:", there, fix))
+    described = {host: describe_data(contents) for host, contents in readable.items()}
+    return findings + (empty or difference(f"data in {folder}:", described, fix))
 
 
-def links(rows: list[Mapping[str, Any]]) -> list[Finding]:
-    """Hosts, then links, that are much slower than the rest; rows of network.pairs with the hosts' names.
+def links(measured: list[Link]) -> list[Finding]:
+    """Report hosts, and links, that are much slower than the rest.
 
-    A host is as fast as its best link, and compared with the median host; a link with what its two ends do with others,
-    so that one bad cable accuses neither the network nor a healthy peer."""
-    sends, receives = (
-        {h: max(r["bandwidth"] for r in rows if r[end] == h) for h in hosts_of(rows)}
-        for end in ENDS
-    )
-    found, slow_hosts = [], set()
-    for what, best in (("sends", sends), ("receives", receives)):
-        usual = statistics.median(best.values()) if best else 0.0
-        for host, speed in best.items():
-            if speed < SLOW * usual:
-                slow_hosts.add(host)
-                said = f"{what} {rate(speed)} at best, the median host {rate(usual)}"
-                found.append(
-                    Finding(
-                        host,
-                        said,
-                        "look at its cable, port and driver (ethtool)",
-                        speed < SLOWER * usual,
-                    )
-                )
-    for row in rows:
-        usual = min(sends[row["from"]], receives[row["to"]])
-        if row["bandwidth"] < SLOW * usual and not slow_hosts & {row["from"], row["to"]}:
-            link = f"{row['from']}→{row['to']}"
-            said = f"{rate(row['bandwidth'])}, both do {rate(usual)} with others"
-            fault = row["bandwidth"] < SLOWER * usual
-            found.append(
-                Finding(link, said, "look at the switch and the route between them", fault)
-            )
-    return found
+    A host is as fast as its best link, and is compared with the median host. A link is compared
+    with what its two ends do with others. So one bad cable accuses neither the network nor a
+    healthy peer.
+    """
+    speeds = best_speeds(measured)
+    findings = _slow_hosts("sends", speeds.sends) + _slow_hosts("receives", speeds.receives)
+    slow_hosts = {finding.host for finding in findings}
+
+    # Links between hosts that are fast otherwise.
+    for link in measured:
+        usual = min(speeds.sends[link.sender], speeds.receives[link.receiver])
+        if link.bandwidth < SLOW * usual and not slow_hosts & {link.sender, link.receiver}:
+            what = f"{rate(link.bandwidth)}, both do {rate(usual)} with others"
+            fix = "look at the switch and the route between them"
+            where = f"{link.sender}→{link.receiver}"
+            findings.append(Finding(where, what, fix, fault=link.bandwidth < SLOWER * usual))
+    return findings
 
 
-def slowest(rows: list[Mapping[str, Any]]) -> tuple[Mapping[str, Any], str] | None:
-    """The slowest link, and the host whose links are the slowest by their median; None without links."""
-    if not rows:
-        return None
-    medians = {
-        h: statistics.median(r["bandwidth"] for r in rows if h in (r["from"], r["to"]))
-        for h in hosts_of(rows)
-    }
-    return min(rows, key=lambda row: row["bandwidth"]), min(medians, key=medians.__getitem__)
+def _slow_hosts(verb: str, speeds: dict[str, float]) -> list[Finding]:
+    """Report the hosts that are much slower than the median host."""
+    usual = statistics.median(speeds.values()) if speeds else 0.0
+    findings = []
+    for host, speed in speeds.items():
+        if speed < SLOW * usual:
+            what = f"{verb} {rate(speed)} at best, the median host {rate(usual)}"
+            fix = "look at its cable, port and driver (ethtool)"
+            findings.append(Finding(host, what, fix, fault=speed < SLOWER * usual))
+    return findings
 
 
-def hosts_of(rows: list[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row[end] for row in rows for end in ENDS))
+def best_speeds(measured: list[Link]) -> Speeds:
+    """Return the bandwidth of each host's best link, as a sender and as a receiver."""
+    sends = dict.fromkeys(hosts_of(measured), 0.0)
+    receives = dict.fromkeys(hosts_of(measured), 0.0)
+    for link in measured:
+        sends[link.sender] = max(sends[link.sender], link.bandwidth)
+        receives[link.receiver] = max(receives[link.receiver], link.bandwidth)
+    return Speeds(sends, receives)
 
 
-def describe_gpus(found: list[Mapping[str, str]]) -> str:
-    """As in "8 × Tesla P100, 16280 MiB"."""
-    kinds = Counter(f"{gpu['name']}, {gpu['memory']}" for gpu in found)
-    return " and ".join(f"{count} × {kind}" for kind, count in kinds.items()) or "none"
+def slowest(measured: list[Link]) -> Slowest:
+    """Return the slowest link and host of at least one link."""
+    medians = {}
+    for host in hosts_of(measured):
+        own = [link.bandwidth for link in measured if host in (link.sender, link.receiver)]
+        medians[host] = statistics.median(own)
+    slowest_link = min(measured, key=lambda link: link.bandwidth)
+    return Slowest(slowest_link, min(medians, key=medians.__getitem__))
 
 
-def describe_data(found: Mapping[str, Any]) -> str:
-    least = "" if found["all"] else "the first "
-    return f"{least}{found['files']:,} files, {found['bytes']:,} bytes, digest {found['digest']}"
+def hosts_of(measured: list[Link]) -> list[str]:
+    """Return the hosts at the links' ends, each once, in their order."""
+    ends = [host for link in measured for host in (link.sender, link.receiver)]
+    return list(dict.fromkeys(ends))
+
+
+# --- words
+
+
+def describe_gpus(gpus: list[Gpu]) -> str:
+    """Describe GPUs, as in "8 × Tesla P100, 16280 MiB"."""
+    kinds = [f"{gpu.name}, {gpu.memory}" for gpu in gpus]
+    counted = [f"{count} × {kind}" for kind, count in Counter(kinds).items()]
+    return " and ".join(counted) or "none"
+
+
+def describe_data(data: DataFolder) -> str:
+    """Describe the data in a folder, as in "3 files, 10 bytes, digest 0f"."""
+    least = "" if data.all else "the first "
+    return f"{least}{data.files:,} files, {data.bytes:,} bytes, digest {data.digest}"
 
 
 def size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    """Write bytes as GB, or as MB when they are fewer than 0.1 GB."""
+    if count >= 1e8:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:.1f} MB"
 
 
 def rate(count: float) -> str:
-    """Bytes a second as Gbit/s, which networks are named by."""
+    """Write bytes a second as Gbit/s, as networks are called."""
     return f"{count * 8 / 1e9:.3g} Gbit/s"
 
 
 def listed(words: list[str]) -> str:
-    """The first of them, and how many more."""
+    """List the first SHOWN words, and how many more there are."""
     more = len(words) - SHOWN
-    return ", ".join(words[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+    rest = f" and {more} more" if more > 0 else ""
+    return ", ".join(words[:SHOWN]) + rest
 
 
 def shown(value: Any) -> str:
+    """Write a value, "none" when it is empty."""
     return str(value) or "none"
 
 
-def _each(facts: Facts, of: Callable[[Mapping[str, Any]], Any]) -> dict[str, Any]:
-    return {host: of(f) for host, f in facts.items()}
+def _each(facts: Facts, of: Callable[[HostFacts], Any]) -> dict[str, Any]:
+    """Return one fact of each host."""
+    return {host: of(host_facts) for host, host_facts in facts.items()}
 
 
 def _package(facts: Facts, name: str) -> dict[str, str]:
-    return _each(facts, lambda f: f["packages"].get(name, ""))
+    """Return each host's version of a package, "" where it is missing."""
+    return _each(facts, lambda host: host.packages.get(name, ""))
 
 
-def _several(f: Mapping[str, Any], wanted: list[str]) -> str:
-    return listed([f["packages"].get(name, "none") for name in wanted])
-
-
-def _own(f: Mapping[str, Any]) -> set[str]:
-    return {entry.split("/")[0] for entries in f["interfaces"].values() for entry in entries}
+def _several(host_facts: HostFacts, names: list[str]) -> str:
+    """Return a host's versions of several packages."""
+    return listed([host_facts.packages.get(name, "none") for name in names])

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     names = argv[1:] or list(CONTENDERS)
     check(repeats, names)
     with noise.filtered():
-        from recipe.data.sources import prepare
+        from recipe.data.prepare.builders import prepare
 
         prepare(cli.load_recipe("quick").data)
     measurements: Measurements = {entry: [] for entry in entries(names)}

@@ -14,7 +14,7 @@ from pathlib import Path
 from recipe import cli
 from recipe.config import Recipe
 from recipe.data.element import Element
-from recipe.system import noise
+from recipe.system import noise, processor
 
 BATCH = 64  # examples per rank and step
 STEPS = 45
@@ -48,19 +48,21 @@ def settings(size: int) -> Recipe:
 
 def batches(recipe: Recipe, workers: range) -> Iterable[Element]:
     """Return the elements of these workers, as the recipe's own training has them."""
-    from recipe.data.pipeline import train_batches
+    from recipe.data.pipeline import TrainingExamples
     from recipe.data.sources import open_source
+    from recipe.rules.epoch import Share
 
-    return train_batches(open_source(recipe.data, "train", recipe.seed), recipe, workers)
+    source = open_source(recipe.data, "train", recipe.seed)
+    return TrainingExamples(source, recipe, Share(workers), processor.cores()).elements()
 
 
 def ours(framework: str) -> Callable[[Recipe, int, Tick], None]:
     """Return the training by the recipe's replica, as recipe.run.loop does it."""
 
     def run(recipe: Recipe, rank: int, tick: Tick) -> None:
-        from recipe.frameworks import replica as frameworks
+        from recipe.frameworks.replica import load_framework
 
-        module = frameworks.framework(framework)
+        module = load_framework(framework)
         module.start()
         replica = module.make_replica(replace(recipe, framework=framework), 10)
         elements = iter(batches(recipe, range(rank, rank + 1)))

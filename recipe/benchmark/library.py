@@ -23,14 +23,15 @@ import numpy as np
 import recipe.keras as hvd
 from recipe.benchmark import timeline
 from recipe.configs import quick
-from recipe.data.pipeline import train_batches
+from recipe.data.pipeline import TrainingExamples
 from recipe.data.sources import open_source
 from recipe.frameworks.keras import replica as fit
 from recipe.frameworks.keras.step import moving_statistics
 from recipe.keras import backend, state
 from recipe.keras.agreement import Agreement
 from recipe.keras.distributed import reduction_of
-from recipe.ranks import launched
+from recipe.ranks import binding, launched
+from recipe.rules.epoch import Share
 
 BATCH, WIDTH, LAYERS = 32, 256, 12
 LARGE_BATCH = 2048  # so that backprop takes long enough to see
@@ -181,7 +182,9 @@ def compare_replicas() -> None:
     replica = fit.KerasReplica(recipe, source.num_classes)
     replica.begin(steps=1)
     replica.begin_epoch(0)
-    elements = iter(train_batches(source, recipe, [hvd.rank()]))
+    own_worker = Share(range(hvd.rank(), hvd.rank() + 1))
+    examples = TrainingExamples(source, recipe, own_worker, binding.cores())
+    elements = iter(examples.elements())
     replica.step(0, elements, stop=False)()  # traced
 
     # A step and a check in each turn.

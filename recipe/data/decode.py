@@ -1,10 +1,15 @@
-"""Boxes of encoded images, resized to size² uint8 pixels: by decode.c, or to the bit the same by Pillow and NumPy.
+"""Boxes of encoded images, resized to size² uint8 pixels: by decode.c, or by Pillow and NumPy.
 
-A box (y, x, height, width, in source pixels) becomes an image by a separable triangle filter; pixels' centres are at
-halves. Bilinear: it reaches one source pixel each way, whatever the scale, and sees nothing outside of the box, as
-if that were cut out first. Smooth: where the box shrinks it reaches as much farther, a low-pass, also beyond the box:
-PIL's and torchvision's pixels but for the rounding between their passes. For the bilinear filter a JPEG whose box is to
-become half as large or less is decoded at 1/2, 1/4 or 1/8.
+Both give the same pixels to the bit.
+
+A box (y, x, height, width, in source pixels) becomes an image by a separable triangle filter. The
+centres of pixels are at halves. The bilinear filter reaches one source pixel each way, whatever the
+scale. It sees nothing outside of the box, as if that were cut out first. The smooth filter reaches
+farther where the box shrinks, as a low-pass, and also beyond the box. Its pixels are those of PIL
+and torchvision but for the rounding between their passes.
+
+For the bilinear filter a JPEG whose box is to become half as large or less is decoded at 1/2, 1/4
+or 1/8.
 """
 
 import ctypes
@@ -12,6 +17,8 @@ import functools
 import io
 import math
 from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,60 +27,111 @@ from recipe.data import decode_build
 from recipe.data.images import check_depth, is_png
 from recipe.errors import RunError
 
-PLAIN, BILINEAR, SMOOTH = 0, 1, 2  # filters; the first decodes the boxes and writes nothing
 MESSAGE = 200  # bytes, JMSG_LENGTH_MAX
+# Of a bad image. Pillow asserts that there is a palette.
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, AssertionError, Image.DecompressionBombError)
 
 
-def decode(
-    images: Sequence[bytes],
-    boxes: np.ndarray,
-    mirrored: np.ndarray,
-    size: int,
-    kind: int,
-    out: np.ndarray,
-) -> dict[int, str]:
-    """Fills out, uint8[b, size, size, 3], which must be contiguous; gives what is wrong with an image, by its place.
+class Filter(IntEnum):
+    """How a box is resized. The numbers are those of decode.c."""
 
-    boxes: [b, 4]; mirrored: bool[b]; kind: of filter. The pixels of an image that is wrong are undefined. The
-    fast decoder hears of damage only where it lies in the part that it decodes."""
-    boxes, mirrored = np.ascontiguousarray(boxes, np.float64), np.ascontiguousarray(mirrored, bool)
-    jpegs = [i for i, image in enumerate(images) if not is_png(image)] if fast() else []
-    if len(jpegs) == len(images):
-        return _decode_jpegs(images, boxes, mirrored, size, kind, out)
-    problems = {}
-    for i, image in enumerate(images):
-        one = slice(i, i + 1)
-        if i in jpegs:
-            found = _decode_jpegs(images[one], boxes[one], mirrored[one], size, kind, out[one]).get(
-                0
-            )
+    PLAIN = 0  # not at all: the box is decoded and nothing is written
+    BILINEAR = 1
+    SMOOTH = 2
+
+
+class Cut(NamedTuple):
+    """What becomes of each of b images: a box of it, perhaps mirrored, resized to size² pixels."""
+
+    boxes: np.ndarray  # float64[b, 4]: y, x, height, width in source pixels
+    mirrored: np.ndarray  # bool[b]
+    size: int
+    filter: Filter
+
+    def part(self, part: slice) -> "Cut":
+        """Return the cut of some of the images."""
+        return self._replace(boxes=self.boxes[part], mirrored=self.mirrored[part])
+
+
+class Problem(NamedTuple):
+    """What is wrong with an image of a batch."""
+
+    place: int  # of the image in the batch
+    message: str
+
+
+class Taps(NamedTuple):
+    """The source pixels of each pixel of a resized image, along one axis."""
+
+    places: np.ndarray  # int[taps, size]
+    weights: np.ndarray  # float32[taps, size]
+
+
+def decode(images: Sequence[bytes], cut: Cut, out: np.ndarray) -> list[Problem]:
+    """Fill `out`, uint8[b, size, size, 3], which must be contiguous; return what is wrong.
+
+    The problems are in the order of the images. The pixels of an image that is wrong are undefined.
+    The fast decoder notices damage only where it lies in the part that it decodes.
+    """
+    boxes = np.ascontiguousarray(cut.boxes, np.float64)
+    mirrored = np.ascontiguousarray(cut.mirrored, bool)
+    cut = cut._replace(boxes=boxes, mirrored=mirrored)
+
+    # Usually all are JPEGs, which are decoded in one call.
+    library = _library()
+    if library is not None and not any(map(is_png, images)):
+        return _decode_jpegs(library, images, cut, out)
+
+    problems = []
+    for place, image in enumerate(images):
+        one = slice(place, place + 1)
+        if library is not None and not is_png(image):
+            in_one = _decode_jpegs(library, images[one], cut.part(one), out[one])
+            problems += [Problem(place, problem.message) for problem in in_one]
         else:
-            found = _decode_by_pillow(image, boxes[i], bool(mirrored[i]), size, kind, out[i])
-        if found:
-            problems[i] = found
+            message = _decode_by_pillow(image, cut.part(one), out[place])
+            if message:
+                problems.append(Problem(place, message))
     return problems
 
 
 def fast() -> bool:
-    """Whether decode.c does the work."""
+    """Say whether decode.c does the work."""
     return _library() is not None
 
 
 def why_slow() -> str:
-    """One sentence for the user where decode.c can't be used; "" where it is."""
+    """Tell the user in one sentence why decode.c can't be used. Return "" where it is used."""
     try:
         _load()
     except RunError as error:
-        return f"images are decoded by Pillow, several times slower: {error}; python -m recipe.data.decode_build builds it"
+        return (
+            f"images are decoded by Pillow, several times slower: {error}; "
+            "python -m recipe.data.decode_build builds it"
+        )
     return ""
 
 
+def resized(pixels: np.ndarray, cut: Cut) -> np.ndarray:
+    """Return uint8[size, size, 3] of one image uint8[height, width, 3], as decode.c does.
+
+    `cut` is of this image alone. The operations are those of decode.c, in the same order.
+    """
+    height, width, _ = pixels.shape
+    y, x, box_height, box_width = cut.boxes[0]
+    rows = _weighted_rows(pixels, _taps(y, box_height, height, cut))
+    image = _weighted_columns(rows, _taps(x, box_width, width, cut))
+    image = (image + np.float32(0.5)).astype(np.uint8)
+    return image[:, ::-1] if cut.mirrored[0] else image
+
+
 def _load() -> ctypes.CDLL:
+    """Load decode.c's library. Raise RunError when it isn't there or can't be loaded."""
     path = decode_build.library(decode_build.site_packages())
     if not path.exists():
         raise RunError(f"the decoder is not built ({path} is missing)")
     try:
-        # Not among the symbols that all libraries see: TensorFlow has a libjpeg of its own.
+        # Its symbols are not made visible to other libraries: TensorFlow has a libjpeg of its own.
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise RunError(f"the decoder can't be loaded ({error})") from None
@@ -88,75 +146,72 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _decode_jpegs(
-    images: Sequence[bytes],
-    boxes: np.ndarray,
-    mirrored: np.ndarray,
-    size: int,
-    kind: int,
-    out: np.ndarray,
-) -> dict[int, str]:
+    library: ctypes.CDLL, images: Sequence[bytes], cut: Cut, out: np.ndarray
+) -> list[Problem]:
+    """Let decode.c do it, whose messages are empty for the images that are good."""
     count = len(images)
-    data = (ctypes.c_char_p * count)(*images)
-    sizes = (ctypes.c_size_t * count)(*map(len, images))
     messages = np.zeros(count, f"S{MESSAGE}")
-    failures = _library().recipe_decode(
+    failures = library.recipe_decode(
         count,
-        data,
-        sizes,
-        *map(_pointer, (boxes, mirrored)),
-        size,
-        kind,
-        *map(_pointer, (out, messages)),
+        (ctypes.c_char_p * count)(*images),
+        (ctypes.c_size_t * count)(*map(len, images)),
+        _pointer(cut.boxes),
+        _pointer(cut.mirrored),
+        cut.size,
+        int(cut.filter),
+        _pointer(out),
+        _pointer(messages),
     )
     if failures < 0:
         raise MemoryError("no memory is left to decode images")
-    return (
-        {i: message.decode(errors="replace") for i, message in enumerate(messages) if message}
-        if failures
-        else {}
-    )
+    if failures == 0:
+        return []
+    return [
+        Problem(place, message.decode(errors="replace"))
+        for place, message in enumerate(messages)
+        if message
+    ]
 
 
-def _decode_by_pillow(
-    image: bytes, box: np.ndarray, mirrored: bool, size: int, kind: int, out: np.ndarray
-) -> str:
-    """Decodes the whole image; gives what is wrong with it."""
+def _decode_by_pillow(image: bytes, cut: Cut, out: np.ndarray) -> str:
+    """Decode a whole image, of which `cut` is; return what is wrong with it."""
+    box = cut.boxes[0]
     try:
         with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as opened:
             check_depth(opened.mode)
             if not _inside(box, opened.height, opened.width):
                 return "the box is not inside the image"
-            scale = _scale(box, size) if kind == BILINEAR and opened.format != "PNG" else 1
+            scale = 1
+            if cut.filter == Filter.BILINEAR and opened.format != "PNG":
+                scale = _scale(box, cut.size)
             opened.draft(None, (opened.width // scale, opened.height // scale))
-            pixels, box = opened.convert("RGB"), box / scale
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        AssertionError,
-        Image.DecompressionBombError,
-    ) as error:
-        return str(error) or "it is damaged"  # Pillow asserts that there is a palette
-    pixels = np.asarray(pixels)
-    if kind == PLAIN:
-        return ""
-    if fast():
-        height, width, _ = pixels.shape
-        arguments = [
-            _pointer(pixels),
-            height,
-            width,
-            _pointer(box),
-            mirrored,
-            size,
-            kind,
-            _pointer(out),
-        ]
-        if _library().recipe_resize(*arguments):
-            raise MemoryError("no memory is left to resize images")
-    else:
-        out[:] = resized(pixels, box, mirrored, size, kind)
+            pixels = np.asarray(opened.convert("RGB"))
+    except PILLOW_ERRORS as error:
+        return str(error) or "it is damaged"
+    if cut.filter != Filter.PLAIN:
+        _resize(pixels, cut._replace(boxes=cut.boxes / scale), out)
     return ""
+
+
+def _resize(pixels: np.ndarray, cut: Cut, out: np.ndarray) -> None:
+    """Fill `out` from a decoded image, by decode.c where it is built."""
+    library = _library()
+    if library is None:
+        out[:] = resized(pixels, cut)
+        return
+    height, width, _ = pixels.shape
+    failed = library.recipe_resize(
+        _pointer(pixels),
+        height,
+        width,
+        _pointer(cut.boxes),
+        bool(cut.mirrored[0]),
+        cut.size,
+        int(cut.filter),
+        _pointer(out),
+    )
+    if failed:
+        raise MemoryError("no memory is left to resize images")
 
 
 def _inside(box: np.ndarray, height: int, width: int) -> bool:
@@ -165,41 +220,46 @@ def _inside(box: np.ndarray, height: int, width: int) -> bool:
 
 
 def _scale(box: np.ndarray, size: int) -> int:
-    """The largest scale at which the decoded box has `size` pixels each way."""
-    return next(scale for scale in (8, 4, 2, 1) if scale == 1 or min(box[2:]) >= size * scale)
+    """Return the largest scale at which the decoded box has `size` pixels each way."""
+    for scale in (8, 4, 2):
+        if min(box[2:]) >= size * scale:
+            return scale
+    return 1
 
 
-def resized(
-    pixels: np.ndarray, box: np.ndarray, mirrored: bool, size: int, kind: int
-) -> np.ndarray:
-    """uint8[size, size, 3] from the box of an image uint8[height, width, 3]: decode.c's operations in their order."""
-    height, width, _ = pixels.shape
-    places, weights = _axis(box[0], box[2], height, size, kind)
-    rows = _weighted([pixels[p] * w[:, None, None] for p, w in zip(places, weights, strict=True)])
-    places, weights = _axis(box[1], box[3], width, size, kind)
-    image = _weighted([rows[:, p] * w[:, None] for p, w in zip(places, weights, strict=True)])
-    image = (image + np.float32(0.5)).astype(np.uint8)
-    return image[:, ::-1] if mirrored else image
-
-
-def _weighted(terms: list[np.ndarray]) -> np.ndarray:
+def _weighted_rows(pixels: np.ndarray, taps: Taps) -> np.ndarray:
+    terms = []
+    for places, weights in zip(*taps, strict=True):
+        terms.append(pixels[places] * weights[:, None, None])
     return functools.reduce(np.add, terms)
 
 
-def _axis(
-    begin: float, extent: float, length: int, size: int, kind: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(places int[taps, size], weights float32[taps, size]): the source pixels of each pixel of the image."""
-    step = extent / size
-    reach = max(step, 1.0) if kind == SMOOTH else 1.0
-    beyond = reach if kind == SMOOTH else 0.0
-    low, high = max(math.floor(begin - beyond), 0), min(math.ceil(begin + extent + beyond), length)
-    centres = begin + (np.arange(size) + 0.5) * step
+def _weighted_columns(pixels: np.ndarray, taps: Taps) -> np.ndarray:
+    terms = []
+    for places, weights in zip(*taps, strict=True):
+        terms.append(pixels[:, places] * weights[:, None])
+    return functools.reduce(np.add, terms)
+
+
+def _taps(begin: float, extent: float, length: int, cut: Cut) -> Taps:
+    """Return the source pixels of each pixel of the image, along an axis of so many pixels.
+
+    The box begins at `begin` and has `extent` pixels.
+    """
+    step = extent / cut.size
+    reach, beyond = 1.0, 0.0  # pixels that the filter reaches, also outside of the box
+    if cut.filter == Filter.SMOOTH:
+        reach = beyond = max(step, 1.0)
+    low = max(math.floor(begin - beyond), 0)
+    high = min(math.ceil(begin + extent + beyond), length)
+
+    centres = begin + (np.arange(cut.size) + 0.5) * step
     first = np.maximum(np.floor(centres - reach + 0.5).astype(int), low)
     places = first + np.arange(math.ceil(2 * reach))[:, None]
-    weights = np.where(places < high, np.maximum(1 - np.abs(places + 0.5 - centres) / reach, 0), 0)
+    triangle = np.maximum(1 - np.abs(places + 0.5 - centres) / reach, 0)
+    weights = np.where(places < high, triangle, 0)
     weights /= np.cumsum(weights, axis=0)[-1]  # one after another, as in C
-    return np.minimum(places, high - 1), weights.astype(np.float32)
+    return Taps(np.minimum(places, high - 1), weights.astype(np.float32))
 
 
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:

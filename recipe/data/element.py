@@ -6,13 +6,11 @@ import numpy as np
 
 
 class Element(NamedTuple):
-    """The input of one forward pass in training: the examples of one worker, or of run.workers_at_once of them."""
+    """The input of a forward pass: examples of one worker, or of run.workers_at_once of them."""
 
     images: np.ndarray  # uint8[b, s, s, 3]
     labels: np.ndarray  # int32[b]
-    weights: (
-        np.ndarray
-    )  # float32[b], k·n_j/M of the example's worker (recipe.rules.sharding.worker_weight)
+    weights: np.ndarray  # float32[b], k·n_j/M of the example's worker (recipe.rules.epoch)
     keys: np.ndarray | None = None  # int64[b], only with model.dropout (recipe.rules.augment.keys)
 
 

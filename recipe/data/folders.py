@@ -1,140 +1,183 @@
 """Examples from a plain tree, SPLIT/CLASS/*.JPEG, where it lies: nothing is copied."""
 
 import contextlib
-import functools
 import os
 import stat
 import unicodedata
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from recipe.config import Data
-from recipe.data import files, records, work
-from recipe.data.prepare import verify
+from recipe.data import records, shared_files
+from recipe.data.shared_files import FileState
 from recipe.errors import RunError, UsageError
 from recipe.system import output, watchdog
+from recipe.system.files import whole_file
+from recipe.system.progress import telling
+from recipe.system.threads import in_threads
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
-# Folders that tools and file systems make beside and inside of those of the classes; hidden ones are left out, too.
+# Folders that tools and file systems make beside those of the classes and inside of them. Hidden
+# ones are left out, too.
 TOOLS = frozenset(
-    (
-        *(
-            "@eaDir",
-            "#recycle",
-            "#snapshot",
-            "@Recycle",
-            "@Recently-Snapshot",
-            "@__thumb",
-            "$RECYCLE.BIN",
-        ),
-        *("lost+found", "System Volume Information", "__MACOSX", "__pycache__"),
-    )
+    {
+        "#recycle",
+        "#snapshot",
+        "$RECYCLE.BIN",
+        "@Recently-Snapshot",
+        "@Recycle",
+        "@__thumb",
+        "@eaDir",
+        "System Volume Information",
+        "__MACOSX",
+        "__pycache__",
+        "lost+found",
+    }
 )
 THREADS = 16  # class folders listed at once, for file systems that answer slowly
-Index = dict[str, np.ndarray]
+
+
+class ImageFile(NamedTuple):
+    """A file of a class folder."""
+
+    name: str
+    size: int  # bytes
+    changed: int  # time of the last change, ns
+
+
+class ClassFiles(NamedTuple):
+    """What a class folder holds."""
+
+    images: list[ImageFile]  # sorted by name
+    others: list[str]  # paths of all else
+
+
+class SplitFolders(NamedTuple):
+    """What a split's folder holds."""
+
+    classes: list[str]  # names of the class folders, sorted
+    others: list[str]  # paths of all else, sorted
+
+
+class Index(NamedTuple):
+    """The files of a split, in the order of its classes and their names."""
+
+    counts: np.ndarray  # int64[classes]: the files of each class
+    names: np.ndarray  # bytes[examples]
+    sizes: np.ndarray  # int64[examples], bytes
+    times: np.ndarray  # int64[examples]: last changes, ns
 
 
 class FolderSource:
-    """The files of a split, numbered by their sorted classes and names; a class's label is its place in that order,
-    as torchvision's ImageFolder has it.
+    """The files of a split, numbered by their sorted classes and names.
 
-    Raises UsageError when the tree isn't one of classes, or the classes aren't those of training; RunError when it
-    can't be listed."""
+    A class's label is its place in that order, as in torchvision's ImageFolder. Raise UsageError
+    when the tree isn't one of classes, or the classes aren't those of training. Raise RunError when
+    it can't be listed.
+    """
 
     def __init__(self, data: Data, split: str) -> None:
+        # The classes must be those of training: their places in the order are the labels.
         try:
             self.folder = split_folder(data, split)
-            self.classes = _classes(self.folder)
+            self.classes = _class_names(self.folder)
             _check_classes(self.folder, self.classes, split_folder(data, data.train_split))
-            index = _read_index(self.folder, self.classes)
+            self._index = _read_index(self.folder, self.classes)
         except OSError as error:
             raise RunError(records.unreadable(error.filename, error)) from None
+
+        # The files come class by class.
         self.num_classes = len(self.classes)
-        self._labels = np.repeat(np.arange(self.num_classes, dtype=np.int32), index["counts"])
-        self._names, self._sizes, self._times = index["names"], index["sizes"], index["times"]
+        numbers = np.arange(self.num_classes, dtype=np.int32)
+        self._labels = np.repeat(numbers, self._index.counts)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._labels)
 
     def read(self, indices: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        """(encoded images, labels int32[b]) of these examples. Raises RunError naming an unreadable file."""
+        """Return (encoded images, labels int32[b]) of these examples.
+
+        Raise RunError naming an unreadable file.
+        """
         return [self._image(int(i)) for i in indices], self._labels[indices]
 
     def where(self, index: int) -> str:
-        """An example's name for messages: its index and path."""
+        """Name an example for messages: its index and path."""
         return f"example {index} ({self._path(index)})"
 
-    def take(self, count: int) -> "FolderSource":
-        """Keeps only the first `count` examples, those of the first classes; returns itself."""
-        self._names, self._labels = self._names[:count], self._labels[:count]
-        return self
+    def keep_first(self, count: int) -> None:
+        """Forget all but the first `count` examples, which are of the first classes."""
+        self._labels = self._labels[:count]
 
-    def parts(self) -> list[verify.Part]:
-        """The classes, to be verified."""
-        ends = np.cumsum(np.bincount(self._labels, minlength=self.num_classes))
-        parts = []
-        for label, (name, end, start) in enumerate(
-            zip(self.classes, ends, [0, *ends[:-1]], strict=True)
-        ):
-            paths = [self._path(i) for i in range(start, end)]
-            look = functools.partial(verify.look_at_files, paths, self.folder.parent, label)
-            parts.append(verify.Part(self.folder.name, name, len(paths), look))
-        return parts
+    def paths_of(self, label: int) -> list[str]:
+        """Return the paths of a class's examples."""
+        begin, end = np.searchsorted(self._labels, [label, label + 1])
+        return [self._path(i) for i in range(begin, end)]
 
     def _path(self, i: int) -> str:
-        return os.path.join(self.folder, self.classes[self._labels[i]], os.fsdecode(self._names[i]))  # noqa: PTH118
+        name = os.fsdecode(self._index.names[i])
+        return os.path.join(self.folder, self.classes[self._labels[i]], name)  # noqa: PTH118
 
     def _image(self, i: int) -> bytes:
-        path = self._path(i)
         try:
-            image, state = files.patiently(path, lambda: _read(path))
+            image, state = shared_files.read_whole(self._path(i))
         except OSError as error:
             raise RunError(f"{self.where(i)} can't be read: {error.strerror}") from None
-        if state != (self._sizes[i], self._times[i]) or len(image) != self._sizes[i]:
+        listed = FileState(int(self._index.sizes[i]), int(self._index.times[i]))
+        if state != listed or len(image) != state.size:
             raise RunError(
-                f"{self.where(i)} is another file than when its folder was listed: put back what was there, or delete "
-                f"{_cache(self.folder)} and start anew"
+                f"{self.where(i)} is another file than when its folder was listed: put back what "
+                f"was there, or delete {_cache(self.folder)} and start anew"
             )
         return image
 
 
 def root(data: Data) -> Path:
-    """The folder of the splits. Raises UsageError when none is given."""
+    """Return the folder of the splits. Raise UsageError when none is configured."""
     if not data.data_dir:
         raise UsageError(
-            "config.data.name='folder' needs the folder of train/ and val/ in config.data.data_dir (--data_dir)"
+            "config.data.name='folder' needs the folder of train/ and val/ in config.data.data_dir "
+            "(--data_dir)"
         )
     return Path(data.data_dir).expanduser()
 
 
 def split_folder(data: Data, split: str) -> Path:
-    """The folder of a split; "validation" may be called val. Raises UsageError when there is none."""
+    """Return the folder of a split; "validation" may be called val.
+
+    Raise UsageError when there is none.
+    """
     names = [split, "val"] if split == "validation" else [split]
     for name in names:
         if (root(data) / name).is_dir():
             return root(data) / name
     raise UsageError(
-        f"{root(data)} has no folder {' or '.join(names)} with a folder of images for each class: give the folder that "
-        "has train/ and val/, or their names in config.data.train_split and config.data.eval_split"
+        f"{root(data)} has no folder {' or '.join(names)} with a folder of images for each class: "
+        "give the folder that has train/ and val/, or their names in config.data.train_split and "
+        "config.data.eval_split"
     )
 
 
-def _classes(folder: Path) -> list[str]:
-    """The names of the class folders, sorted."""
-    classes, others = _listed(folder)
+def _class_names(folder: Path) -> list[str]:
+    """Return the names of the class folders, sorted. Raise UsageError when there are none."""
+    classes, others = _list_split(folder)
     if not classes:
         raise UsageError(
-            f"{folder} has {len(others):,} files and no folders: move each image into a folder of its class's name, "
-            "those of the training images"
+            f"{folder} has {len(others):,} files and no folders: move each image into a folder of "
+            "its class's name, those of the training images"
         )
     return classes
 
 
-def _listed(folder: Path) -> tuple[list[str], list[str]]:
-    """(names of the class folders, sorted; paths of what else is there). Raises UsageError for a dead link: where it
-    stands for a class, all labels after it would be others."""
+def _list_split(folder: Path) -> SplitFolders:
+    """List a split's folder.
+
+    Raise UsageError for a dead link: where it stands for a class, all labels after it would be
+    wrong.
+    """
     classes, others = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -144,136 +187,184 @@ def _listed(folder: Path) -> tuple[list[str], list[str]]:
                 classes.append(entry.name)
             elif entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
                 raise UsageError(
-                    f"{entry.path} is a link that leads nowhere: mend it or delete it, in all splits"
+                    f"{entry.path} is a link that leads nowhere: mend it or delete it, in all "
+                    "splits"
                 )
             else:
                 others.append(entry.path)
-    return sorted(classes), sorted(others)
+    return SplitFolders(sorted(classes), sorted(others))
+
+
+def _list_class(folder: Path) -> ClassFiles:
+    """List a class's folder. Raise UsageError for what can't be in one."""
+    images, others = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            image = _image_file(entry)
+            if image is None:
+                others.append(entry.path)
+            else:
+                images.append(image)
+    watchdog.beat()
+    return ClassFiles(sorted(images), sorted(others))
+
+
+def _image_file(entry: os.DirEntry) -> ImageFile | None:
+    """Return an image of a class's folder, None for what is left out.
+
+    Raise UsageError for a folder and for a name with a line break.
+    """
+    if _left_out(entry.name):
+        return None
+    if entry.is_dir():
+        raise UsageError(
+            f"{entry.path} is a folder within a class's: move its images one folder up, or delete "
+            "it if they are not the class's"
+        )
+    if "\n" in entry.name:
+        raise UsageError(f"{entry.path!r} has a line break in its name: rename it")
+    if not entry.name.lower().endswith(SUFFIXES):
+        return None
+    status = entry.stat()
+    if not stat.S_ISREG(status.st_mode):
+        return None  # a pipe, say, which nobody writes to
+    return ImageFile(entry.name, status.st_size, status.st_mtime_ns)
 
 
 def _left_out(name: str) -> bool:
-    """Whether this is no user's file or folder."""
+    """Say whether this is no file or folder of the user's."""
     return name.startswith(".") or name in TOOLS
 
 
 def _check_classes(folder: Path, classes: list[str], training: Path) -> None:
-    if folder == training:
+    """Raise UsageError unless a split has the classes of training."""
+    if folder != training:
+        training_classes = _class_names(training)
+        _check_no_more(folder, classes, training, training_classes)
+        _check_no_more(training, training_classes, folder, classes)
+
+
+def _check_no_more(folder: Path, classes: list[str], other: Path, other_classes: list[str]) -> None:
+    """Raise UsageError when a split has classes that the other lacks."""
+    missing = sorted(set(classes) - set(other_classes))
+    if not missing:
         return
-    theirs = _classes(training)
-    for one, names, other, others in (
-        (folder, classes, training, theirs),
-        (training, theirs, folder, classes),
-    ):
-        if alone := sorted(set(names) - set(others)):
-            alike = next((name for name in others if _looks(name) == _looks(alone[0])), None)
-            hint = f", which has {alike!a}: rename one of the two" if alike else ""
-            raise UsageError(
-                f"{one} has {len(alone)} classes that {other} lacks, such as "
-                f"{ascii(alone[0]) if alike else alone[0]}{hint}: both must have the same folders, because their "
-                "places in the sorted order are the labels"
-            )
+    example, hint = missing[0], ""
+    for name in other_classes:
+        if _appearance(name) == _appearance(missing[0]):
+            example = ascii(missing[0])
+            hint = f", which has {name!a}: rename one of the two"
+            break
+    raise UsageError(
+        f"{folder} has {len(missing)} classes that {other} lacks, such as {example}{hint}: both "
+        "must have the same folders, because their places in the sorted order are the labels"
+    )
 
 
-def _looks(name: str) -> str:
-    """Equal for names that look alike: other cases, other spaces, accents in one sign or in two."""
+def _appearance(name: str) -> str:
+    """Return the same for names that look alike.
+
+    They differ in cases, in spaces, or have accents in one sign or in two.
+    """
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
-def _say_alike(folder: Path, classes: list[str]) -> None:
+def _cache(folder: Path) -> Path:
+    """Return where the index of a split is kept: beside its folder."""
+    return folder.parent / f"{folder.name}.index.npz"
+
+
+def _read_index(folder: Path, classes: list[str]) -> Index:
+    """Return names, sizes and times of all files.
+
+    They are kept in a file beside the split's folder as long as no class folder changes, because a
+    network file system can take minutes to list a million files.
+    """
+    folders = [folder / name for name in classes]
+    changed = [path.stat().st_mtime_ns for path in folders]
+    index = _load(_cache(folder), classes, changed)
+    if index is None:
+        index = _list_files(folder, folders)
+        with contextlib.suppress(OSError), whole_file(_cache(folder)) as file:
+            np.savez(
+                file,
+                classes=_encoded(classes),
+                changed=np.array(changed),
+                counts=index.counts,
+                names=index.names,
+                sizes=index.sizes,
+                times=index.times,
+            )
+    return index
+
+
+def _load(cache: Path, classes: list[str], changed: list[int]) -> Index | None:
+    """Return the kept index, None when there is none or a class folder has changed since."""
+    try:
+        with np.load(cache) as stored:
+            if stored["classes"].tolist() != _encoded(classes).tolist():
+                return None
+            if stored["changed"].tolist() != changed:
+                return None
+            return Index(*[stored[name] for name in Index._fields])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _list_files(folder: Path, class_folders: list[Path]) -> Index:
+    """List the files of all classes, and warn of what is odd or left out."""
+    with telling(f"listing {folder}"):
+        classes = list(in_threads(_list_class, class_folders, THREADS))
+
+    # What the user should know.
+    _warn_of_likeness(folder, [path.name for path in class_folders])
+    others = list(_list_split(folder).others)
+    for files in classes:
+        others += files.others
+    _warn_of_others(folder, others)
+    for path, files in zip(class_folders, classes, strict=True):
+        if not files.images:
+            raise UsageError(f"{path} has no images: delete that folder in all splits, or fill it")
+
+    images = [image for files in classes for image in files.images]
+    return Index(
+        counts=np.array([len(files.images) for files in classes]),
+        names=_encoded([image.name for image in images]),
+        sizes=np.array([image.size for image in images]),
+        times=np.array([image.changed for image in images]),
+    )
+
+
+def _warn_of_likeness(folder: Path, classes: list[str]) -> None:
+    """Warn of classes whose names look alike."""
     seen: dict[str, str] = {}
     for name in classes:
-        if (other := seen.setdefault(_looks(name), name)) != name:
+        other = seen.setdefault(_appearance(name), name)
+        if other != name:
             output.warn(
                 f"{folder} has the classes {other!a} and {name!a}, which look alike: they are two"
             )
 
 
-def _cache(folder: Path) -> Path:
-    return folder.parent / f"{folder.name}.index.npz"
+def _warn_of_others(folder: Path, others: list[str]) -> None:
+    """Warn of what is left out, in one sentence.
+
+    An image among them is the example, for it may be missed.
+    """
+    if not others:
+        return
+    images = [path for path in others if _looks_like_an_image(path[len(str(folder)) :])]
+    example = (images or others)[0]
+    output.warn(
+        f"{len(others):,} files or folders in {folder} are no images ({', '.join(SUFFIXES)}) in a "
+        f"class's folder, or hidden, or a tool's, and are left out, such as {example}"
+    )
 
 
-def _read_index(folder: Path, classes: list[str]) -> Index:
-    """Names, sizes and times of all files. Kept in a file beside the split's folder as long as no class folder changes,
-    because a network file system can take minutes to list a million files."""
-    changed = [(folder / name).stat().st_mtime_ns for name in classes]
-    with (
-        contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
-        np.load(_cache(folder)) as kept,
-    ):
-        if (
-            kept["classes"].tolist() == _encoded(classes).tolist()
-            and kept["changed"].tolist() == changed
-        ):
-            return {name: kept[name] for name in ("counts", "names", "sizes", "times")}
-    with work.telling(f"listing {folder}"):
-        lists = list(work.in_threads(_files, [folder / name for name in classes], THREADS))
-    _say_alike(folder, classes)
-    _say_left_out(folder, [*_listed(folder)[1], *(path for _, others in lists for path in others)])
-    if empty := [name for name, (images, _) in zip(classes, lists, strict=True) if not images]:
-        raise UsageError(
-            f"{folder / empty[0]} has no images: delete that folder in all splits, or fill it"
-        )
-    images = [image for found, _ in lists for image in found]
-    index = {
-        "counts": np.array([len(found) for found, _ in lists]),
-        "names": _encoded([name for name, _, _ in images]),
-        "sizes": np.array([size for _, size, _ in images]),
-        "times": np.array([changed for _, _, changed in images]),
-    }
-    with contextlib.suppress(OSError), work.whole_file(_cache(folder)) as file:
-        np.savez(file, classes=_encoded(classes), changed=np.array(changed), **index)
-    return index
-
-
-def _files(folder: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
-    """((name, bytes, time of change) of the images in a class's folder, sorted; paths of what else is there)."""
-    images, others = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if _left_out(entry.name):
-                others.append(entry.path)
-                continue
-            if entry.is_dir():
-                raise UsageError(
-                    f"{entry.path} is a folder within a class's: move its images one folder up, or delete it if they "
-                    "are not the class's"
-                )
-            if "\n" in entry.name:
-                raise UsageError(f"{entry.path!r} has a line break in its name: rename it")
-            if not entry.name.lower().endswith(SUFFIXES):
-                others.append(entry.path)
-                continue
-            found = entry.stat()
-            if stat.S_ISREG(found.st_mode):
-                images.append((entry.name, found.st_size, found.st_mtime_ns))
-            else:  # a pipe, say, which nobody writes to
-                others.append(entry.path)
-    watchdog.beat()
-    return sorted(images), sorted(others)
-
-
-def _say_left_out(folder: Path, others: list[str]) -> None:
-    """One sentence; an image among them is the example, for it may be missed."""
-    if others:
-        images = [
-            path
-            for path in others
-            if path.lower().endswith(SUFFIXES) and "/." not in path[len(str(folder)) :]
-        ]
-        output.warn(
-            f"{len(others):,} files or folders in {folder} are no images ({', '.join(SUFFIXES)}) in a class's folder, "
-            f"or hidden, or a tool's, and are left out, such as {(images or others)[0]}"
-        )
+def _looks_like_an_image(path: str) -> bool:
+    """Say so of a path within the split that isn't hidden."""
+    return path.lower().endswith(SUFFIXES) and "/." not in path
 
 
 def _encoded(names: list[str]) -> np.ndarray:
     return np.array([os.fsencode(name) for name in names])
-
-
-def _read(path: str) -> tuple[bytes, tuple[int, int]]:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        state = files.state(fd)
-        return os.pread(fd, state[0], 0), state
-    finally:
-        os.close(fd)

@@ -1,174 +1,214 @@
-"""Batches of uint8 images: read by index, only the crop decoded, resized, in an order that is a function of
-(recipe, seed) whatever runs in parallel. NumPy arrays, for all frameworks."""
+"""The input pipeline: batches of cropped uint8 images as NumPy arrays, for all frameworks.
+
+Their order and their pixels are functions of (recipe, seed), whatever runs in parallel.
+"""
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from recipe.config import Recipe
-from recipe.data import decode
-from recipe.data.batches import Batch, Batches, Jobs, aligned
+from recipe.data.batches import Batches, Unfilled, aligned
+from recipe.data.decode import Cut, Filter
 from recipe.data.element import Element, Examples
-from recipe.data.images import image_shape
-from recipe.data.sources import Source, SyntheticSource
+from recipe.data.reading import Cutter, read
+from recipe.data.sources import Source
 from recipe.errors import RunError
-from recipe.ranks import collectives
-from recipe.rules import augment, sharding
+from recipe.rules import augment
+from recipe.rules.epoch import Epoch, Share, permutation
+from recipe.system import output
 
-PART = 32  # examples that one thread makes at a time
-
-replaced: set[str] = (
-    set()
-)  # the bad images that others have taken the place of in this process, by their names
+PART = 32  # examples that one job reads
 
 
-class Cutter(NamedTuple):
-    """How images are cut out of others."""
+class Place(NamedTuple):
+    """Where an element is in a run."""
 
-    kind: int  # of filter (recipe.data.decode)
-    boxes: Callable[
-        [np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]
-    ]  # (shapes, indices) → (boxes, mirrored)
-    instead: Callable[
-        [int], Sequence[int]
-    ]  # index → the examples that may take its place when its image is bad
+    epoch: int
+    step: int  # in its epoch
+    workers: Sequence[int]  # whose examples it has
 
 
-def train_batches(
-    source: Source, recipe: Recipe, workers: Sequence[int], first_step: int = 0
-) -> Batches:
-    """(images uint8[n_j, s, s, 3], labels int32[n_j], weights float32[n_j]), one element for each worker in `workers`,
-    or for each run.workers_at_once of them, in each global step first_step, first_step + 1, … up to the recipe's last
-    epoch.
+class TrainingExamples:
+    """The training examples of one rank, as the elements that its forward passes take.
 
-    The weights are worker_weight(), equal within a batch. With model.dropout a fourth part follows, the examples' keys
-    (recipe.rules.augment.keys) as int64[n_j]. Raises UsageError when an epoch has no step; while it is read, a RunError that
-    names the example that can't be read or decoded, or with data.bad_images "replace" only one that can't be read.
+    The images are those of sec. 5.1: random crops, resized and mirrored. Deviations: the reference
+    resizes bicubically. And where a crop shrinks (by 1.3 on average) the pixels are interpolated
+    without a low-pass filter, as is usual in TensorFlow, unless it shrinks by two or more
+    (recipe.data.decode).
+    """
 
-    The images are those of sec. 5.1: crop_boxes() decoded, resized bilinearly, mirrored. Deviations: the reference
-    resizes bicubically; and the pixels are interpolated without a low-pass filter where a crop shrinks (by 1.3 on
-    average), as is usual in TensorFlow, unless it shrinks by two or more (recipe.data.decode)."""
-    k, n, data = recipe.k, recipe.n, recipe.data
-    steps = sharding.steps_per_epoch(len(source), k, n, data.remainder)
-    order = functools.lru_cache(maxsize=2)(
-        lambda epoch: sharding.permutation(len(source), recipe.seed, epoch, data.shuffle_block)
-    )
-    together = recipe.run.workers_at_once
-    elements = len(workers) // together
+    def __init__(self, source: Source, recipe: Recipe, share: Share, threads: int) -> None:
+        """Take the examples of the workers that a rank plays, and read them in so many threads."""
+        self.source = source
+        self.recipe = recipe
+        self.share = share
+        self.threads = threads
+        self.replaced: set[str] = set()  # names of the bad images that others were taken for
 
-    def make(position: int) -> tuple[Batch, Jobs]:
-        step, place = divmod(position, elements)
-        epoch, step = divmod(step, steps)
-        chosen = workers[place * together : (place + 1) * together]
-        indices = np.concatenate(
-            [sharding.worker_indices(order(epoch), step, w, k, n) for w in chosen]
+        @functools.lru_cache(maxsize=2)
+        def order(epoch: int) -> np.ndarray:
+            block = recipe.data.shuffle_block
+            return permutation(len(source), recipe.seed, epoch, block)
+
+        self.order: Callable[[int], np.ndarray] = order  # int64[examples] of an epoch
+
+    @functools.cached_property
+    def division(self) -> Epoch:
+        """How an epoch is divided into batches. Raise UsageError when it has no step."""
+        return Epoch.of(self.recipe, len(self.source))
+
+    def elements(self, first_step: int = 0) -> Batches[Element]:
+        """Return the elements of the steps from `first_step` on, up to the recipe's last epoch.
+
+        Each step has one for each of the rank's forward passes. Raise UsageError when an epoch has
+        no step. While the elements are iterated, raise a RunError that names the example that can't
+        be read or decoded. With data.bad_images "replace" that is only one that can't be read.
+        """
+        passes, steps = self.share.passes, self.recipe.epochs * self.division.steps
+        return Batches(range(first_step * passes, steps * passes), self.element, self.threads)
+
+    def element(self, position: int) -> Unfilled[Element]:
+        """Return the element at a position of the run, still empty, and the jobs that fill it."""
+        # The arrays. The weights and the keys need no reading.
+        place = self.place(position)
+        indices = self.indices(place)
+        element = Element(
+            _empty_images(len(indices), self.recipe.data.image_size),
+            np.empty(len(indices), dtype=np.int32),
+            self.weights(place, len(indices)),
+            self.keys(place, indices),
         )
-        weight = sharding.worker_weight(
-            len(source), step, chosen[0], k, n
-        )  # 1, where there are several
-        keys = None
-        if recipe.model.dropout:
-            keys = augment.keys(indices, recipe.seed, epoch).view(np.int64)
 
-        def boxes(shapes: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return augment.crop_boxes(shapes, indices, recipe.seed, epoch, data.min_area)
+        # The jobs read images and labels. One of them draws the next epoch's order in time.
+        jobs = _jobs(len(indices), functools.partial(self._fill, element, indices, place.epoch))
+        if self._is_time_for_next_order(place):
+            jobs.append(functools.partial(self.order, place.epoch + 1))
+        return Unfilled(element, jobs)
 
-        def instead(index: int) -> Sequence[int]:
-            several = data.bad_images == "replace"
-            return augment.replacements(index, len(source), recipe.seed, epoch) if several else ()
+    def place(self, position: int) -> Place:
+        """Return where the element at a position of the run is."""
+        steps_done, forward_pass = divmod(position, self.share.passes)
+        epoch, step = divmod(steps_done, self.division.steps)
+        return Place(epoch, step, self.share.workers_of(forward_pass))
 
-        (images, labels), jobs = _made(
-            source, indices, data.image_size, Cutter(decode.BILINEAR, boxes, instead)
-        )
-        if (step, place) == (1, 0) and epoch + 1 < recipe.epochs:
-            jobs.append(
-                functools.partial(order, epoch + 1)
-            )  # so that nobody waits for it between two epochs
-        weights = np.full(len(indices), weight, dtype=np.float32)
-        return Element(images, labels, weights, keys), jobs
+    def indices(self, place: Place) -> np.ndarray:
+        """Return the indices of an element's examples, int64[b]."""
+        order = self.order(place.epoch)
+        batches = [self.division.indices(order, place.step, worker) for worker in place.workers]
+        return np.concatenate(batches)
 
-    return Batches(
-        range(first_step * elements, recipe.epochs * steps * elements), make, collectives.cores()
-    )
+    def weights(self, place: Place, count: int) -> np.ndarray:
+        """Return the weights of an element's `count` examples, float32[b], which are all the same.
 
+        With several workers in an element all minibatches are full, and the weights 1.
+        """
+        weight = self.division.weight(place.step, place.workers[0])
+        return np.full(count, weight, dtype=np.float32)
 
-def eval_batches(source: Source, recipe: Recipe, indices: np.ndarray, batch: int) -> Batches:
-    """(images uint8[b, s, s, 3], labels int32[b]) with b ≤ batch: every given example exactly once, in that order.
+    def keys(self, place: Place, indices: np.ndarray) -> np.ndarray | None:
+        """Return the keys of an element's examples, int64[b], or None without dropout."""
+        if not self.recipe.model.dropout:
+            return None
+        return augment.keys(indices, self.recipe.seed, place.epoch).view(np.int64)
 
-    The images are those of sec. 5.1: the shorter side resized to 256, then the central 224² (or in proportion);
-    bilinear with the low-pass filter that PIL and torchvision have. Errors as for train_batches(); nothing takes a bad
-    image's place, for the error is that of the whole set."""
-    size = recipe.data.image_size
+    def cut(self, epoch: int, shapes: np.ndarray, indices: np.ndarray) -> Cut:
+        """Return the random crops of images of these shapes (paper, sec. 5.1)."""
+        seed, data = self.recipe.seed, self.recipe.data
+        boxes, mirrored = augment.crop_boxes(shapes, indices, seed, epoch, data.min_area)
+        return Cut(boxes, mirrored, data.image_size, Filter.BILINEAR)
 
-    def boxes(shapes: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return augment.eval_boxes(shapes, size), np.zeros(len(indices), dtype=bool)
+    def _is_time_for_next_order(self, place: Place) -> bool:
+        """Say whether to draw the next epoch's order, so that nobody waits for it between two."""
+        in_second_step = place.step == 1 and place.workers[0] == self.share.workers[0]
+        return in_second_step and place.epoch + 1 < self.recipe.epochs
 
-    cutter = Cutter(decode.SMOOTH, boxes, instead=lambda index: ())
+    def _fill(self, element: Element, indices: np.ndarray, epoch: int, part: slice) -> None:
+        """Fill a part of an element."""
+        cutter = functools.partial(self.cut, epoch)
+        images, labels = element.images[part], element.labels[part]
+        labels[:], problems = read(self.source, indices[part], cutter, images)
+        for place, message in problems:
+            index = int(indices[part][place])
+            labels[place] = self._replace(index, message, epoch, images[place : place + 1])
 
-    def make(position: int) -> tuple[Batch, Jobs]:
-        return _made(source, indices[position : position + batch], size, cutter)
+    def _replace(self, index: int, problem: str, epoch: int, out: np.ndarray) -> int:
+        """Put the image of another example into `out`, uint8[1, s, s, 3], and return its label.
 
-    return Batches(range(0, len(indices), batch), make, collectives.cores())
-
-
-def _made(source: Source, indices: np.ndarray, size: int, cutter: Cutter) -> tuple[Batch, Jobs]:
-    """(images, labels), to be filled, and the jobs that fill them."""
-    images, labels = aligned((len(indices), size, size, 3)), np.empty(len(indices), dtype=np.int32)
-
-    def fill(part: slice) -> None:
-        if isinstance(source, SyntheticSource):
-            images[part], labels[part] = (
-                source.images(indices[part], size),
-                source.labels(indices[part]),
-            )
-        else:
-            labels[part], problems = _decoded(source, indices[part], cutter, images[part])
-            for place, problem in sorted(problems.items()):
-                place += part.start
-                labels[place] = _replaced(
-                    source, int(indices[place]), problem, cutter, images[place]
-                )
-
-    return Examples(images, labels), [
-        functools.partial(fill, slice(begin, begin + PART))
-        for begin in range(0, len(indices), PART)
-    ]
-
-
-def _decoded(
-    source: Source, indices: np.ndarray, cutter: Cutter, out: np.ndarray
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Reads and decodes these examples into `out`; gives their labels and what is wrong with an image, by its place."""
-    encoded, labels = source.read(indices)
-    shapes, problems = np.ones((len(encoded), 2), dtype=np.int64), {}
-    for place, image in enumerate(encoded):
-        try:
-            shapes[place] = image_shape(image)
-        except ValueError as error:
-            problems[place] = f"is not an image: {error}"
-    boxes, mirrored = cutter.boxes(shapes, indices)
-    undecoded = decode.decode(encoded, boxes, mirrored, out.shape[1], cutter.kind, out)
-    return labels, {
-        place: f"can't be decoded: {problem}" for place, problem in undecoded.items()
-    } | problems
-
-
-def _replaced(source: Source, index: int, problem: str, cutter: Cutter, out: np.ndarray) -> int:
-    """The label of the first example that may take a bad one's place and whose image is good, and now in `out`; names
-    the bad one once a run. Raises RunError with the problem where there is none."""
-    name = source.where(index)
-    for other in map(int, cutter.instead(index)):
-        labels, problems = _decoded(source, np.array([other]), cutter, out[None])
-        if not problems:
-            if name not in replaced:
-                replaced.add(name)
-                print(
-                    f"warning: {name} {problem}; example {other} is taken instead",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        It is the first one drawn whose image is good. Name the bad one once a run. Raise RunError
+        with the problem when there is no other.
+        """
+        name = self.source.where(index)
+        cutter: Cutter = functools.partial(self.cut, epoch)
+        for other in self._replacements(index, epoch):
+            labels, problems = read(self.source, np.array([other]), cutter, out)
+            if problems:
+                continue
+            if name not in self.replaced:
+                self.replaced.add(name)
+                output.warn(f"{name} {problem}; example {other} is taken instead")
             return labels[0]
-    raise RunError(f"{name} {problem}")
+        raise RunError(f"{name} {problem}")
+
+    def _replacements(self, index: int, epoch: int) -> list[int]:
+        """Return the examples that may take the place of a bad one, in this order."""
+        if self.recipe.data.bad_images != "replace":
+            return []
+        return augment.replacements(index, len(self.source), self.recipe.seed, epoch).tolist()
+
+
+class EvaluationExamples:
+    """The evaluation examples.
+
+    The images are those of sec. 5.1: the shorter side resized to 256, then the central 224² (or in
+    proportion). They are bilinear with the low-pass filter of PIL and torchvision.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe, threads: int) -> None:
+        """Read the examples of `source` in so many `threads`."""
+        self.source = source
+        self.size = recipe.data.image_size
+        self.threads = threads
+
+    def batches(self, indices: np.ndarray, batch: int) -> Batches[Examples]:
+        """Return every given example exactly once, in that order, in batches of `batch` or fewer.
+
+        While they are iterated, raise a RunError that names an example that can't be read or
+        decoded. Nothing takes a bad image's place: the error is that of the whole set.
+        """
+
+        def make(position: int) -> Unfilled[Examples]:
+            return self._examples(indices[position : position + batch])
+
+        return Batches(range(0, len(indices), batch), make, self.threads)
+
+    def cut(self, shapes: np.ndarray, indices: np.ndarray) -> Cut:
+        """Return the central crops of images of these shapes (paper, sec. 5.1)."""
+        boxes = augment.eval_boxes(shapes, self.size)
+        return Cut(boxes, np.zeros(len(indices), dtype=bool), self.size, Filter.SMOOTH)
+
+    def _examples(self, indices: np.ndarray) -> Unfilled[Examples]:
+        examples = Examples(
+            _empty_images(len(indices), self.size), np.empty(len(indices), dtype=np.int32)
+        )
+        fill = functools.partial(self._fill, examples, indices)
+        return Unfilled(examples, _jobs(len(indices), fill))
+
+    def _fill(self, examples: Examples, indices: np.ndarray, part: slice) -> None:
+        """Fill a part of a batch."""
+        images = examples.images[part]
+        examples.labels[part], problems = read(self.source, indices[part], self.cut, images)
+        for place, message in problems:
+            name = self.source.where(int(indices[part][place]))
+            raise RunError(f"{name} {message}")
+
+
+def _empty_images(count: int, size: int) -> np.ndarray:
+    return aligned((count, size, size, 3))
+
+
+def _jobs(count: int, fill: Callable[[slice], None]) -> list[Callable[[], object]]:
+    """Return the jobs that fill a batch of `count` examples, PART at a time."""
+    return [functools.partial(fill, slice(begin, begin + PART)) for begin in range(0, count, PART)]

@@ -66,7 +66,7 @@ class Framework(Protocol):
         """Return this rank's replica, with its initial weights."""
 
 
-def framework(name: str) -> Framework:
+def load_framework(name: str) -> Framework:
     """Return the framework that config.framework names; this loads Keras or PyTorch."""
     return cast(Framework, importlib.import_module(f"recipe.frameworks.{name}.replica"))
 

@@ -10,7 +10,9 @@ class StepResult(NamedTuple):
     """What all ranks know of a step when it is done, the same on each of them."""
 
     losses: np.ndarray  # float32[k], the workers' sums of cross-entropies
-    hits: np.ndarray  # float32[k], the workers' numbers of examples whose largest logit is the label's
+    hits: (
+        np.ndarray
+    )  # float32[k], the workers' numbers of examples whose largest logit is the label's
     stop: bool  # whether any rank wants to leave
 
 

@@ -144,7 +144,7 @@ def init(
     """
     binding.init(backend.FRAMEWORK, comm=comm, process_sets=process_sets)
     if comm is None:
-        binding.check_found(program=False)
+        binding.check_all_ranks_found(in_program=False)
     rollcall.start(step_timeout)
 
 

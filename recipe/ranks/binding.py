@@ -1,4 +1,12 @@
-"""Starts Horovod through its binding of one framework, and says who this rank is."""
+"""Starts Horovod through its binding of one framework, and tells which rank this is.
+
+Which function to call:
+
+- A program that trains a recipe calls `start`, once, before any collective.
+- The library (`recipe.keras`) calls `bind` when it is imported and `init` when its user does.
+- Everything else calls `rank`, `size` and `horovod`. It asks `started` only where it may run
+  without Horovod.
+"""
 
 import importlib
 import os
@@ -10,33 +18,39 @@ from typing import Any
 
 from recipe.errors import RunError, UsageError
 from recipe.ranks import launched, machine
-from recipe.system import watchdog
+from recipe.system import processor, watchdog
 
-# The number of ranks by horovodrun, Open MPI's mpirun, MPICH's, and srun.
+# The number of ranks, as horovodrun, Open MPI's mpirun, MPICH's mpiexec and srun give it.
 SIZE_VARIABLES = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
 
 _binding: ModuleType | None = None
 
 
 def bind(framework: str) -> ModuleType:
-    """Chooses Horovod's binding of `framework` ("tensorflow" or "torch") for this process and returns it.
+    """Choose Horovod's binding of `framework` for this process, without starting, and return it.
 
-    A process uses one binding only: each brings its own background thread and its own copy of the ranks."""
+    `framework` is "tensorflow" or "torch". A process uses one binding only: each brings its own
+    background thread and its own copy of the ranks. Raise UsageError for a second one.
+    """
     global _binding
     binding = importlib.import_module(f"horovod.{framework}")
-    if _binding not in (None, binding):
+    if _binding is not None and _binding is not binding:
         raise UsageError(
-            f"this process runs Horovod through {_binding.__name__}; it cannot also serve {framework}"
+            f"this process runs Horovod through {_binding.__name__}; "
+            f"it cannot also serve {framework}"
         )
     _binding = binding
     return binding
 
 
 def init(framework: str, **options: Any) -> ModuleType:
-    """Starts Horovod through its binding of `framework`, with its own options, and returns that binding."""
+    """Start Horovod, with its own options, and return the binding of `framework`. Collective.
+
+    It may be called again. For a run of a recipe call `start`, which also sets Horovod up for it.
+    """
     binding = bind(framework)
     if (Path(sys.prefix) / "bin" / "orted").exists():
-        # Open MPI installed as a wheel finds its own files only under mpirun, unless told.
+        # Open MPI installed as a wheel finds its own files under mpirun only.
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
         launched.check_srun()
     if launched.homeless():
@@ -49,56 +63,63 @@ def init(framework: str, **options: Any) -> ModuleType:
     return binding
 
 
-def check_found(program: bool = True) -> None:
-    """Compares Horovod's number of ranks with the launcher's: processes that don't find each other train alone.
-
-    Raises UsageError in a program. In a user's script, RunError where it is certain and otherwise a warning: srun and
-    torchrun may have started processes that are meant to be alone."""
-    word = launched.word()
-    if word.processes <= size():
-        return
-    said = (
-        f"Horovod has {size()} rank{'s' * (size() > 1)}, but {word.launcher} started {word.processes} processes "
-        f"({word.variable}): they don't find each other, and each would train alone; start them by the environment's "
-        "mpirun, by horovodrun --gloo or, in a Slurm allocation, by python -m launch.run --launcher=srun-gloo; "
-        f"or unset {word.variable} if this process is meant to be alone"
-    )
-    if not (program or word.certain):
-        warnings.warn(said, RuntimeWarning, stacklevel=3)
-        return
-    raise (UsageError if program else RunError)(said)
-
-
-def _alone() -> bool:
-    """Whether the launcher, or its absence, says before Horovod does that there is one rank, and will be."""
-    if os.environ.get("HOROVOD_ELASTIC"):
-        return False
-    return {os.environ[v] for v in SIZE_VARIABLES if v in os.environ} <= {"1"}
-
-
 def start(framework: str, deterministic: bool) -> machine.HostShare:
-    """Starts Horovod for a run: (this rank's number on its host, its share of the host's cores)."""
+    """Start Horovod for a run of a recipe; return this rank's share of its host. Collective.
+
+    Raise UsageError when the processes that the launcher started don't find each other.
+    """
     if deterministic:
-        # Which tensors Horovod fuses depends on timing, and the order of a sum over three ranks or more on where in
-        # the fused buffer a gradient lies: only given groups are fused then.
+        # Which tensors Horovod fuses depends on timing. With three ranks or more, the order of a
+        # sum depends on where in the fused buffer a gradient lies. So only fuse given groups.
         os.environ["HOROVOD_DISABLE_GROUP_FUSION"] = "1"
-    if _alone():
-        # Horovod's thread looks for work every millisecond, and a run's only rank has hardly any. Not in `init`: a
-        # user's wrapped optimizer on one rank reduces, and would wait for the cycle at each step.
+    if _is_alone():
+        # Horovod's thread looks for work every millisecond, and a run's only rank has hardly any.
+        # Not in `init`: a user's wrapped optimizer on one rank reduces, and would wait for the
+        # cycle at each step.
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "10")
     watchdog.start()
     init(framework)
-    check_found()
-    return machine.HostShare(horovod().local_rank(), machine.cores(horovod().local_size()))
+    check_all_ranks_found()
+    return machine.HostShare(horovod().local_rank(), cores())
+
+
+def cores() -> int:
+    """Return this rank's share of its host's cores."""
+    return processor.cores(horovod().local_size())
+
+
+def check_all_ranks_found(in_program: bool = True) -> None:
+    """Compare Horovod's number of ranks with the launcher's count of processes.
+
+    Processes that don't find each other train alone. Raise UsageError in a program of ours. In a
+    user's script, raise RunError where the processes are certainly ranks, and otherwise warn: srun
+    and torchrun may have started processes that are meant to be alone.
+    """
+    count = launched.launcher_count()
+    if count.processes <= size():
+        return
+    ranks = "1 rank" if size() == 1 else f"{size()} ranks"
+    message = (
+        f"Horovod has {ranks}, but {count.launcher} started {count.processes} processes "
+        f"({count.variable}): they don't find each other, and each would train alone; start them "
+        "by the environment's mpirun, by horovodrun --gloo or, in a Slurm allocation, by "
+        "python -m launch.run --launcher=srun-gloo; "
+        f"or unset {count.variable} if this process is meant to be alone"
+    )
+    if in_program:
+        raise UsageError(message)
+    if count.is_certain:
+        raise RunError(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def started() -> bool:
-    """Whether `init` was called in this process."""
+    """Return whether Horovod is started in this process, so that `rank` and `size` are known."""
     return _binding is not None and _binding.is_initialized()
 
 
 def horovod() -> ModuleType:
-    """The binding in use. Raises UsageError before `init`."""
+    """Return the binding in use. Raise UsageError before `bind` or `init`."""
     if _binding is None:
         raise UsageError("Horovod is not initialised; call init() first")
     return _binding
@@ -110,3 +131,14 @@ def rank() -> int:
 
 def size() -> int:
     return horovod().size()
+
+
+def _is_alone() -> bool:
+    """Return whether there is one rank, and will be, as far as the environment tells.
+
+    Horovod's own cycle time is set before Horovod could say it.
+    """
+    if os.environ.get("HOROVOD_ELASTIC"):
+        return False
+    sizes = {os.environ[name] for name in SIZE_VARIABLES if name in os.environ}
+    return sizes <= {"1"}

@@ -20,7 +20,7 @@ def wanted() -> bool:
 
 
 def rerun(function: Callable[[State], T], state: State) -> T:
-    """Run `function(state)`, again after every loss or gain of ranks, from the last commit."""
+    """Call `function(state)`, and again from the last commit after every loss or gain of ranks."""
 
     def attempt(state: State) -> T:
         with lost_ranks_as_horovod_errors():
@@ -31,17 +31,17 @@ def rerun(function: Callable[[State], T], state: State) -> T:
 
 @contextlib.contextmanager
 def lost_ranks_as_horovod_errors() -> Iterator[None]:
-    """Raise HorovodInternalError where TensorFlow reports a failed collective in an error of its own."""
+    """Raise HorovodInternalError where TensorFlow reports a failed collective in its own error."""
     try:
         yield
     except Exception as error:
-        foreign = type(error).__module__.startswith("tensorflow.")
-        if foreign and "Horovod" in str(error):
+        is_tensorflows = type(error).__module__.startswith("tensorflow.")
+        if is_tensorflows and "Horovod" in str(error):
             raise HorovodInternalError(str(error)) from error
         raise
 
 
 def restart_horovod() -> None:
-    """Start Horovod anew, on the ranks that there are now."""
+    """Start Horovod again, on the ranks that there are now. Collective."""
     binding.horovod().shutdown()
     binding.horovod().init()

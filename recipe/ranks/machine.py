@@ -1,8 +1,6 @@
 """This rank's share of its host: CPU cores and GPUs."""
 
-import os
 import socket
-
 from typing import NamedTuple
 
 from recipe.errors import UsageError
@@ -15,15 +13,11 @@ class HostShare(NamedTuple):
     threads: int  # its share of the host's cores
 
 
-def cores(ranks: int = 1) -> int:
-    """Return this rank's share of the cores of a host with so many ranks, of those it may use."""
-    return max(1, min((os.cpu_count() or 1) // ranks, len(os.sched_getaffinity(0))))
-
-
 def check_gpus(visible: int, local_rank: int) -> None:
-    """Raises UsageError when this rank has no GPU of its own among those that it sees."""
+    """Raise UsageError when this rank has no GPU of its own among those that it sees."""
     if local_rank >= visible:
         raise UsageError(
-            f"local rank {local_rank} sees {visible} GPUs on {socket.gethostname()}: start a rank a GPU, each of which "
-            "sees all of its host's (Slurm: --gpus-per-node, not --gpus-per-task)"
+            f"local rank {local_rank} sees {visible} GPUs on {socket.gethostname()}: start a rank "
+            "a GPU, each of which sees all of its host's "
+            "(Slurm: --gpus-per-node, not --gpus-per-task)"
         )

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: noticed at once, acted upon at the next step boundary, when all ranks know."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: noted at once, acted upon at a step's end, when all ranks know."""
 
 import contextlib
 import os
@@ -11,7 +11,10 @@ from recipe.system import watchdog
 
 STATUS = 75  # EX_TEMPFAIL: exit status of a run that has saved its state and can be resumed
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-HEARD = b"\nCtrl-C: saving after one of the next steps, then leaving; Ctrl-C once more leaves at once, without saving\n"
+CTRL_C_NOTICE = (
+    b"\nCtrl-C: saving after one of the next steps, then leaving; "
+    b"Ctrl-C once more leaves at once, without saving\n"
+)
 
 
 class Notice:
@@ -22,28 +25,32 @@ class Notice:
 
 @contextlib.contextmanager
 def noticed() -> Iterator[Notice]:
-    """The signals only set the notice; when a run fails inside, they do again what they did before.
+    """Let the signals only set a notice. If the run fails inside, give them back their handlers.
 
-    Not after its end, nor when it leaves by Preempted: one more signal, also the first to a rank that another one has
-    told, would end the process before it has said so, and with another status."""
+    After a normal end or a Preempted exit the handlers stay in place: a late signal would otherwise
+    kill the process before it reports status 75. It may also be the first signal to a rank that
+    leaves because another one was told to.
+    """
     notice = Notice()
 
     def receive(number: int, frame: FrameType | None) -> None:
         notice.received = True
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one
+            # The next Ctrl-C ends the process.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             if watchdog.launched_rank() == "0":
+                # Not by print(), which might be at work where the signal came.
                 with contextlib.suppress(OSError):
-                    os.write(2, HEARD)  # print() might be at work where the signal came
+                    os.write(2, CTRL_C_NOTICE)
 
-    # A shell's background job ignores Ctrl-C, which is meant for another one.
+    # A shell's background job ignores Ctrl-C, which is meant for the foreground. Leave it so.
     heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, receive) for number in heeded}
+    old_handlers = {number: signal.signal(number, receive) for number in heeded}
     try:
         yield notice
     except Preempted:
         raise
     except BaseException:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
         raise

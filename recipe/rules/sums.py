@@ -1,9 +1,14 @@
-"""Sums of losses and errors: added over batches and ranks as sums, divided once: averages of averages lie."""
+"""Sums of losses and errors, added over batches and ranks and divided once, at the end.
+
+An average of averages would weigh the examples of a short batch more.
+"""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
+
+LAST_EPOCHS = 5  # over which the median is the run's result (paper, sec. 5.1)
 
 
 @dataclass
@@ -15,12 +20,14 @@ class Sums:
     count: float = 0.0  # number of examples
 
     def add(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Adds a batch. logits: [b, classes] floats; labels: [b] integers."""
+        """Add a batch. logits: [b, classes] floats; labels: [b] integers."""
         logits = np.asarray(logits, dtype=np.float64)
         top = logits.max(axis=1)
-        with np.errstate(invalid="ignore"):  # ∞ − ∞ of a network that has diverged: its sum says so
+        # A network that has diverged makes ∞ − ∞, which the sum shows.
+        with np.errstate(invalid="ignore"):
             log_total = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-        self.loss += float((log_total - logits[np.arange(len(labels)), labels]).sum())
+        label_logits = logits[np.arange(len(labels)), labels]
+        self.loss += float((log_total - label_logits).sum())
         self.correct += int((logits.argmax(axis=1) == labels).sum())
         self.count += len(labels)
 
@@ -39,5 +46,5 @@ class Sums:
 
 
 def final_error(errors: list[float]) -> float:
-    """The run's result: the median top-1 error of the last five epochs (paper, sec. 5.1)."""
-    return float(np.median(errors[-5:]))
+    """Return the run's result: the median top-1 error of the last five epochs (paper, sec. 5.1)."""
+    return float(np.median(errors[-LAST_EPOCHS:]))

@@ -9,27 +9,39 @@ from horovod.common.elastic import ObjectState
 from recipe.frameworks.replica import Replica
 from recipe.ranks import collectives
 from recipe.ranks.elastic import lost_ranks_as_horovod_errors
-from recipe.run.state import Standing
+from recipe.run.state import RunState
+from recipe.system.arrays import Arrays
 
 T = TypeVar("T")
 
 
 class Commits(ObjectState):
-    """Where the run stood at the last commit, and its replica's arrays then, None before the first; its directory."""
+    """The run's directory, its state at the last commit, and its replica's arrays then.
+
+    State and arrays are None before the first commit. A rank that joins gets rank 0's.
+    """
+
+    run_dir: str
+    state: RunState | None
+    arrays: Arrays | None
 
     def __init__(self, run_dir: str) -> None:
         super().__init__(
-            self._broadcast, collectives.rank, stands=None, arrays=None, run_dir=run_dir
+            self._broadcast, collectives.rank, state=None, arrays=None, run_dir=run_dir
         )
 
-    def taken_up(self, replica: Replica) -> Standing:
-        """Brings the replica, on this rank, to the last commit; where that stands."""
+    def restore_run(self, replica: Replica) -> RunState:
+        """Bring this rank's replica to the last commit, and return the run's state then."""
+        assert self.state is not None and self.arrays is not None
         replica.restore(self.arrays)
-        return copy.deepcopy(self.stands)
+        return copy.deepcopy(self.state)
 
-    def commit_run(self, stands: Standing, replica: Replica) -> None:
-        """Keeps the run as it is. Collective. Raises HostsUpdatedInterrupt when hosts have come or gone."""
-        self.stands = copy.deepcopy(stands)
+    def commit_run(self, state: RunState, replica: Replica) -> None:
+        """Keep a copy of the run as it is. Collective.
+
+        Raise HostsUpdatedInterrupt when hosts have come or gone.
+        """
+        self.state = copy.deepcopy(state)
         self.arrays = {name: np.array(array) for name, array in replica.arrays().items()}
         self.commit()
 

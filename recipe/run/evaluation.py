@@ -3,29 +3,30 @@
 import contextlib
 
 from recipe.config import Recipe
-from recipe.data.pipeline import eval_batches, train_batches
+from recipe.data.pipeline import EvaluationExamples, TrainingExamples
 from recipe.data.sources import Source
 from recipe.frameworks.replica import Replica
 from recipe.ranks import collectives
-from recipe.rules import sharding
+from recipe.rules.epoch import eval_indices
 from recipe.rules.sums import Sums
 from recipe.system import watchdog
 
 BATCH = 256  # examples at a time; without effect on the result
 
-Sources = tuple[Source, Source]  # training and evaluation examples
 
+def evaluate(
+    recipe: Recipe, replica: Replica, training: TrainingExamples, evaluation: Source, epochs: int
+) -> Sums:
+    """Return the sums over all evaluation examples after so many epochs. Collective.
 
-def evaluate(recipe: Recipe, replica: Replica, sources: Sources, epoch: int) -> Sums:
-    """The sums over all evaluation examples after `epoch` epochs. Collective.
-
-    Batch normalisation uses the moving statistics, or with `model.precise_bn` those of the last epoch's first
-    minibatches under the present weights."""
-    training, evaluation = sources
-    mine = sharding.eval_indices(len(evaluation), collectives.rank(), collectives.size())
+    Batch normalisation uses the moving statistics or, with `model.precise_bn`, those of the last
+    epoch's first minibatches under the present weights.
+    """
+    indices = eval_indices(len(evaluation), collectives.rank(), collectives.size())
+    examples = EvaluationExamples(evaluation, recipe, training.threads)
     sums = Sums()
-    with _statistics(recipe, replica, training, epoch):
-        for images, labels in eval_batches(evaluation, recipe, mine, BATCH):
+    with _statistics(recipe, replica, training, epochs):
+        for images, labels in examples.batches(indices, BATCH):
             sums.add(replica.predict(images), labels)
             watchdog.beat(f"the evaluation of {sums.count:.0f} examples")
     loss, correct, count = collectives.total([sums.loss, sums.correct, sums.count], "evaluate")
@@ -33,12 +34,12 @@ def evaluate(recipe: Recipe, replica: Replica, sources: Sources, epoch: int) -> 
 
 
 def _statistics(
-    recipe: Recipe, replica: Replica, training: Source, epoch: int
-) -> contextlib.AbstractContextManager:
+    recipe: Recipe, replica: Replica, training: TrainingExamples, epochs: int
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which the replica predicts."""
     if not recipe.model.precise_bn:
         return contextlib.nullcontext()
-    steps = sharding.steps_per_epoch(len(training), recipe.k, recipe.n, recipe.data.remainder)
-    workers = sharding.own_workers(recipe.k, collectives.rank(), collectives.size())
-    elements = train_batches(training, recipe, workers, (max(epoch, 1) - 1) * steps)
-    passes = len(workers) // recipe.run.workers_at_once
-    return replica.statistics_of(iter(elements.take(min(recipe.model.precise_bn, steps) * passes)))
+    first_step = (max(epochs, 1) - 1) * training.division.steps
+    minibatches = min(recipe.model.precise_bn, training.division.steps)
+    elements = training.elements(first_step).take(minibatches * training.share.passes)
+    return replica.statistics_of(iter(elements))

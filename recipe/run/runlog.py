@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from recipe.config import Recipe, differences, identity
+from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
-from recipe.run import checkpoint
 from recipe.system import owner
+from recipe.system.files import whole_file
 from recipe.system.output import warn
 
 CONFIG = "config.json"
@@ -27,6 +27,9 @@ ENVIRONMENT = "environment.json"
 CHECKPOINTS = "checkpoints"
 EVENTS = "tensorboard"
 LOCK = ".lock"
+
+Figures = dict[str, Any]  # of one line: float, int, str or None
+
 PACKAGES = (
     "horovod",
     "keras",
@@ -39,44 +42,20 @@ PACKAGES = (
 )
 
 
-def check_run(folder: Path, recipe: Recipe, resume: str) -> None:
-    """Makes sure that a run may be written into the directory. One rank only.
+class RankHost(NamedTuple):
+    """Where a rank runs."""
 
-    `resume`: "no", "yes" or "force". Raises UsageError when the directory holds a run already and `resume` is "no",
-    another recipe's and it isn't "force", none to resume, or can't be one."""
-    try:
-        for path in (folder, folder / CHECKPOINTS):
-            _check_folder(path)
-        remains = [METRICS] * _there(folder / METRICS)
-        remains += [CHECKPOINTS] * bool(checkpoint.checkpoints(folder / CHECKPOINTS))
-        begun = _there(folder / CONFIG)
-    except OSError as error:
-        raise UsageError(
-            f"--run_dir={folder} can't be used: {error.strerror}; name another directory"
-        )
-    if begun:
-        if resume == "no":
-            raise UsageError(
-                f"--run_dir={folder} holds a run already; add --resume or choose another directory"
-            )
-        if resume != "force":
-            refuse_another(identity(read_recipe(folder)), recipe, folder)
-    elif remains:
-        raise UsageError(
-            f"--run_dir={folder} holds {' and '.join(remains)} of a run, and its {CONFIG} is missing: bring that back, "
-            "or choose another directory"
-        )
-    elif resume != "no":
-        raise UsageError(
-            f"--run_dir={folder} holds no run to resume; leave --resume out to start one"
-        )
+    host: str
+    processor: str
 
 
 @contextlib.contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Makes the directory this process's as long as the context lasts, against other processes that would write there.
+    """Make the directory this process's as long as the context lasts.
 
-    Raises UsageError, saying who has it or why it can't be had."""
+    Other processes that would write there are refused. Raise UsageError, saying who has it or why
+    it can't be had.
+    """
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -86,10 +65,11 @@ def owned(folder: Path) -> Iterator[None]:
         yield
 
 
-def begin_run(folder: Path, recipe: Recipe, ranks: list[tuple[str, str]]) -> None:
-    """Writes what runs, and where. `ranks`: each one's host and processor. One rank only.
+def begin_run(folder: Path, recipe: Recipe, ranks: list[RankHost]) -> None:
+    """Write what runs, and where. One rank only.
 
-    Raises UsageError when the directory can't be made or written."""
+    Raise UsageError when the directory can't be made or written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(folder, recipe)
@@ -98,50 +78,8 @@ def begin_run(folder: Path, recipe: Recipe, ranks: list[tuple[str, str]]) -> Non
         raise _unwritable(folder, error)
 
 
-def check_progress(folder: Path) -> None:
-    """Raises UsageError when the figures of a run without checkpoints say that it had some. One rank only."""
-    if not _there(folder / METRICS) or checkpoint.unfinished(folder / CHECKPOINTS):
-        return  # ended before the first one, or while it was written
-    recipe, epochs, steps = (
-        read_recipe(folder),
-        read_lines(folder, "epoch"),
-        read_lines(folder, "step"),
-    )
-    if _saved_at_epoch(recipe, epochs) or _saved_at_step(recipe.run.checkpoint_steps, steps):
-        done = f"{len(epochs)} finished epochs" if epochs else f"{steps[-1]['step']} steps"
-        raise UsageError(
-            f"--run_dir={folder}: its {METRICS} has {done}, and its {CHECKPOINTS}/ holds no checkpoint to go on from: "
-            "bring the checkpoints back, or begin at step 0 in another directory, or here with --resume=force"
-        )
-
-
-def _saved_at_epoch(recipe: Recipe, lines: list[dict[str, Any]]) -> bool:
-    """Whether a run with these lines of epochs has had a checkpoint at the end of one."""
-    finished = [line.get("epoch", 0) for line in lines]
-    return any(
-        epoch == recipe.epochs or epoch % recipe.run.checkpoint_every == 0 for epoch in finished
-    )
-
-
-def _saved_at_step(every: int, lines: list[dict[str, Any]]) -> bool:
-    """Whether a run with these lines of steps has had a checkpoint within an epoch, before the last of them."""
-    if not every or not lines or not lines[-1].get("epoch"):
-        return False
-    of_epoch = round(lines[-1]["step"] / lines[-1]["epoch"])
-    return any(step % of_epoch for step in range(every, lines[-1]["step"], every))
-
-
-def refuse_another(old: dict[str, Any], recipe: Recipe, folder: Path) -> None:
-    """Raises UsageError, naming the fields, when `recipe` is not the one whose `identity` is given."""
-    if changed := differences(old, identity(recipe)):
-        raise UsageError(
-            f"--run_dir={folder} was started with another recipe: {changed}; resume with the old values, or with "
-            "--resume=force"
-        )
-
-
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe of a run directory. Raises UsageError when it is not one."""
+    """Return the recipe of a run directory. Raise UsageError when it is not one."""
     try:
         return Recipe.from_dict(json.loads((folder / CONFIG).read_text()))
     except (OSError, ValueError) as error:
@@ -149,27 +87,31 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def copy_run(old: Path, new: Path) -> None:
-    """Copies what is in a run directory, but for its checkpoints and what belongs to a process that writes there.
+    """Copy what is in a run directory, but for its checkpoints and the files of a process that writes there.
 
-    Raises OSError or shutil.Error."""
+    Raise OSError or shutil.Error.
+    """
     ignored = shutil.ignore_patterns(CHECKPOINTS, LOCK, "*.partial")
     shutil.copytree(old, new, ignore=ignored, dirs_exist_ok=True)
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """The inverse of `read_recipe`."""
+    """Write the recipe of a run directory."""
     _write_json(folder / CONFIG, asdict(recipe))
 
 
 def read_epochs(folder: Path) -> list[dict[str, Any]]:
-    """The epoch lines of a run's metrics.jsonl, in order. Raises UsageError when there are none."""
+    """Return the epoch lines of a run's metrics.jsonl, in order. Raise UsageError when there are none."""
     if not (epochs := read_lines(folder, "epoch")):
         raise UsageError(f"{folder / METRICS} has no finished epoch yet")
     return epochs
 
 
 def read_lines(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind in a run's metrics.jsonl, in order. Raises UsageError when the file can't be read."""
+    """Return the lines of one kind in a run's metrics.jsonl, in order.
+
+    Raise UsageError when the file can't be read.
+    """
     try:
         lines = [json.loads(line) for line in _whole_lines(folder / METRICS)]
         return [line for line in lines if line["kind"] == kind]
@@ -179,13 +121,13 @@ def read_lines(folder: Path, kind: str) -> list[dict[str, Any]]:
         )
 
 
-def environment(ranks: list[tuple[str, str]]) -> dict[str, Any]:
-    """What a figure needs to be believed: hosts, processors, versions, source revision, command line."""
+def environment(ranks: list[RankHost]) -> dict[str, Any]:
+    """Return what a figure needs to be believed: hosts, processors, versions, source revision, command line."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
-        "hosts": [host for host, _ in ranks],  # one entry a rank
-        "processors": sorted({processor for _, processor in ranks}),  # each kind once
+        "hosts": [rank.host for rank in ranks],  # one entry a rank
+        "processors": sorted({rank.processor for rank in ranks}),  # each kind once
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions(),
@@ -194,7 +136,7 @@ def environment(ranks: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 def read_processors(folder: Path) -> list[str]:
-    """The kinds of processors that a run was on; none where they aren't known."""
+    """Return the kinds of processors that a run was on; none where they aren't known."""
     try:
         return list(json.loads((folder / ENVIRONMENT).read_text())["processors"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -202,71 +144,76 @@ def read_processors(folder: Path) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that a run's figures may depend on."""
-    return {name: version for name in PACKAGES if (version := _version(name))}
+    """Return the versions of the packages that a run's figures may depend on."""
+    installed = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 class RunLog:
     """Appends figures to metrics.jsonl and to TensorBoard's event files. One rank only."""
 
     def __init__(self, folder: Path, step: int = 0, epochs: int = 0) -> None:
-        """`step`, `epochs`: where the run continues; lines beyond, from before a crash, are dropped."""
+        """Open the files of a run that continues after so many steps and epochs.
+
+        Lines beyond, from before a crash, are dropped.
+        """
         from recipe.run.events import Events
 
         self._path = folder / METRICS
-        self._keep_until(step, epochs)
+        self._drop_lines_beyond(step, epochs)
         try:
             self._file = self._path.open("a", buffering=1)
         except OSError as error:
             raise self._unwritable(error)
         self._events = Events(folder / EVENTS, step)
 
-    def write(self, kind: str, step: int, values: dict[str, float | int | str | None]) -> None:
-        """One line: kind ("start", "step" or "epoch"), the number of finished steps, and the figures.
+    def write(self, kind: str, step: int, values: Figures) -> None:
+        """Write one line: kind ("start", "step" or "epoch"), the number of finished steps, and the figures.
 
-        JSON has no NaN and no infinity: they become null."""
-        known = {
-            name: value
-            for name, value in values.items()
-            if not isinstance(value, float) or math.isfinite(value)
-        }
-        line = {
-            "kind": kind,
-            "step": step,
-            **values,
-            **{name: None for name in values.keys() - known.keys()},
-        }
+        JSON has no NaN and no infinity: they become null.
+        """
+        line: Figures = {"kind": kind, "step": step}
+        numbers = {}
+        for name, value in values.items():
+            is_writable = not isinstance(value, float) or math.isfinite(value)
+            line[name] = value if is_writable else None
+            if is_writable and isinstance(value, int | float):
+                numbers[f"{kind}/{name}"] = value
         try:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             raise self._unwritable(error)
-        numbers = {
-            f"{kind}/{name}": value
-            for name, value in known.items()
-            if isinstance(value, (int, float))
-        }
         self._events.scalars(numbers, step)
 
     def close(self) -> None:
-        """What a full disk has no room for is lost; a write has said so."""
+        """Close the files. What a full disk has no room for is lost; a write has said so."""
         with contextlib.suppress(OSError):
             self._file.close()
         self._events.close()
 
-    def _keep_until(self, step: int, epochs: int) -> None:
+    def _drop_lines_beyond(self, step: int, epochs: int) -> None:
+        """Keep what was written before the run's new beginning; the figures of an old run are set aside."""
         try:
-            if not _there(self._path):
+            if not exists(self._path):
                 if step:
                     warn(f"{self._path} is missing: it begins anew after step {step}")
                 return
-            lines = [(json.loads(line), line) for line in _whole_lines(self._path)]
-            kept = [line for values, line in lines if step and _is_before(values, step, epochs)]
-            if not step and any(values["kind"] == "epoch" for values, _ in lines):
+            texts = _whole_lines(self._path)
+            lines = [json.loads(text) for text in texts]
+            if not step and any(line["kind"] == "epoch" for line in lines):
                 aside = self._path.with_name(f"aside-{time.strftime('%Y%m%d-%H%M%S')}-{METRICS}")
                 self._path.rename(aside)
                 warn(f"beginning at step 0: the old figures are in {aside}")
-            else:
-                _replace(self._path, "".join(kept))
+                return
+            remaining = [
+                text
+                for line, text in zip(lines, texts, strict=True)
+                if step and _is_before(line, step, epochs)
+            ]
+            _replace(self._path, "".join(remaining))
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{self._path} has a damaged line ({error}); delete that line, then --resume"
@@ -281,17 +228,23 @@ class RunLog:
 
 
 def _is_before(line: dict[str, Any], step: int, epochs: int) -> bool:
-    """A checkpoint at an epoch's last step may have been saved before the epoch's evaluation."""
+    """Return whether a line was written before the checkpoint.
+
+    One at an epoch's last step may have been saved before the epoch's evaluation.
+    """
     return line["epoch"] <= epochs if line["kind"] == "epoch" else line["step"] <= step
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """A killed run may have left half a line at the end."""
+    """Return the lines, but for half a line that a killed run may have left at the end."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _there(path: Path) -> bool:
-    """Whether there is something of this name, a dead link included. Raises OSError when that can't be found out."""
+def exists(path: Path) -> bool:
+    """Return whether there is something of this name, a dead link included.
+
+    Raise OSError when that can't be found out.
+    """
     try:
         path.lstat()
         return True
@@ -299,24 +252,13 @@ def _there(path: Path) -> bool:
         return False
 
 
-def _check_folder(path: Path) -> None:
-    """Raises UsageError when something is there that is no folder."""
-    if _there(path) and not path.is_dir():
-        kind = "a link that leads to no folder" if path.is_symlink() else "a file and no folder"
-        raise UsageError(
-            f"{path} is {kind}: mend it or take it away, or name another directory with --run_dir"
-        )
-
-
 def _unwritable(folder: Path, error: OSError) -> UsageError:
-    advice = {errno.ENOSPC: "free space", errno.EDQUOT: "free space"}
-    advice |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "get the rights to")
-    what = (
-        f"; {told}, or name another directory"
-        if (told := advice.get(error.errno))
-        else "; name another directory"
-    )
-    return UsageError(f"--run_dir={folder} can't be written: {error.strerror}{what}")
+    advice = "name another directory"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = f"free space, or {advice}"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = f"get the rights to, or {advice}"
+    return UsageError(f"--run_dir={folder} can't be written: {error.strerror}; {advice}")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -324,35 +266,18 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes a file that is whole at any time; raises OSError when it can't, and leaves nothing behind."""
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """Write a file that is whole at any time. Raise OSError when it can't be, and leave nothing behind."""
+    with whole_file(path, path.with_suffix(".partial")) as file:
+        file.write(text.encode())
 
 
 def _git_revision() -> str:
-    """Commit of the recipe's source, with "+changes" when the tree differs from it; "" outside a checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty=+changes",
-    ]
+    """Return the commit of the recipe's source, "" outside a checkout.
+
+    "+changes" follows when the tree differs from it.
+    """
+    options = ["--always", "--abbrev=40", "--dirty=+changes"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", *options]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:

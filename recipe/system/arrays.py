@@ -9,24 +9,28 @@ from recipe.errors import RunError
 Arrays = dict[str, np.ndarray]
 
 
-def check_structure(ours: dict[str, tuple], arrays: dict[str, np.ndarray]) -> None:
-    """Raises RunError when a checkpoint doesn't hold exactly the arrays of a replica, whose shapes are `ours`."""
-    for name in arrays.keys() ^ ours.keys():
+def check_structure(shapes: dict[str, tuple], arrays: Arrays) -> None:
+    """Compare a checkpoint's arrays with a replica's, which have these names and shapes.
+
+    Raise RunError when an array is missing, unknown or of another shape.
+    """
+    for name in arrays.keys() ^ shapes.keys():
         where = "the model lacks" if name in arrays else "the checkpoint lacks"
         raise RunError(
-            f"{where} {name}: since the checkpoint config.model, its precision, config.optimizer.momentum or a library "
-            "has changed, or the framework, for which there is `python -m recipe.convert`"
+            f"{where} {name}: since the checkpoint config.model, its precision, "
+            "config.optimizer.momentum or a library has changed, or the framework, for which "
+            "there is `python -m recipe.convert`"
         )
-    for name, shape in ours.items():
+    for name, shape in shapes.items():
         if arrays[name].shape != shape:
             raise RunError(
-                f"the checkpoint's {name} has the shape {arrays[name].shape}, the model's {shape}; the checkpoint is "
-                "of another model"
+                f"the checkpoint's {name} has the shape {arrays[name].shape}, "
+                f"the model's {shape}; the checkpoint is of another model"
             )
 
 
-def digest(arrays: dict[str, np.ndarray]) -> str:
-    """SHA-256 of names, types, shapes and values, in hexadecimal."""
+def digest(arrays: Arrays) -> str:
+    """Return the SHA-256 of names, types, shapes and values, in hexadecimal."""
     total = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import absl.logging
 
@@ -16,21 +17,26 @@ _CHATTER = re.compile(
 
 @contextlib.contextmanager
 def filtered() -> Iterator[None]:
-    """For the import of the frameworks: what they write to stderr comes out afterwards, without the chatter."""
+    """Hold back stderr while the frameworks are imported, then print it without the chatter."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     absl.logging.set_verbosity(absl.logging.ERROR)
     sys.stderr.flush()
-    with os.fdopen(os.memfd_create("stderr"), "w+b") as written:
+    with os.fdopen(os.memfd_create("stderr"), "w+b") as buffer:
+        # Native code writes to descriptor 2, so that is redirected, not sys.stderr.
         stderr = os.dup(2)
-        os.dup2(written.fileno(), 2)
+        os.dup2(buffer.fileno(), 2)
         try:
             yield
         finally:
             sys.stderr.flush()
             os.dup2(stderr, 2)
             os.close(stderr)
-            written.seek(0)
-            for line in written:
-                if not _CHATTER.match(line):
-                    with contextlib.suppress(OSError):  # what can't be printed is lost
-                        os.write(2, line)
+            _print_without_chatter(buffer)
+
+
+def _print_without_chatter(buffer: BinaryIO) -> None:
+    buffer.seek(0)
+    for line in buffer:
+        if not _CHATTER.match(line):
+            with contextlib.suppress(OSError):  # a line that can't be printed is lost
+                os.write(2, line)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 DESCRIPTORS = (0, 1, 2)  # of the standard streams
@@ -15,11 +16,12 @@ class Forgiving:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):  # a closed stream's is a ValueError
+        # A closed stream raises ValueError.
+        with contextlib.suppress(OSError, ValueError):
             return self._stream.write(text)
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
@@ -32,10 +34,11 @@ class Forgiving:
 
 
 def forgive() -> None:
-    """From here on neither stdout nor stderr raises: not when it is closed or full, nor for a character it lacks.
+    """Let neither stdout nor stderr raise from here on: closed, full, or without a character.
 
-    A descriptor that was closed before the program began leads to nowhere: else the next file that is opened would
-    have its number, and hold what native code prints."""
+    A standard descriptor that was closed before the program began is opened to nowhere. Otherwise
+    the next file to be opened would get its number, and would receive what native code prints.
+    """
     for descriptor in DESCRIPTORS:
         _occupy(descriptor)
     for name in ("stdout", "stderr"):
@@ -50,17 +53,18 @@ def forgive() -> None:
 
 
 def warn(text: str) -> None:
-    """What the user should know."""
+    """Print a warning on stderr."""
     say(f"warning: {text}")
 
 
 def say(text: str) -> None:
-    """A line on stderr, at once; lost where it can't be printed."""
+    """Print a line on stderr at once; it is lost where it can't be printed."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 def _occupy(descriptor: int) -> None:
+    """Open a descriptor to nowhere, unless it is open."""
     try:
         os.fstat(descriptor)
     except OSError:

@@ -1,8 +1,9 @@
-"""A folder's only writer: a lock that says who holds it, and that ends with its owner, however that ends.
+"""A folder's only writer: a lock that names its owner, and that ends with it, however that ends.
 
-The kernel's lock (flock) holds on a host, and on NFS or Lustre also between hosts, if mounted so. Where there is no
-such lock or one host only knows it, a sign of life counts: the owner writes one into the lock's file every few
-seconds, and whoever comes watches for a while whether there is one."""
+The kernel's lock (flock) holds on a host, and on NFS or Lustre also between hosts, if mounted so.
+Where there is no such lock, or only one host knows it, signs of life count: the owner writes one
+into the lock's file every few seconds, and whoever comes watches for a while whether there is one.
+"""
 
 import contextlib
 import fcntl
@@ -12,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from recipe.errors import UsageError
@@ -22,9 +23,7 @@ WAIT = 10.0  # seconds for a lock that is held: its owner may be about to leave
 BEAT = 5.0  # seconds between an owner's signs of life
 WATCH = 15.0  # seconds without one after which an owner of another host is gone
 LEASE = 120.0  # seconds for one that a dead host holds: a server of NFS takes it back after 90
-LONGEST = (
-    180.0  # seconds that it takes to get a lock, or to learn that it can't be had, and some more
-)
+LONGEST = 180.0  # seconds in which a lock is obtained or refused, with a reserve
 LOOK = 0.2  # seconds between looks
 LENGTH = 512  # bytes of the file
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -46,37 +45,47 @@ class Owner:
 
 @contextlib.contextmanager
 def only(path: Path, what: str) -> Iterator[None]:
-    """Holds the lock at `path`, whose folder must exist. Raises UsageError, with the owner's name, when another has it,
-    and OSError when the file can't be made or read. `what` it protects, for messages."""
-    file, ended = _taken(path, what), threading.Event()
-    mine = Owner(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %Z"), _boot())
-    _write(file, mine)
-    life = threading.Thread(target=_live, args=(file, mine, ended), name="owner", daemon=True)
-    life.start()
+    """Hold the lock at `path`, whose folder must exist. `what` it protects, for messages.
+
+    Raise UsageError, with the owner's name, when another process has the lock, and OSError when
+    the file can't be created or read.
+    """
+    file = _acquire(path, what)
+    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    owner = Owner(socket.gethostname(), os.getpid(), since, _boot())
+    _write(file, owner)
+
+    ended = threading.Event()
+    arguments = (file, owner, ended)
+    signs_of_life = threading.Thread(
+        target=_write_signs_of_life, args=arguments, name="owner", daemon=True
+    )
+    signs_of_life.start()
     try:
         yield
     finally:
         ended.set()
-        life.join(BEAT)
+        signs_of_life.join(BEAT)
         with contextlib.suppress(OSError):
-            if _same(file, path):
+            if _is_same_file(file, path):
                 path.unlink()
-        if (
-            not life.is_alive()
-        ):  # else it waits for a file system that is away, and the number must not become another's
+        # A thread that still lives waits for a file system that is away. It would write to
+        # whatever file got this descriptor's number next, so the descriptor stays open.
+        if not signs_of_life.is_alive():
             os.close(file)
 
 
-def _taken(path: Path, what: str) -> int:
-    """The lock's file, open, once it is this process's."""
-    began, first = time.monotonic(), _read(path)
+def _acquire(path: Path, what: str) -> int:
+    """Return the lock's file, open, once it belongs to this process."""
+    began = time.monotonic()
+    first_owner = _read(path)
     while True:
-        file, made = _open(path)
+        file, is_new = _open(path)
         try:
-            if _is_ours(file, made, path, what):
+            if _is_ours(file, is_new, path, what):
                 return file
         except BlockingIOError:
-            _wait(path, first, time.monotonic() - began, what)
+            _check_wait(path, first_owner, time.monotonic() - began, what)
         except BaseException:
             os.close(file)
             raise
@@ -84,26 +93,34 @@ def _taken(path: Path, what: str) -> int:
         time.sleep(LOOK)
 
 
-def _is_ours(file: int, made: bool, path: Path, what: str) -> bool:
-    """Tries it. Raises BlockingIOError when the kernel's lock is another's, UsageError when its owner shows life."""
-    locked, owner = _lock(file), _read(path)
-    if not (made or (locked and (owner is None or owner.boot == _boot()))):
-        _watch(path, owner, what)
-        if not locked:
-            path.unlink(missing_ok=True)  # then to make the file is what only one can do
-    return _same(file, path)  # else its owner has just left, and taken it away
+def _is_ours(file: int, is_new: bool, path: Path, what: str) -> bool:
+    """Try to get the lock; return whether this process has it.
 
-
-def _wait(path: Path, first: Owner | None, waited: float, what: str) -> None:
-    """For a lock that another process has. Raises UsageError when that is no use."""
+    Raise BlockingIOError when the kernel's lock is another's, and UsageError when its owner shows
+    signs of life.
+    """
+    is_locked = _lock(file)
     owner = _read(path)
-    dead = owner is not None and owner.boot != _boot() and owner == first  # by all that is known
-    if waited > (LEASE if dead else WAIT):
+    kernel_decides = is_locked and (owner is None or owner.boot == _boot())
+    if not (is_new or kernel_decides):
+        _watch(path, owner, what)
+        if not is_locked:
+            # Without the kernel's lock, whoever creates the file next has the lock.
+            path.unlink(missing_ok=True)
+    # If the name leads to another file, the owner has just left and deleted this one.
+    return _is_same_file(file, path)
+
+
+def _check_wait(path: Path, first_owner: Owner | None, waited: float, what: str) -> None:
+    """Raise UsageError when it is no use to wait longer for a lock that another process has."""
+    owner = _read(path)
+    seems_dead = owner is not None and owner.boot != _boot() and owner == first_owner
+    if waited > (LEASE if seems_dead else WAIT):
         _refuse(owner, what)
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """(the file, whether it was made just now)."""
+    """Return the file's descriptor, and whether this call created the file."""
     while True:
         with contextlib.suppress(FileExistsError):
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), True
@@ -112,7 +129,10 @@ def _open(path: Path) -> tuple[int, bool]:
 
 
 def _lock(file: int) -> bool:
-    """Whether the kernel's lock is there for it. Raises BlockingIOError when another has it."""
+    """Take the kernel's lock; return False where the file system has none.
+
+    Raise BlockingIOError when another process has it.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -123,17 +143,17 @@ def _lock(file: int) -> bool:
 
 
 def _watch(path: Path, owner: Owner | None, what: str) -> None:
-    """Returns when the owner shows no sign of life. Raises UsageError when it does."""
+    """Return when the owner shows no sign of life. Raise UsageError when it does."""
     who = owner or "a process that has not yet said who it is"
     warn(f"{what} was in use by {who}: watching for {WATCH:.0f} s whether it still is")
     end = time.monotonic() + WATCH
     while time.monotonic() < end:
         time.sleep(LOOK)
-        now = _read(path)
-        if now is None and owner is not None:
+        current_owner = _read(path)
+        if current_owner is None and owner is not None:
             return  # it has just left
-        if now != owner:
-            _refuse(now, what)
+        if current_owner != owner:
+            _refuse(current_owner, what)
 
 
 def _refuse(owner: Owner | None, what: str) -> None:
@@ -142,31 +162,35 @@ def _refuse(owner: Owner | None, what: str) -> None:
     )
 
 
-def _live(file: int, owner: Owner, ended: threading.Event) -> None:
+def _write_signs_of_life(file: int, owner: Owner, ended: threading.Event) -> None:
     life = 0
     while not ended.wait(BEAT):
         life += 1
         with contextlib.suppress(OSError):
-            _write(file, Owner(**asdict(owner) | {"life": life}))
+            _write(file, replace(owner, life=life))
 
 
 def _write(file: int, owner: Owner) -> None:
-    """In place and of one length, so that a full disk has room for it; brought to the server, for other hosts."""
+    """Write the owner in place, and bring it to the server, for other hosts.
+
+    The length is always the same, so that a full disk has room for it.
+    """
+    line = json.dumps(asdict(owner)).ljust(LENGTH - 1) + "\n"
     with contextlib.suppress(OSError):
-        os.pwrite(file, json.dumps(asdict(owner)).ljust(LENGTH - 1).encode() + b"\n", 0)
+        os.pwrite(file, line.encode(), 0)
         os.fsync(file)
 
 
 def _read(path: Path) -> Owner | None:
-    """Opened anew: NFS looks at the server then."""
+    """Return who is named in the file. It is opened anew, because NFS asks the server then."""
     try:
         return Owner(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _same(file: int, path: Path) -> bool:
-    """Whether the open file is still the one of this name."""
+def _is_same_file(file: int, path: Path) -> bool:
+    """Return whether the open file is still the one with this name."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
@@ -174,6 +198,7 @@ def _same(file: int, path: Path) -> bool:
 
 
 def _boot() -> str:
+    """Return what names the running kernel: its locks end with it."""
     try:
         return BOOT.read_text().strip()
     except OSError:

@@ -1,7 +1,7 @@
-"""A rank leaves by itself when its launcher has gone or no step ends for too long: launchers don't always see to it.
+"""A rank leaves by itself when its launcher has gone, or when no step ends for too long.
 
-Open MPI waits for ever behind a cut link, horovodrun that is ended leaves ranks on other hosts, and with --mpi all of
-them, running.
+Launchers don't always see to it. Open MPI waits for ever behind a cut link. A horovodrun that is
+ended leaves ranks on other hosts running, and with --mpi all of them.
 """
 
 import contextlib
@@ -27,16 +27,14 @@ LAUNCHERS = (
     "srun",
     "slurmstepd",
 )
-RENDEZVOUS = (
-    "HOROVOD_GLOO_RENDEZVOUS_ADDR",
-    "HOROVOD_GLOO_RENDEZVOUS_PORT",
-)  # a server inside the launcher
+# Where a server inside the launcher listens.
+RENDEZVOUS = ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT")
 TRIES = 3  # to reach that server, LOOK seconds apart
 LOOK = 5.0
 
 
 class Watchdog(threading.Thread):
-    """Looks at launcher and steps from the side; ends the process with status 1 and one sentence."""
+    """Looks at launcher and steps from the side. Ends the process with status 1 and a message."""
 
     def __init__(self) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -45,32 +43,35 @@ class Watchdog(threading.Thread):
         self._launchers = launchers()
         self._rendezvous = [os.environ[v] for v in RENDEZVOUS if v in os.environ]
         self._failures = 0
-        self._last, self._when = "the start", time.monotonic()
+        self._last_sign = "the start"
+        self._last_time = time.monotonic()
 
     def beat(self, what: str) -> None:
-        """A sign of life: `what` has just been done; empty: something too small to tell."""
-        self._last, self._when = what or self._last, time.monotonic()
+        """Note a sign of life: `what` has just been done, or "" for something too small to name."""
+        self._last_sign = what or self._last_sign
+        self._last_time = time.monotonic()
 
     def run(self) -> None:
         looked = time.monotonic()
         while True:
             time.sleep(1)
-            if gone := next((p for p in self._launchers if not alive(p)), None):
-                leave(
-                    f"the launcher, process {gone.pid}, has gone; the last sign of life was {self._last}"
-                )
+            self._check_processes()
             if time.monotonic() - looked > LOOK:
-                self._look()
+                self._check_rendezvous()
                 looked = time.monotonic()
-            waited = time.monotonic() - self._when
-            if 0 < self.patience < waited:
+            self._check_patience()
+
+    def _check_processes(self) -> None:
+        """Leave when a launcher above this process has ended."""
+        for launcher in self._launchers:
+            if not alive(launcher):
                 leave(
-                    f"nothing was heard for {waited:.0f} s ({self.setting}={self.patience:g}); the last sign "
-                    f"of life was {self._last}: a host or a link is gone, or another rank hangs"
+                    f"the launcher, process {launcher.pid}, has gone; "
+                    f"the last sign of life was {self._last_sign}"
                 )
 
-    def _look(self) -> None:
-        """Whether the rendezvous server that began this job still listens."""
+    def _check_rendezvous(self) -> None:
+        """Leave when the rendezvous server that began this job no longer listens."""
         if len(self._rendezvous) < len(RENDEZVOUS):
             return
         host, port = self._rendezvous
@@ -81,62 +82,81 @@ class Watchdog(threading.Thread):
             self._failures += 1
             if self._failures == TRIES:
                 leave(
-                    f"the launcher at {host}:{port} has gone ({error}); the last sign of life was {self._last}"
+                    f"the launcher at {host}:{port} has gone ({error}); "
+                    f"the last sign of life was {self._last_sign}"
                 )
+
+    def _check_patience(self) -> None:
+        """Leave when there has been no sign of life for longer than the patience."""
+        waited = time.monotonic() - self._last_time
+        if 0 < self.patience < waited:
+            leave(
+                f"nothing was heard for {waited:.0f} s ({self.setting}={self.patience:g}); "
+                f"the last sign of life was {self._last_sign}: "
+                "a host or a link is gone, or another rank hangs"
+            )
 
 
 _watchdog: Watchdog | None = None
 
 
-def start() -> None:
-    """Begins to look after the launcher, once in a process."""
+def start() -> Watchdog:
+    """Begin to look after the launcher, once in a process, and return what does."""
     global _watchdog
     if _watchdog is None:
         _watchdog = Watchdog()
         _watchdog.start()
+    return _watchdog
 
 
 def beat(what: str = "") -> None:
-    """A sign of life: `what` has just been done; empty: something too small to tell."""
+    """Note a sign of life: `what` has just been done, or "" for something too small to name."""
     if _watchdog:
         _watchdog.beat(what)
 
 
 @contextlib.contextmanager
 def patience(seconds: float) -> Iterator[None]:
-    """Inside it the process leaves when it has given no sign of life for so many seconds; 0: it never does."""
-    start()
-    _watchdog.beat("the start")
-    _watchdog.patience = seconds
+    """Inside, let the process leave after so many seconds without a sign of life; 0: never."""
+    watchdog = start()
+    watchdog.beat("the start")
+    watchdog.patience = seconds
     try:
         yield
     finally:
-        _watchdog.patience = 0.0
+        watchdog.patience = 0.0
 
 
 def keep(seconds: float, setting: str) -> None:
-    """From now on the process leaves when it has given no sign of life for so many seconds; `setting` names them."""
-    start()
-    _watchdog.beat("the start")
-    _watchdog.patience, _watchdog.setting = seconds, setting
+    """From now on, let the process leave after so many seconds without a sign of life.
+
+    `setting` names the seconds in the message.
+    """
+    watchdog = start()
+    watchdog.beat("the start")
+    watchdog.patience = seconds
+    watchdog.setting = setting
 
 
 def launched_rank() -> str:
-    """This process's rank by the launcher's word, before Horovod knows it; "0" without a launcher."""
-    return next((os.environ[v] for v in RANK_VARIABLES if os.environ.get(v)), "0")
+    """Return this process's rank as the launcher says, before Horovod knows; "0" without one."""
+    for variable in RANK_VARIABLES:
+        if os.environ.get(variable):
+            return os.environ[variable]
+    return "0"
 
 
 def launchers() -> list[psutil.Process]:
-    """This process's ancestors up to the topmost that starts ranks: they live as long as the job."""
+    """Return this process's ancestors up to the topmost launcher: they live as long as the job."""
     with contextlib.suppress(psutil.Error):
         parents = psutil.Process().parents()
-        starts = [i for i, parent in enumerate(parents) if _starts_ranks(parent)]
-        return parents[: max(starts) + 1] if starts else []
+        places = [place for place, parent in enumerate(parents) if _starts_ranks(parent)]
+        return parents[: max(places) + 1] if places else []
     return []
 
 
 def alive(process: psutil.Process) -> bool:
-    """Whether it runs still; one that ended and was not waited for doesn't."""
+    """Return whether a process still runs; one that ended and was not waited for doesn't."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -146,9 +166,10 @@ def alive(process: psutil.Process) -> bool:
 
 
 def leave(why: str) -> None:
-    """Ends the process with status 1, whatever its other threads wait for."""
+    """End the process with status 1, whatever its other threads wait for."""
     try:
-        if launched_rank() == "0" and (advice := again.advice()):
+        advice = again.advice()
+        if advice and launched_rank() == "0":
             output.say(advice)
         output.say(f"error: rank {launched_rank()} on {socket.gethostname()}: {why}")
     finally:
@@ -156,9 +177,10 @@ def leave(why: str) -> None:
 
 
 def _starts_ranks(process: psutil.Process) -> bool:
+    """Return whether a process is a launcher, by its name or the first words of its command."""
     with contextlib.suppress(psutil.Error):
-        words = " ".join(process.cmdline()[:3]).split()[
-            :3
-        ]  # horovodrun --mpi becomes `sh -c "mpirun …"`
-        return any(Path(word).name in LAUNCHERS for word in [process.name(), *words])
+        # `horovodrun --mpi` becomes `sh -c "mpirun …"`, whose third word has words of its own.
+        command = " ".join(process.cmdline()[:3])
+        words = [process.name(), *command.split()[:3]]
+        return any(Path(word).name in LAUNCHERS for word in words)
     return False

@@ -1,4 +1,7 @@
-"""The container files, which no engine here builds: their steps are those of .ci/run and launch/install, linted."""
+"""The container files, which no engine here builds.
+
+Their steps are those of .ci/run and launch/install, and are linted.
+"""
 
 import fnmatch
 import re
@@ -6,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -17,46 +21,53 @@ from tests.ranks import ROOT
 DOCKERFILE = ROOT / "launch/containers/Dockerfile"
 DEFINITION = ROOT / "launch/containers/apptainer.def"
 PLACE = "/opt/imagenet-1hr"
-PYTHONS = {
-    "bookworm": (3, 11),
-    "ubuntu24.04": (3, 12),
-}  # of the distributions that the base images are made of
+# Of the distributions that the base images come from.
+PYTHONS = {"bookworm": (3, 11), "ubuntu24.04": (3, 12)}
 INSTALL = "launch/install/install --"
 
 
-def dockerfile() -> list[tuple[str, str]]:
-    """(instruction, its arguments in one line) in the file's order."""
+class Step(NamedTuple):
+    """A line of the Dockerfile."""
+
+    instruction: str
+    arguments: str
+
+
+def dockerfile() -> list[Step]:
+    """Return the steps in the file's order."""
     lines = [
         line
         for line in DOCKERFILE.read_text().splitlines()
         if line.strip() and not line.startswith("#")
     ]
     joined = "\n".join(lines).replace("\\\n", " ")
-    return [
-        (name, " ".join(rest.split()))
-        for name, _, rest in (line.partition(" ") for line in joined.splitlines())
-    ]
+    steps = []
+    for line in joined.splitlines():
+        instruction, _, arguments = line.partition(" ")
+        steps.append(Step(instruction, " ".join(arguments.split())))
+    return steps
 
 
-def values(name: str) -> list[str]:
-    return [rest for instruction, rest in dockerfile() if instruction == name]
+def values(instruction: str) -> list[str]:
+    """Return the arguments of all steps with this instruction."""
+    return [step.arguments for step in dockerfile() if step.instruction == instruction]
 
 
 def sections() -> dict[str, str]:
-    """The definition file's sections by name; its header as ""."""
+    """Return the definition file's sections by name, its header as ""."""
     parts = re.split(r"^%(\w+)\n", DEFINITION.read_text(), flags=re.MULTILINE)
     header = "\n".join(line for line in parts[0].splitlines() if not line.startswith("#"))
     return {"": header, **dict(zip(parts[1::2], parts[2::2], strict=True))}
 
 
 def post() -> list[str]:
-    """The commands of the definition file, a line each."""
+    """Return the commands of the definition file, a line each."""
     lines = sections()["post"].replace("\\\n", " ").splitlines()
     return [" ".join(line.split()) for line in lines if line.strip()]
 
 
 def packages(step: str) -> set[str]:
-    """What an apt-get step installs."""
+    """Return what an apt-get step installs."""
     match = re.search(r"apt-get install --yes --no-install-recommends ([^&;]+)", step)
     return set(match[1].split())
 
@@ -71,9 +82,8 @@ def test_the_images_run_the_steps_of_a_bare_machine_and_no_others():
     apt, user, install = values("RUN")
     update, apt_too, *rest = post()[1:]
     assert apt.startswith(f"{update} && {apt_too} && rm -rf ")
-    assert (
-        user
-        == f"useradd --create-home --uid 10001 recipe && install -d -o recipe -g recipe {PLACE} /runs"
+    assert user == (
+        f"useradd --create-home --uid 10001 recipe && install -d -o recipe -g recipe {PLACE} /runs"
     )
     assert install == INSTALL + '${DEVICE} && rm -rf "$HOME/.cache"'
     clean = [
@@ -131,7 +141,7 @@ def test_the_definition_file_has_the_same_bases_and_device():
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore keeps a file out of the image."""
+    """Return whether .dockerignore keeps a file out of the image."""
     patterns = [
         line
         for line in (ROOT / ".dockerignore").read_text().splitlines()
@@ -145,12 +155,20 @@ def ignored(path: str) -> bool:
     )
 
 
-def copies() -> list[tuple[list[str], str]]:
-    """(sources, destination) of each COPY."""
-    words = [
-        [word for word in rest.split() if not word.startswith("--")] for rest in values("COPY")
-    ]
-    return [(sources, destination) for *sources, destination in words]
+class Copy(NamedTuple):
+    """A COPY of the Dockerfile."""
+
+    sources: list[str]
+    destination: str
+
+
+def copies() -> list[Copy]:
+    """Return all COPY steps."""
+    steps = []
+    for arguments in values("COPY"):
+        *sources, destination = [w for w in arguments.split() if not w.startswith("--")]
+        steps.append(Copy(sources, destination))
+    return steps
 
 
 def test_what_is_copied_exists_and_is_not_ignored():
@@ -191,8 +209,11 @@ def test_the_environment_can_be_made_from_what_is_copied_before_it(tmp_path):
                 (tmp_path / destination).mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / source, tmp_path / destination)
     program = (
-        "import launch.install.__main__, launch.install.prove; from launch.install import mpi, target; "
-        "wanted = target.Target('/bin', mpi.WHEEL); assert wanted.inputs()['requirements']; print(target.VENV)"
+        "import launch.install.__main__, launch.install.prove\n"
+        "from launch.install import mpi, target\n"
+        "wanted = target.Target('/bin', mpi.WHEEL)\n"
+        "assert wanted.inputs()['requirements']\n"
+        "print(target.VENV)"
     )
     done = subprocess.run(
         [sys.executable, "-S", "-c", program], cwd=tmp_path, env={}, capture_output=True, text=True

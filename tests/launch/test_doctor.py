@@ -1,4 +1,7 @@
-"""launch.doctor on real hosts: all is well; hosts that ssh doesn't reach; hosts that differ; one that hangs or dies."""
+"""launch.doctor on real hosts.
+
+All is well; ssh doesn't reach some; some differ; one hangs or dies.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -23,7 +27,7 @@ RANK = "-m launch.preflight.rank"
 
 
 def doctor(*options: str, **extra: str) -> subprocess.CompletedProcess:
-    """On this machine alone."""
+    """Run the doctor on this machine alone."""
     return subprocess.run(
         [*DOCTOR, *options],
         capture_output=True,
@@ -35,36 +39,46 @@ def doctor(*options: str, **extra: str) -> subprocess.CompletedProcess:
     )
 
 
-def examined(made: Hosts, file: Path, lines: str, *options: str) -> tuple[int, dict]:
-    """(exit status, the JSON) of a doctor on h1, of these lines of a hostfile."""
+class Examination(NamedTuple):
+    """How a doctor ended, and its JSON."""
+
+    status: int
+    report: dict
+
+
+def examine(cluster: Hosts, file: Path, lines: str, *options: str) -> Examination:
+    """Run the doctor on h1, with these lines as its hostfile."""
     file.write_text(lines)
-    done = made.run(
-        "h1", [*DOCTOR, "--hostfile", str(file), "--interface", "eth0", "--json", *options]
-    )
+    command = [*DOCTOR, "--hostfile", str(file), "--interface", "eth0", "--json", *options]
+    done = cluster.run("h1", command)
     assert done.stdout.startswith("{"), done.stdout
-    return done.returncode, json.loads(done.stdout)
+    return Examination(done.returncode, json.loads(done.stdout))
 
 
 def faults(report: dict) -> dict[str, str]:
+    """Return what is at fault, by the hosts it is said of."""
     return {finding["host"]: finding["what"] for finding in report["findings"] if finding["fault"]}
 
 
-def etc(made: Hosts, host: str, file: str) -> Path:
-    return NETNS / made.namespace(host) / file
+def etc(cluster: Hosts, host: str, file: str) -> Path:
+    """Return a file that is in /etc of this host only."""
+    return NETNS / cluster.namespace(host) / file
 
 
-def sshd(made: Hosts, host: str) -> int:
-    """The process of a host's sshd, whose mounts those have that ssh starts there."""
+def sshd(cluster: Hosts, host: str) -> int:
+    """Return the process of a host's sshd. What ssh starts there has the same mounts."""
     return next(
         pid
-        for pid in made.pids(host)
+        for pid in cluster.pids(host)
         if b"/usr/sbin/sshd" in Path(f"/proc/{pid}/cmdline").read_bytes()
     )
 
 
-def mount(made: Hosts, host: str, *words: str) -> None:
-    """Only this host sees it."""
-    subprocess.run(["nsenter", "--mount", "-t", str(sshd(made, host)), "mount", *words], check=True)
+def mount(cluster: Hosts, host: str, *words: str) -> None:
+    """Mount something that only this host sees."""
+    subprocess.run(
+        ["nsenter", "--mount", "-t", str(sshd(cluster, host)), "mount", *words], check=True
+    )
 
 
 @pytest.mark.ranks
@@ -83,7 +97,8 @@ def test_this_machine(tmp_path):
     [
         (
             [],
-            "which hosts? Give --hostfile, such as hostfiles/localhost, or run this in a Slurm allocation",
+            "which hosts? Give --hostfile, such as hostfiles/localhost, "
+            "or run this in a Slurm allocation",
         ),
         (["--hostfile", "hostfiles/none"], "hostfiles/none"),
         (["--data-dir=x"], "did you mean --data_dir?"),
@@ -102,7 +117,7 @@ def test_a_mistake_is_one_sentence(options, says):
 
 @pytest.mark.ranks
 def test_an_environment_that_lacks_mpi_is_named(tmp_path):
-    """A module of mpi4py's name that can't be imported stands before the real one."""
+    """A module called mpi4py that can't be imported comes before the real one."""
     (tmp_path / "mpi4py.py").write_text(
         "raise ImportError('libmpi.so.40: cannot open shared object file')\n"
     )
@@ -124,14 +139,17 @@ for name in os.environ:
 
 @pytest.mark.ranks
 def test_ranks_that_do_not_find_each_other_are_told(tmp_path):
-    """Their MPI, which knows nothing of mpirun, stands for another one."""
+    """The ranks' MPI does not see mpirun's variables, as if it were another MPI."""
     (tmp_path / "sitecustomize.py").write_text(APART)
     asked = json.dumps({"data_dir": "", "limit": 60})
     extra = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OPAL_PREFIX": sys.prefix}
     done = launch(2, ["-m", "launch.preflight.rank", asked], **extra)
-    found = job.failed(["h1", "h2"], done.stdout, done.returncode)
-    what = "the check failed there: mpirun started 2 processes, of which mpi4py's MPI found 1: it is another MPI, Open MPI"
-    assert found.what.startswith(what), done.stdout
+    finding = job.failed(["h1", "h2"], done.stdout, done.returncode)
+    what = (
+        "the check failed there: mpirun started 2 processes, of which mpi4py's MPI found 1: "
+        "it is another MPI, Open MPI"
+    )
+    assert finding.what.startswith(what), done.stdout
 
 
 @pytest.mark.ranks
@@ -149,8 +167,8 @@ def test_a_machine_whose_own_name_is_unknown_is_told(tmp_path):
 @pytest.mark.ranks
 @needs_hosts
 def test_hosts_that_are_well(tmp_path):
-    with hosts(tmp_path / "hosts", 3) as made:
-        status, report = examined(made, tmp_path / "three", "h[2,1,3] slots=1")
+    with hosts(tmp_path / "hosts", 3) as cluster:
+        status, report = examine(cluster, tmp_path / "three", "h[2,1,3] slots=1")
         assert (status, report["well"], faults(report)) == (0, True, {}), report
         assert [host["how"] for host in report["hosts"]] == ["ssh", "this machine", "ssh"]
         assert {h: f["address"] for h, f in report["facts"].items()} == {
@@ -164,40 +182,41 @@ def test_hosts_that_are_well(tmp_path):
         assert network["seconds_for_32_hosts"] < 60
         assert all(link["bandwidth"] > 0 < link["latency"] for link in network["links"])
         assert report["together"]["bytes"] > 0
-        made.settle()
+        cluster.settle()
 
 
 @pytest.mark.ranks
 @needs_hosts
 def test_each_reason_why_ssh_fails(tmp_path):
-    with hosts(tmp_path / "hosts", 8) as made:
-        os.kill(sshd(made, "h2"), signal.SIGKILL)
-        known = etc(made, "h1", "ssh/ssh_known_hosts")
+    with hosts(tmp_path / "hosts", 8) as cluster:
+        os.kill(sshd(cluster, "h2"), signal.SIGKILL)
+        known = etc(cluster, "h1", "ssh/ssh_known_hosts")
         lines = [
             line for line in known.read_text().splitlines() if not line.startswith(("h3 ", "h4 "))
         ]
         known.write_text("\n".join([*lines, f"h4 {(tmp_path / 'hosts' / 'user.pub').read_text()}"]))
-        etc(made, "h5", "ssh/user.pub").write_text("")
-        names = etc(made, "h1", "hosts")
+        etc(cluster, "h5", "ssh/user.pub").write_text("")
+        names = etc(cluster, "h1", "hosts")
         names.write_text(names.read_text().replace("10.213.0.6 h6\n", ""))
-        made.cut("h7")
-        mount(made, "h8", "-t", "tmpfs", "none", sys.prefix)
-        status, report = examined(
-            made, tmp_path / "eight", "h[1-8] slots=1", f"--data_dir={ROOT / 'hostfiles'}"
+        cluster.cut("h7")
+        mount(cluster, "h8", "-t", "tmpfs", "none", sys.prefix)
+        status, report = examine(
+            cluster, tmp_path / "eight", "h[1-8] slots=1", f"--data_dir={ROOT / 'hostfiles'}"
         )
-        found = faults(report)
+        reported = faults(report)
     reasons = {
         "h2": "connection refused",
         "h3": "the host's key is unknown",
         "h4": "the host's key has changed",
         "h5": "permission denied",
         "h6": "the name doesn't resolve",
-        "h7": "no ",  # "no route to the host" or, as long as h1 knows its Ethernet address, "no answer in 10 s"
+        # "no route to the host" or, as long as h1 knows its Ethernet address, "no answer in 10 s"
+        "h7": "no ",
         "h8": f"{sys.executable} is not there",
     }
-    assert status == 1 and found.keys() == reasons.keys(), report["findings"]
+    assert status == 1 and reported.keys() == reasons.keys(), report["findings"]
     for host, reason in reasons.items():
-        assert reason in found[host]
+        assert reason in reported[host]
     assert report["facts"].keys() == {"h1"}, "the others are examined"
 
 
@@ -210,27 +229,15 @@ def test_hosts_that_differ_are_named(tmp_path):
     shutil.copytree(data, other)
     (other / "train").write_text("a photografh")
     slots = (os.cpu_count() or 1) + 1
-    with hosts(tmp_path / "hosts", 3) as made:
-        mount(made, "h2", "--bind", str(other), str(data))
-        names = etc(made, "h2", "hosts")
+    with hosts(tmp_path / "hosts", 3) as cluster:
+        mount(cluster, "h2", "--bind", str(other), str(data))
+        names = etc(cluster, "h2", "hosts")
         names.write_text(names.read_text().replace("10.213.0.2 h2", "127.0.1.1 h2"))
-        slow = [
-            "ip",
-            "netns",
-            "exec",
-            made.namespace("h3"),
-            "tc",
-            "qdisc",
-            "add",
-            "dev",
-            "eth0",
-            "root",
-            "tbf",
-        ]
+        slow = f"ip netns exec {cluster.namespace('h3')} tc qdisc add dev eth0 root tbf".split()
         subprocess.run([*slow, "rate", "200mbit", "burst", "64kb", "latency", "400ms"], check=True)
         file = tmp_path / "three"
         file.write_text(f"h1 slots=1\nh2 slots=1\nh3 slots={slots}\n")
-        done = made.run(
+        done = cluster.run(
             "h1", [*DOCTOR, "--hostfile", str(file), "--data_dir", str(data), "--interface", "eth0"]
         )
     assert done.returncode == 1
@@ -258,17 +265,17 @@ def test_a_host_that_hangs_or_dies_in_the_middle_is_named(tmp_path, number):
         f"--timeout={limit}",
     ]
     with (
-        hosts(tmp_path / "hosts", 3) as made,
+        hosts(tmp_path / "hosts", 3) as cluster,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
     ):
         options = {"stdout": subprocess.PIPE, "cwd": ROOT, "env": environment(TMPDIR=folder)}
-        process = made.popen("h1", command, **options)
+        process = cluster.popen("h1", command, **options)
         until_heard(Path(folder), f"{MARK} 1 0 ")
-        rank = next(pid for pid, command in made.commands("h2").items() if RANK in command)
+        rank = next(pid for pid, command in cluster.commands("h2").items() if RANK in command)
         until_heard(Path(folder), "round 1")  # all rounds are over two seconds later
         os.kill(rank, number)
         printed, _ = process.communicate(timeout=limit + 30)
-        made.settle()
+        cluster.settle()
     assert process.returncode == 1
     what = (
         f"no end after {limit} s: h2 has been silent since "
@@ -278,24 +285,36 @@ def test_a_host_that_hangs_or_dies_in_the_middle_is_named(tmp_path, number):
     assert f"FAULT  h2: {what}" in printed, printed
 
 
+SLOW_AT_FIRST = """
+from dataclasses import replace
+from mpi4py import MPI
+from launch.preflight import network, rank
+
+starts = []
+pairs = network.pairs
+
+def slow_at_first(comm, names, say, start=1):
+    result = pairs(comm, names, say, start)
+    if not starts and comm.rank == 0:
+        result.links[0] = replace(result.links[0], bandwidth=1.0)
+    starts.append(start)
+    return result
+
+network.pairs = slow_at_first
+rank._measure_pairs(MPI.COMM_WORLD, ["h1", "h2"])
+assert starts == [1, 3], starts
+"""
+
+
 @pytest.mark.ranks
 def test_what_seems_a_fault_is_measured_again():
-    """Rank 0 says of its first measurement that it was slow; both then measure once more, and the better counts."""
-    program = (
-        "from mpi4py import MPI; from launch.preflight import network, rank; pairs, starts = network.pairs, []\n"
-        "def slow(comm, names, say, start=1):\n"
-        "    found = pairs(comm, names, say, start)\n"
-        "    if not starts and comm.rank == 0: found['rows'][0]['bandwidth'] = 1.0\n"
-        "    starts.append(start)\n"
-        "    return found\n"
-        "network.pairs = slow; rank._measure_pairs(MPI.COMM_WORLD, ['h1', 'h2']); assert starts == [1, 3], starts"
-    )
-    done = launch(2, ["-c", program])
+    """Rank 0 reports that its first measurement was slow.
+
+    Both ranks then measure once more, and the better counts.
+    """
+    done = launch(2, ["-c", SLOW_AT_FIRST])
     assert done.returncode == 0, done.stdout
-    first, second = (
-        [row["bandwidth"] for each in found for row in each["rows"]]
-        for found in measured(done.stdout)
-    )
+    first, second = bandwidths(done.stdout)
     assert first[0] == 1.0 and min(second) > 1.0 and second[1] >= first[1]
 
 
@@ -304,21 +323,27 @@ def test_all_ranks_are_told_thousands_of_names():
     program = (
         "from mpi4py import MPI; from launch.preflight import network; comm = MPI.COMM_WORLD\n"
         "names = [f'gpu-worker-{i}.training.cluster.example.org' for i in range(5000)]\n"
-        "assert network.told(comm, names if comm.rank == 0 else []) == names"
+        "assert network.broadcast(comm, names if comm.rank == 0 else []) == names"
     )
     done = launch(2, ["-c", program])
     assert done.returncode == 0, done.stdout
 
 
-def measured(printed: str) -> list[list[dict]]:
-    """The parts "pairs" among what ranks have printed."""
-    return [
-        json.loads(line)["pairs"] for line in printed.splitlines() if line.startswith('{"pairs"')
-    ]
+def bandwidths(printed: str) -> list[list[float]]:
+    """Return the bandwidths of all links, for each part "pairs" that rank 0 has printed."""
+    parts = []
+    for line in printed.splitlines():
+        if line.startswith('{"pairs"'):
+            links = [link for each in json.loads(line)["pairs"] for link in each["links"]]
+            parts.append([link["bandwidth"] for link in links])
+    return parts
 
 
 def until_heard(folder: Path, words: str) -> None:
-    """Until the ranks say so, in the file that the doctor keeps of it in its folder for temporary files."""
+    """Wait until the ranks say so.
+
+    The doctor keeps what they say in a file, in its folder for temporary files.
+    """
     end = time.monotonic() + 30
     while not any(words in path.read_text() for path in folder.glob("*/err")):
         assert time.monotonic() < end, f"nobody says {words!r}"

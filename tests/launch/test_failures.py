@@ -1,4 +1,7 @@
-"""Hosts that die, links that are cut, launchers that are killed: the job ends everywhere, soon, and says why."""
+"""Hosts that die, links that are cut, launchers that are killed.
+
+The job ends everywhere, soon, and says why.
+"""
 
 import os
 import re
@@ -15,8 +18,10 @@ from tests.ranks import BIN, ROOT, environment
 
 pytestmark = [pytest.mark.ranks, needs_hosts]
 
-START = 120  # seconds, config.run.step_timeout where it should not end the run: on a busy machine the start takes many
-PATIENCE = 24  # seconds, where it should
+# Seconds, for config.run.step_timeout. START should not end the run: on a busy machine the start
+# takes many. PATIENCE should.
+START = 120
+PATIENCE = 24
 RANK = f"{sys.executable} -m recipe.train"
 LONG = [  # a run that would take minutes
     "-m",
@@ -38,12 +43,15 @@ LONG = [  # a run that would take minutes
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Iterator[Hosts]:
-    with hosts(tmp_path_factory.mktemp("hosts"), 2) as made:
-        yield made
+    with hosts(tmp_path_factory.mktemp("hosts"), 2) as cluster:
+        yield cluster
 
 
 class Job:
-    """A run on h1 and h2, started on h1; `printed` grows in a file, so that no reader keeps anybody alive."""
+    """A run on h1 and h2, started on h1.
+
+    What it prints goes to a file, so that no reader keeps anybody alive.
+    """
 
     def __init__(self, pair: Hosts, folder: Path, launcher: list[str], *options: str) -> None:
         self.hosts, self.log = pair, folder / "log"
@@ -64,7 +72,7 @@ class Job:
         return self.log.read_text()
 
     def left(self) -> list[str]:
-        """The command lines of what lives, on either host."""
+        """Return the command lines of what lives, on either host."""
         return [
             command for host in self.hosts.names for command in self.hosts.commands(host).values()
         ]
@@ -75,7 +83,7 @@ class Job:
         ]
 
     def ends(self, seconds: float) -> float:
-        """Waits until nothing of it lives: seconds that took."""
+        """Wait until nothing of it lives, and return the seconds that took."""
         began = time.monotonic()
         self.until(lambda: not self.left(), seconds, "still there")
         self.process.wait(10)
@@ -97,15 +105,8 @@ def mpirun(pair: Hosts, *options: str) -> list[str]:
 
 
 def horovodrun(*transport: str) -> Callable[[Hosts], list[str]]:
-    return lambda pair: [
-        str(BIN / "horovodrun"),
-        *transport,
-        "--disable-cache",
-        "-np",
-        "2",
-        "-H",
-        "h1:1,h2:1",
-    ]
+    where = ["--disable-cache", "-np", "2", "-H", "h1:1,h2:1"]
+    return lambda pair: [str(BIN / "horovodrun"), *transport, *where]
 
 
 GLOO = horovodrun("--gloo")
@@ -113,13 +114,14 @@ MPI = horovodrun("--mpi", f"--mpi-args=--prefix {BIN.parent} --mca oob_tcp_if_in
 
 
 def test_a_cut_link_ends_the_job(pair, tmp_path):
-    """With the keepalive that launch.run gives to mpirun; its own would take 8 minutes to see it, if at all."""
+    """mpirun has a keepalive, as launch.run gives it one.
+
+    Its own would take 8 minutes to see a cut link, if at all.
+    """
     keepalive = {"time": 4, "intvl": 2, "probes": 3}  # seconds, seconds, tries: 10 s
-    options = [
-        word
-        for name, n in keepalive.items()
-        for word in ("--mca", f"oob_tcp_keepalive_{name}", str(n))
-    ]
+    options = []
+    for name, value in keepalive.items():
+        options += ["--mca", f"oob_tcp_keepalive_{name}", str(value)]
     job = Job(pair, tmp_path, mpirun(pair, *options))
     pair.cut("h2")
     try:

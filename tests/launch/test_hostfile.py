@@ -1,4 +1,7 @@
-"""Hostfiles: every text gives hosts or one sentence, and what is written is what the real launchers read."""
+"""Hostfiles: every text gives hosts or one sentence.
+
+What is written is what the real launchers read.
+"""
 
 import os
 import re
@@ -208,18 +211,18 @@ TEXTS = st.one_of(
 
 
 def check_outcome(call, where: str, lines: int) -> None:
-    """Hosts that can be written and read again, or one sentence that names a line of the file."""
+    """Check for hosts that can be written and read again, or one sentence that names a line."""
     try:
-        found = call()
+        parsed = call()
     except UsageError as error:
         match = re.match(rf"{re.escape(where)}:(\d+): .", str(error))
         assert match, str(error)
         assert 1 <= int(match[1]) <= lines
         assert len(str(error)) < 500 + len(where)
     else:
-        assert found
-        assert all(1 <= host.slots <= LIMIT for host in found)
-        assert parse(render(found, "horovod"), "again") == found
+        assert parsed
+        assert all(1 <= host.slots <= LIMIT for host in parsed)
+        assert parse(render(parsed, "horovod"), "again") == parsed
 
 
 @settings(max_examples=600)
@@ -341,24 +344,25 @@ def test_any_slurm_variables_give_hosts_or_a_sentence(nodes, tasks):
 )
 def test_scontrol_expands_the_same(tmp_path, nodes):
     (tmp_path / "slurm.conf").write_text("ClusterName=t\nSlurmctldHost=localhost\nNodeName=n1\n")
-    said = subprocess.run(
+    done = subprocess.run(
         ["scontrol", "show", "hostnames", nodes],
         env=os.environ | {"SLURM_CONF": str(tmp_path / "slurm.conf")},
         capture_output=True,
         text=True,
         check=True,
     )
-    found = from_slurm(slurm(NODELIST=nodes, NTASKS="1"))
-    assert [host.name for host in found] == said.stdout.split()
+    allocation = from_slurm(slurm(NODELIST=nodes, NTASKS="1"))
+    assert [host.name for host in allocation] == done.stdout.split()
 
 
 # --- what the launchers read
 
 
 def mpirun_reads(path, ranks: int, any_names: bool = True) -> dict[str, int]:
-    """Slots by host, as `mpirun --hostfile` understands them, who calls 127.0.0.1 by this machine's name.
+    """Return the slots by host, as `mpirun --hostfile` understands them.
 
-    It starts nothing, but looks each name up."""
+    mpirun starts nothing, but looks each name up. It calls 127.0.0.1 by this machine's name.
+    """
     settings = KEEP_NAMES | (ANY_NAMES if any_names else {})
     words = [word for setting in settings.items() for word in ("--mca", *setting)]
     options = ["--do-not-launch", "--display-allocation", *words]
@@ -369,18 +373,15 @@ def mpirun_reads(path, ranks: int, any_names: bool = True) -> dict[str, int]:
     )
     refused = re.search("illegal character|parse error|bad parameter", done.stderr)
     assert done.returncode == 0 and not refused, done.stdout + done.stderr
-    return {
-        name: int(n)
-        for name, n in re.findall(r"Data for node: (\S+)\s+Num slots: (\d+)", done.stdout)
-    }
+    pairs = re.findall(r"Data for node: (\S+)\s+Num slots: (\d+)", done.stdout)
+    return {name: int(slots) for name, slots in pairs}
 
 
 @pytest.fixture(scope="module")
 def open_mpi():
-    said = subprocess.run(
-        [str(BIN / "mpirun"), "--version"], capture_output=True, text=True, check=False
-    ).stdout
-    if "Open MPI" not in said:
+    command = [str(BIN / "mpirun"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "Open MPI" not in done.stdout:
         pytest.skip("the environment's MPI is not Open MPI")
 
 
@@ -396,16 +397,15 @@ def test_mpirun_reads_a_template(open_mpi):
 @settings(max_examples=4)
 @given(
     hosts=hosts(most=4, size=5).filter(
-        lambda found: not any(host.name.startswith("127.") for host in found)
+        lambda drawn: not any(host.name.startswith("127.") for host in drawn)
     )
 )
 def test_mpirun_reads_what_is_written(open_mpi, tmp_path_factory, hosts):
     path = tmp_path_factory.getbasetemp() / "openmpi"
     path.write_text(render(hosts, "openmpi"))
-    found = mpirun_reads(path, sum(host.slots for host in hosts))
-    assert {name.lower(): n for name, n in found.items()} == {
-        host.name.lower(): host.slots for host in hosts
-    }
+    slots = mpirun_reads(path, sum(host.slots for host in hosts))
+    expected = {host.name.lower(): host.slots for host in hosts}
+    assert {name.lower(): count for name, count in slots.items()} == expected
 
 
 @given(hosts=hosts())
@@ -423,19 +423,12 @@ HYDRA = shutil.which("mpiexec.hydra")
 
 
 def hydra_reads(path, ranks: int) -> list[tuple[str, int]]:
-    """(host, slots) as MPICH's mpiexec understands the file. Nothing answers there, so it is ended after a second."""
-    command = [
-        "timeout",
-        "1",
-        HYDRA,
-        "-verbose",
-        "-launcher",
-        "ssh",
-        "-launcher-exec",
-        "/bin/true",
-        "-f",
-        str(path),
-    ]
+    """Return (host, slots) as MPICH's mpiexec understands the file.
+
+    Nothing answers at these hosts, so it is ended after a second.
+    """
+    ssh = ["-launcher", "ssh", "-launcher-exec", "/bin/true"]
+    command = ["timeout", "1", HYDRA, "-verbose", *ssh, "-f", str(path)]
     done = subprocess.run(
         [*command, "-n", str(ranks), "true"], capture_output=True, text=True, check=False
     )
@@ -453,7 +446,7 @@ def test_mpich_reads_what_is_written(tmp_path):
 
 
 def test_no_launcher_takes_ipv6_addresses(open_mpi, tmp_path):
-    """The reason for refusing them."""
+    """This is why they are refused."""
     from horovod.runner.common.util import hosts as horovod
 
     (tmp_path / "hosts").write_text("2001:db8::7 slots=2\n")
@@ -507,7 +500,8 @@ def test_the_command_converts_and_writes():
         ((), "command"),
         (
             ("chek", "x"),
-            "invalid choice: 'chek' (choose from 'check', 'convert', 'write', 'discover'); did you mean check?",
+            "invalid choice: 'chek' (choose from 'check', 'convert', 'write', 'discover'); "
+            "did you mean check?",
         ),
         (("verify", "x"), "did you mean check?"),
         (("check", "x", "--gpsu=8"), "did you mean --gpus?"),
@@ -527,16 +521,13 @@ def test_a_wrong_command_is_one_sentence_and_status_2(arguments, words):
 
 def test_it_starts_without_the_environment():
     """A login node may have a bare Python only."""
-    command = [
-        sys.executable,
-        "-I",
-        "-S",
-        "-c",
-        "import sys; sys.path = [p for p in sys.path if p] + [sys.argv[1]]",
-    ]
-    command[-1] += "; import launch.hostfile; print(launch.hostfile.expand('a[1-2]'))"
-    said = subprocess.run([*command, str(ROOT)], capture_output=True, text=True, check=True).stdout
-    assert said == "['a1', 'a2']\n"
+    program = (
+        "import sys; sys.path = [p for p in sys.path if p] + [sys.argv[1]]"
+        "; import launch.hostfile; print(launch.hostfile.expand('a[1-2]'))"
+    )
+    command = [sys.executable, "-I", "-S", "-c", program, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "['a1', 'a2']\n"
 
 
 # --- what `check` says of the plain launchers
@@ -562,7 +553,7 @@ def test_it_starts_without_the_environment():
     ],
 )
 def test_check_knows_what_each_launcher_reads(open_mpi, tmp_path, content, unread):
-    """Asked of the launchers themselves: both name the line's hosts, or not."""
+    """The launchers themselves are asked: both name the line's hosts, or not."""
     path = tmp_path / "some hosts"
     path.write_bytes(content)
     expected = {host.name: host.slots for host in read(path)}
@@ -605,5 +596,8 @@ def test_check_says_which_settings_names_need(tmp_path):
     keep = "--mca orte_keep_fqdn_hostnames 1 "
     for name, options in (("a_b", ""), ("a.example.org", keep)):
         path.write_text(f"{name} slots=2\n")
-        note = f"note: for these names a plain mpirun needs {options}--mca regx naive, which launch.run gives it\n"
+        note = (
+            f"note: for these names a plain mpirun needs {options}--mca regx naive, "
+            "which launch.run gives it\n"
+        )
         assert run("check", str(path)) == (0, f"{path}: 1 host, 2 slots\n{note}", "")

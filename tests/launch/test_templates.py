@@ -1,4 +1,7 @@
-"""Hostfiles and sbatch templates: each names what it is for, and its numbers agree with the recipe it starts."""
+"""Hostfiles and sbatch templates: each names what it is for.
+
+Its numbers agree with the recipe that it starts.
+"""
 
 import re
 import subprocess
@@ -29,7 +32,8 @@ def test_hostfiles_have_the_ranks_of_the_recipes_they_name(name, servers, slots)
         hosts, "openmpi"
     ).splitlines()
     commands = [line.removeprefix("# ") for line in lines if "recipe.train" in line]
-    # Other servers find mpirun's daemon by its absolute path; horovodrun without --gloo would want mpirun to be told.
+    # Other servers find mpirun's daemon by its absolute path. horovodrun without --gloo uses
+    # mpirun, which would then need more options.
     several = (
         ["$PWD/.venv/bin/mpirun -np", "horovodrun --gloo"]
         if servers > 1
@@ -50,7 +54,7 @@ def test_every_hostfile_is_tested():
 
 @pytest.mark.parametrize("name", HOSTFILES)
 def test_horovodrun_reads_the_hostfiles(name):
-    """Horovod's own parser knows no comments; our build of it does."""
+    """Horovod's own parser knows no comments. Our build of it does."""
     from horovod.runner.common.util.hosts import parse_host_files
 
     path = ROOT / "hostfiles" / name

@@ -28,46 +28,49 @@ TINY = [
     "--config.model.width=8",
     "--config.framework=torch",
 ]
+LAUNCH_RUN = "python -m launch.run --hostfile {file} --interface eth0"
 COMMANDS = {
-    "launch.run, mpirun": "python -m launch.run --hostfile {file} --interface eth0",
-    "launch.run, horovodrun": "python -m launch.run --hostfile {file} --interface eth0 --launcher horovodrun",
-    "mpirun": '"$PWD/.venv/bin/mpirun" -np 3 --hostfile {file} --bind-to none --map-by slot -x PATH',
+    "launch.run, mpirun": LAUNCH_RUN,
+    "launch.run, horovodrun": f"{LAUNCH_RUN} --launcher horovodrun",
+    "mpirun": (
+        '"$PWD/.venv/bin/mpirun" -np 3 --hostfile {file} --bind-to none --map-by slot -x PATH'
+    ),
     "horovodrun": "horovodrun --gloo -np 3 --hostfile {file}",
 }
-# Gloo may sum three numbers in another order, a rounding of 6e-8 of each. Measured: losses 0, norms of all weights
-# 1.5e-11 apart after 20 steps.
+# Gloo may sum three numbers in another order, a rounding of 6e-8 of each. Measured: losses 0, norms
+# of all weights 1.5e-11 apart after 20 steps.
 BOUND = 1e-7
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory) -> Iterator[Hosts]:
-    with hosts(tmp_path_factory.mktemp("hosts"), 3) as made:
-        yield made
+    with hosts(tmp_path_factory.mktemp("hosts"), 3) as cluster:
+        yield cluster
 
 
 def train(three: Hosts, folder: Path, command: str) -> Path:
-    """Runs a command of COMMANDS, from the project's folder on h1: the run."""
+    """Run a command of COMMANDS, from the project's folder on h1. Return the run's folder."""
     file, run = folder / "three", folder / "run"
     file.write_text("# one GPU each\nh1 slots=1\nh2 slots=1\nh3 slots=1\n")
-    line = f"{command.format(file=file)} .venv/bin/python -m recipe.train {shlex.join([*TINY, f'--run_dir={run}'])}"
+    options = shlex.join([*TINY, f"--run_dir={run}"])
+    line = f"{command.format(file=file)} .venv/bin/python -m recipe.train {options}"
     done = three.run("h1", ["sh", "-c", f"cd {ROOT} && {line}"])
     assert done.returncode == 0, done.stdout[-3000:]
     return run
 
 
 def test_all_commands_train_the_same(three, tmp_path_factory):
-    found = {}
+    runs = {}
     for name, command in COMMANDS.items():
         run = train(three, tmp_path_factory.mktemp("run"), command)
-        assert json.loads((run / "environment.json").read_text())["hosts"] == ["h1", "h2", "h3"], (
-            name
-        )
-        found[name] = runlog.read_epochs(run)
-    digests = {name: [line["weights"] for line in epochs] for name, epochs in found.items()}
+        environment = json.loads((run / "environment.json").read_text())
+        assert environment["hosts"] == ["h1", "h2", "h3"], name
+        runs[name] = runlog.read_epochs(run)
+    digests = {name: [line["weights"] for line in epochs] for name, epochs in runs.items()}
     assert digests["mpirun"] == digests["launch.run, mpirun"]
     assert digests["horovodrun"] == digests["launch.run, horovodrun"]
-    losses = [[line["loss"] for line in found[name]] for name in ("mpirun", "horovodrun")]
-    norms = [[line["norm"] for line in found[name]] for name in ("mpirun", "horovodrun")]
+    losses = [[line["loss"] for line in runs[name]] for name in ("mpirun", "horovodrun")]
+    norms = [[line["norm"] for line in runs[name]] for name in ("mpirun", "horovodrun")]
     for mpi, gloo in (losses, norms):
         print("MPI and Gloo apart by", np.abs(np.array(mpi) / gloo - 1).max())
         assert np.allclose(mpi, gloo, rtol=BOUND, atol=0)

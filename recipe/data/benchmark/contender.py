@@ -1,7 +1,8 @@
-"""One contender in a process of its own, started by `python -m recipe.data.benchmark`; prints what it measured as JSON.
+"""One contender in a process of its own, started by `python -m recipe.data.benchmark`.
 
-All make batches of uint8 or float32 images [BATCH, 224, 224, 3] from random-area crops of the same JPEGs, mirrored in
-half of the cases, with as many threads or processes as there are cores.
+It prints its measurement as JSON. All make batches of uint8 or float32 images [BATCH, 224, 224, 3]
+from random-area crops of the same JPEGs, mirrored in half of the cases, with as many threads or
+processes as there are cores.
 """
 
 import json
@@ -12,56 +13,76 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-BATCH, SIZE = 64, 224
-WARMUP, IMAGES = 512, 2560
-QUALITY = 90  # of the JPEGs
-EPOCHS = 1000  # more than are read
-CORES = len(os.sched_getaffinity(0))
+from recipe.data.benchmark import settings
+from recipe.data.benchmark.settings import CORES, EPOCHS, QUALITY, SIZE
+
+Batches = Iterable  # of tuples that begin with BATCH images
 
 
-def ours(folder: Path) -> Iterable:
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of a contender."""
+
+    first: float  # seconds to the first batch, once its packages are imported
+    wall: float  # images/s
+    cpu: float  # images per second of processor time
+    read: float  # bytes read an image
+    memory: int  # peak of all its processes, bytes
+
+
+def ours(folder: Path) -> Batches:
+    """Return the batches of the recipe's own pipeline."""
     from recipe.config import Data, Recipe
-    from recipe.data import pipeline
     from recipe.data.benchmark import photos
-    from recipe.data.sources import TFDSSource
+    from recipe.data.pipeline import TrainingExamples
+    from recipe.data.prepared import TFDSSource
+    from recipe.rules.epoch import Share
 
     source = TFDSSource(photos.builder(folder), "train")
-    recipe = Recipe(k=1, n=BATCH, epochs=EPOCHS, data=Data(image_size=SIZE))
-    return pipeline.train_batches(source, recipe, [0])
+    recipe = Recipe(k=1, n=settings.BATCH, epochs=EPOCHS, data=Data(image_size=SIZE))
+    return TrainingExamples(source, recipe, Share(range(1)), threads=CORES).elements()
 
 
-def floor(folder: Path) -> Iterable:
-    """decode.c with resizing off, the images in memory: libjpeg-turbo on the boxes that `ours` decodes first."""
+def floor(folder: Path) -> Batches:
+    """Return what decode.c decodes with resizing off, from images in memory.
+
+    That is libjpeg-turbo on the boxes that `ours` decodes first.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
-    from recipe.data import decode
+    from recipe.data.decode import Cut, Filter, decode
     from recipe.data.images import image_shape
     from recipe.rules import augment
 
+    batch = settings.BATCH
     images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
     shapes, indices = np.array([image_shape(image) for image in images]), np.arange(len(images))
-    nothing = np.empty((BATCH, SIZE, SIZE, 3), np.uint8)
+    nothing = np.empty((batch, SIZE, SIZE, 3), np.uint8)
 
     def decoded(position: int) -> tuple[np.ndarray]:
-        epoch, begin = divmod(position * BATCH, len(images))
-        part = slice(begin, begin + BATCH)
+        epoch, begin = divmod(position * batch, len(images))
+        part = slice(begin, begin + batch)
         boxes, mirrored = augment.crop_boxes(shapes[part], indices[part], 0, epoch)
-        decode.decode(images[part], boxes, mirrored, SIZE, decode.PLAIN, nothing)
+        decode(images[part], Cut(boxes, mirrored, SIZE, Filter.PLAIN), nothing)
         return (nothing,)
 
     pool = ThreadPoolExecutor(CORES)
-    return pool.map(decoded, range((WARMUP + IMAGES) // BATCH))
+    return pool.map(decoded, range((settings.WARMUP + settings.IMAGES) // batch))
 
 
-def tensorflow(floats: bool) -> Callable[[Path], Iterable]:
-    """As TensorFlow's own ResNet for ImageNet reads its images; or the same without turning them into float32."""
+def tensorflow(floats: bool) -> Callable[[Path], Batches]:
+    """Read the images as TensorFlow's own ResNet for ImageNet does.
 
-    def batches(folder: Path) -> Iterable:
+    Without `floats`, do the same without turning them into float32.
+    """
+
+    def batches(folder: Path) -> Batches:
         import tensorflow as tf
 
         from recipe.rules.pixels import MEAN
@@ -89,27 +110,31 @@ def tensorflow(floats: bool) -> Callable[[Path], Iterable]:
             image = image - tf.constant(MEAN) if floats else tf.cast(image, tf.uint8)
             return image, tf.cast(example["label"], tf.int32)
 
-        records = tf.data.TFRecordDataset(
-            sorted(map(str, folder.rglob("*train.tfrecord*")))
-        ).repeat()
+        paths = sorted(map(str, folder.rglob("*train.tfrecord*")))
+        records = tf.data.TFRecordDataset(paths).repeat().shuffle(256)
         options = tf.data.Options()
         options.threading.private_threadpool_size = CORES
         options.deterministic = False
-        made = records.shuffle(256).map(parsed, tf.data.AUTOTUNE).batch(BATCH, drop_remainder=True)
-        return made.prefetch(tf.data.AUTOTUNE).with_options(options)
+        examples = records.map(parsed, tf.data.AUTOTUNE)
+        batched = examples.batch(settings.BATCH, drop_remainder=True)
+        return batched.prefetch(tf.data.AUTOTUNE).with_options(options)
 
     return batches
 
 
-def torch(decoder: Callable) -> Callable[[Path], Iterable]:
-    """PyTorch's DataLoader with a process for each core; `decoder` gives a function of (file, box, mirrored)."""
+Decoder = Callable[[Path, bool], np.ndarray]  # of (file, mirrored)
 
-    def batches(folder: Path) -> Iterable:
+
+def torch(decoder: Callable[[], Decoder]) -> Callable[[Path], Batches]:
+    """Read the images by PyTorch's DataLoader with a process for each core."""
+
+    def batches(folder: Path) -> Batches:
         from torch.utils import data
 
         class Photos(data.Dataset):
             def __init__(self) -> None:
-                self.paths, self.decode = sorted(folder.glob("*.jpg")), decoder()
+                self.paths = sorted(folder.glob("*.jpg"))
+                self.decode = decoder()
 
             def __len__(self) -> int:
                 return EPOCHS * len(self.paths)
@@ -117,12 +142,13 @@ def torch(decoder: Callable) -> Callable[[Path], Iterable]:
             def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
                 return self.decode(self.paths[i % len(self.paths)], random.random() < 0.5), i % 10
 
-        return data.DataLoader(Photos(), BATCH, num_workers=CORES, shuffle=True)
+        return data.DataLoader(Photos(), settings.BATCH, num_workers=CORES, shuffle=True)
 
     return batches
 
 
-def pillow() -> Callable:
+def pillow() -> Decoder:
+    """Return a decoder by Pillow."""
     from PIL import Image
 
     def decode(path: Path, mirrored: bool) -> np.ndarray:
@@ -136,7 +162,8 @@ def pillow() -> Callable:
     return decode
 
 
-def simplejpeg() -> Callable:
+def simplejpeg() -> Decoder:
+    """Return a decoder by simplejpeg, which resizes by OpenCV."""
     import cv2
     import simplejpeg
 
@@ -154,7 +181,7 @@ def simplejpeg() -> Callable:
 
 
 def torchvision_box(height: int, width: int) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop, without its tensors."""
+    """Return (y, x, height, width) as torchvision's RandomResizedCrop draws it, without tensors."""
     for _ in range(10):
         area = height * width * random.uniform(0.08, 1)
         aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -165,11 +192,13 @@ def torchvision_box(height: int, width: int) -> tuple[int, int, int, int]:
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def dali(folder: Path) -> Iterable:
-    """NVIDIA DALI on CPU threads."""
+def dali(folder: Path) -> Batches:
+    """Yield the batches of NVIDIA DALI on CPU threads."""
     from nvidia.dali import fn, pipeline_def, types
 
-    @pipeline_def(batch_size=BATCH, num_threads=CORES, device_id=None, prefetch_queue_depth=2)
+    @pipeline_def(
+        batch_size=settings.BATCH, num_threads=CORES, device_id=None, prefetch_queue_depth=2
+    )
     def graph() -> tuple:
         files, labels = fn.readers.file(
             files=sorted(map(str, folder.glob("*.jpg"))), random_shuffle=True
@@ -182,15 +211,18 @@ def dali(folder: Path) -> Iterable:
         )
         return fn.flip(images, horizontal=fn.random.coin_flip()), labels
 
-    made = graph()
-    made.build()
+    pipeline = graph()
+    pipeline.build()
     while True:
-        images, labels = made.run()
+        images, labels = pipeline.run()
         yield images.as_array(), labels.as_array()
 
 
-def ffcv(folder: Path) -> Iterable:
-    """FFCV, which reads its own file only: the same images, encoded once more with the same quality."""
+def ffcv(folder: Path) -> Batches:
+    """Return the batches of FFCV, which reads its own file only.
+
+    That has the same images, encoded once more with the same quality.
+    """
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -203,7 +235,7 @@ def ffcv(folder: Path) -> Iterable:
             self.paths = sorted(folder.glob("*.jpg"))
 
         def __len__(self) -> int:
-            return WARMUP + IMAGES  # one epoch: its end would interrupt
+            return settings.WARMUP + settings.IMAGES  # one epoch: its end would interrupt
 
         def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
             with Image.open(self.paths[i % len(self.paths)]) as opened:
@@ -219,17 +251,17 @@ def ffcv(folder: Path) -> Iterable:
         for child in multiprocessing.active_children():
             child.join()
     image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip()]
-    pipelines = {"image": image, "label": [IntDecoder()]}
-    options = {
-        "num_workers": CORES,
-        "order": OrderOption.RANDOM,
-        "os_cache": True,
-        "pipelines": pipelines,
-    }
-    return Loader(str(file), BATCH, **options)
+    return Loader(
+        str(file),
+        settings.BATCH,
+        num_workers=CORES,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        pipelines={"image": image, "label": [IntDecoder()]},
+    )
 
 
-CONTENDERS: dict[str, Callable[[Path], Iterable]] = {
+CONTENDERS: dict[str, Callable[[Path], Batches]] = {
     "floor": floor,
     "ours": ours,
     "tf.data-float32": tensorflow(floats=True),
@@ -241,53 +273,60 @@ CONTENDERS: dict[str, Callable[[Path], Iterable]] = {
 }
 
 
-def measured(batches: Iterable) -> dict[str, float]:
-    """Seconds to the first batch; then images/s, images per second of processor time, bytes read an image, memory."""
-    began, made = time.perf_counter(), iter(batches)
-    take(made, BATCH)
+def measure(batches: Batches) -> Measurement:
+    """Use batches, and measure how fast they come."""
+    # The first batch, and the warm-up.
+    began = time.perf_counter()
+    iterator = iter(batches)
+    use(iterator, settings.BATCH)
     first = time.perf_counter() - began
-    take(made, WARMUP - BATCH)
-    began, spent, read = time.perf_counter(), cpu_seconds(), bytes_read()
-    take(made, IMAGES)
-    spent = max(cpu_seconds() - spent, 1 / os.sysconf("SC_CLK_TCK"))  # the system counts ticks
-    return {
-        "first": first,
-        "wall": IMAGES / (time.perf_counter() - began),
-        "cpu": IMAGES / spent,
-        "read": (bytes_read() - read) / IMAGES,
-        "memory": peak_memory(),
-    }
+    use(iterator, settings.WARMUP - settings.BATCH)
+
+    # The measurement. The system counts processor time in ticks.
+    began, cpu_before, read_before = time.perf_counter(), cpu_seconds(), bytes_read()
+    use(iterator, settings.IMAGES)
+    cpu = max(cpu_seconds() - cpu_before, 1 / os.sysconf("SC_CLK_TCK"))
+    return Measurement(
+        first=first,
+        wall=settings.IMAGES / (time.perf_counter() - began),
+        cpu=settings.IMAGES / cpu,
+        read=(bytes_read() - read_before) / settings.IMAGES,
+        memory=peak_memory(),
+    )
 
 
-def take(made: Iterator, images: int) -> None:
-    for _ in range(images // BATCH):
-        next(made)
+def use(batches: Iterator, images: int) -> None:
+    """Take batches of so many images in all."""
+    for _ in range(images // settings.BATCH):
+        next(batches)
 
 
 def processes() -> list[psutil.Process]:
-    """This one and those that it started."""
+    """Return this process and those that it started."""
     return [psutil.Process(), *psutil.Process().children()]
 
 
 def cpu_seconds() -> float:
+    """Return the processor time of all processes."""
     return sum(sum(process.cpu_times()[:2]) for process in processes())
 
 
 def bytes_read() -> int:
+    """Return what all processes have read so far."""
     return sum(process.io_counters().read_chars for process in processes())
 
 
 def peak_memory() -> int:
-    """Bytes."""
+    """Return the peak memory of all processes, in bytes."""
     fields = [Path(f"/proc/{process.pid}/status").read_text().split() for process in processes()]
     return sum(int(words[words.index("VmHWM:") + 1]) for words in fields) * 1024
 
 
 if __name__ == "__main__":
     try:
-        began = CONTENDERS[sys.argv[1]](Path(sys.argv[2]))
-        print(json.dumps(measured(began)))
+        name, folder = sys.argv[1:]
+        print(json.dumps(asdict(measure(CONTENDERS[name](Path(folder))))))
     except ImportError as error:
-        print(json.dumps({"missing": str(error.name)}))
+        print(json.dumps({"package": str(error.name)}))
     sys.stdout.flush()
     os._exit(0)  # without waiting for images that nobody wants

@@ -1,4 +1,4 @@
-"""The benchmark's images: made here, of the size, weight and spectrum of ImageNet's photographs."""
+"""The benchmark's images: of the size, weight and spectrum of ImageNet's photographs."""
 
 import io
 import os
@@ -9,26 +9,29 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from recipe.data.benchmark.contender import QUALITY
+from recipe.data.benchmark import settings
 from recipe.data.prepare import builders
 
 COUNT = 256
 SHAPES = ((375, 500), (500, 375), (333, 500), (375, 500))  # (height, width), the frequent ones
+CONTRAST = np.array([44, 14, 14])  # standard deviations of light, blue and red
 
 
 def photo(height: int, width: int, seed: int) -> bytes:
-    """A JPEG of coloured noise with the amplitudes of natural scenes, 1/f; of about 115 KB, ImageNet's mean is 110."""
+    """Return a JPEG of coloured noise with the amplitudes of natural scenes, 1/f.
+
+    It has about 115 KB, and ImageNet's mean is 110.
+    """
     draw = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = np.inf
-    parts = draw.normal(size=(2, 3, *frequency.shape))
-    noise = np.fft.irfft2((parts[0] + 1j * parts[1]) / frequency, s=(height, width))
-    light, blue, red = (
-        noise / noise.std(axis=(1, 2), keepdims=True) * np.array([44, 14, 14])[:, None, None] + 115
-    )
-    pixels = np.clip(np.stack([light, blue, red], axis=-1), 0, 255).astype(np.uint8)
+    real, imaginary = draw.normal(size=(2, 3, *frequency.shape))
+    noise = np.fft.irfft2((real + 1j * imaginary) / frequency, s=(height, width))
+    deviations = noise.std(axis=(1, 2), keepdims=True)
+    channels = noise / deviations * CONTRAST[:, None, None] + 115
+    pixels = np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8)
     out = io.BytesIO()
-    Image.fromarray(pixels, "YCbCr").save(out, "JPEG", quality=QUALITY)
+    Image.fromarray(pixels, "YCbCr").save(out, "JPEG", quality=settings.QUALITY)
     return out.getvalue()
 
 
@@ -53,11 +56,12 @@ class BenchmarkPhotos(tfds.core.GeneratorBasedBuilder):
 
 
 def builder(folder: Path) -> tfds.core.DatasetBuilder:
+    """Return TFDS's builder of the photos in `folder`."""
     return BenchmarkPhotos(data_dir=folder)
 
 
 def make(folder: Path) -> list[int]:
-    """Writes the photos as TFRecords and as files 000.jpg, …; gives their sizes in bytes."""
+    """Write the photos as TFRecords and as files 000.jpg, …; return their sizes in bytes."""
     builders.run_builder(builder(folder), folder)
     images = [photo(*SHAPES[i % len(SHAPES)], i) for i in range(COUNT)]
     for i, image in enumerate(images):

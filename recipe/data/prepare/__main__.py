@@ -1,9 +1,12 @@
-"""Prepares a data set and verifies it: `python -m recipe.data.prepare fashion_photos`, or `imagenet2012` from the
-original tars, or `folder` for a tree of images. Killed, it goes on where it was when it is started again.
+"""Prepares a data set and verifies it: `python -m recipe.data.prepare fashion_photos`.
 
-With --verify it only verifies: every checksum, every image decoded, all counts; and prints a digest that is the same
-for the same data anywhere. With --shorter_side a prepared data set is written again, with smaller images, under
-another name."""
+Or `imagenet2012` from the original tars, or `folder` for a tree of images. Killed, it goes on where
+it was when it is started again.
+
+With --verify it only verifies: every checksum, every image decoded, all counts. It prints a digest
+that is the same for the same data anywhere. With --shorter_side a prepared data set is written
+again, with smaller images, under another name.
+"""
 
 import dataclasses
 import shlex
@@ -38,6 +41,23 @@ flags.DEFINE_integer("quality", 90, "JPEG quality of the copy's images", 1, 100,
 
 
 def main(argv: list[str]) -> None:
+    """Run the command. Raise UsageError or RunError."""
+    name = parse(argv)
+    data = Data(name=name, data_dir=VALUES.data_dir, manual_dir=VALUES.manual_dir)
+    if data.name == "synthetic":
+        raise UsageError("synthetic data needs no preparation")
+    if data.name == "folder":
+        prepare_folder(data)
+    elif VALUES.verify:
+        verify_prepared(data)
+    elif VALUES.shorter_side:
+        write_smaller_copy(data)
+    else:
+        prepare(data)
+
+
+def parse(argv: list[str]) -> str:
+    """Set VALUES, and return the name of the data set. Raise UsageError."""
     try:
         names = VALUES(["", *argv])[1:]
     except flags.Error as error:
@@ -46,95 +66,89 @@ def main(argv: list[str]) -> None:
         raise UsageError("give one data set: python -m recipe.data.prepare fashion_photos")
     if VALUES.shorter_side and (names[0] == "folder" or VALUES.verify):
         raise UsageError(
-            "--shorter_side writes a copy of a prepared data set: not of a folder, and without --verify"
+            "--shorter_side writes a copy of a prepared data set: not of a folder, and without "
+            "--verify"
         )
     if VALUES["quality"].present and not VALUES.shorter_side:
         raise UsageError("--quality is a copy's: give --shorter_side with it, or leave it out")
-    data = Data(name=names[0], data_dir=VALUES.data_dir, manual_dir=VALUES.manual_dir)
-    if data.name == "synthetic":
-        raise UsageError("synthetic data needs no preparation")
-    if data.name == "folder":
-        prepare_folder(data)
-    elif VALUES.verify:
-        verify_now(data)
-    elif VALUES.shorter_side:
-        reencode_now(data)
-    else:
-        prepare_now(data)
+    return names[0]
 
 
-def prepare_now(data: Data) -> None:
-    """Prepares a data set unless it is, verifies it and says what there is. Raises UsageError or RunError."""
+def prepare(data: Data) -> None:
+    """Prepare a data set unless it is, verify it and say what there is."""
     with noise.filtered():
-        import tensorflow  # noqa: F401  # its chatter, when TFDS comes to need it
+        # TFDS may import it later, with its chatter.
+        import tensorflow  # noqa: F401
 
+        from recipe.data import datasets
         from recipe.data.prepare import builders
-    builder = builders.find_builder(data)
-    if builders.is_prepared(builder):
+    builder = datasets.find_builder(data)
+    if datasets.is_prepared(builder):
         print(f"{data.name} is prepared already")
     else:
-        if data.name == builders.IMAGENET:
-            builders.check_tars(builders.manual_dir(data))
+        if data.name == datasets.IMAGENET:
+            datasets.check_tars(datasets.manual_dir(data))
         print(f"preparing {data.name} in {builder.data_dir} ...", flush=True)
-        builders.run_builder(builder, builders.manual_dir(data))
-    look(data)
+        builders.run_builder(builder, datasets.manual_dir(data))
+    describe(data)
 
 
-def look(data: Data) -> None:
-    """Says what there is of a prepared data set, and verifies it unless it was. Raises UsageError or RunError."""
+def describe(data: Data) -> None:
+    """Say what there is of a prepared data set, and verify it unless it was."""
     with noise.filtered():
-        from recipe.data import sources
+        from recipe.data import datasets
         from recipe.data.prepare import builders, verify
-    sources.prepare(data)
-    builder = builders.find_builder(data)
+    builders.prepare(data)
+    builder = datasets.find_builder(data)
     splits = builder.info.splits.values()
     counts = " and ".join(f"{split.num_examples:,} in {split.name}" for split in splits)
-    print(
-        f"{counts}: {sum(split.num_bytes for split in splits) / 1e6:,.1f} MB in {builder.data_dir}",
-        flush=True,
-    )
+    megabytes = sum(split.num_bytes for split in splits) / 1e6
+    print(f"{counts}: {megabytes:,.1f} MB in {builder.data_dir}", flush=True)
     if not verify.verified(Path(builder.data_dir)):
-        verify_now(data)
+        verify_prepared(data)
 
 
-def verify_now(data: Data) -> None:
-    """Verifies a prepared data set. Raises UsageError when it isn't prepared, RunError when it is damaged."""
+def verify_prepared(data: Data) -> None:
+    """Verify a prepared data set.
+
+    Raise UsageError when it isn't prepared, RunError when it is damaged.
+    """
     with noise.filtered():
-        from recipe.data import sources
-        from recipe.data.prepare import builders, verify
-    builder = builders.prepared_builder(data)
-    sources.class_count(builder)
+        from recipe.data import datasets
+        from recipe.data.prepare import verify
+    builder = datasets.prepared_builder(data)
+    datasets.class_count(builder)
     verify.verify(data.name, Path(builder.data_dir), verify.tfds_parts(builder))
 
 
-def reencode_now(data: Data) -> None:
-    """Writes a copy with smaller images, and verifies it. Raises UsageError or RunError."""
+def write_smaller_copy(data: Data) -> None:
+    """Write a copy with smaller images, and verify it."""
     with noise.filtered():
-        from recipe.data import sources
-        from recipe.data.prepare import builders, reencode
-    name = reencode.copy_name(data.name, VALUES.shorter_side, VALUES.quality)
-    builder = builders.prepared_builder(data)
-    sources.class_count(builder)
-    reencode.prepare(builder, name, VALUES.shorter_side, VALUES.quality)
-    look(dataclasses.replace(data, name=name))
-    place = shlex.quote(f"--config.data.data_dir={builders.data_dir(data)}")
+        from recipe.data import datasets
+        from recipe.data.prepare import reencode
+    form = reencode.Form(VALUES.shorter_side, VALUES.quality)
+    name = form.copy_name(data.name)
+    builder = datasets.prepared_builder(data)
+    datasets.class_count(builder)
+    reencode.prepare(builder, name, form)
+    describe(dataclasses.replace(data, name=name))
+    place = shlex.quote(f"--config.data.data_dir={datasets.data_dir(data)}")
     print(f"train on it with {shlex.quote(f'--config.data.name={name}')} {place}")
 
 
 def prepare_folder(data: Data) -> None:
-    """Indexes a tree of images; with --verify, looks at every image. Raises UsageError or RunError."""
+    """Index a tree of images, and with --verify look at every image."""
     with noise.filtered():
-        from recipe.data import folders, sources
-        from recipe.data.prepare import verify
-    sources.prepare(data)
-    opened = {split: sources.open_source(data, split) for split in ("train", "eval")}
-    for source in opened.values():
-        print(
-            f"{len(source):,} images in {source.num_classes:,} classes in {source.folder}",
-            flush=True,
-        )
+        from recipe.data import folders
+        from recipe.data.folders import FolderSource
+        from recipe.data.prepare import builders, verify
+    builders.prepare(data)
+    sources = [FolderSource(data, split) for split in (data.train_split, data.eval_split)]
+    for source in sources:
+        images = f"{len(source):,} images in {source.num_classes:,} classes"
+        print(f"{images} in {source.folder}", flush=True)
     if VALUES.verify:
-        parts = [part for source in opened.values() for part in source.parts()]
+        parts = [part for source in sources for part in verify.folder_parts(source)]
         verify.verify(data.name, folders.root(data), parts)
 
 

@@ -1,5 +1,7 @@
-"""A copy of a prepared data set with smaller images, under a name of its own: faster to read and to decode, and not the
-same pixels."""
+"""Copies a prepared data set with smaller images, under a name of its own.
+
+The copy is faster to read and to decode, and its pixels are not the same.
+"""
 
 import io
 import itertools
@@ -7,50 +9,76 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from recipe.data import files, records, work
+from recipe.data import records, shared_files
 from recipe.data.prepare import tars, verify
 from recipe.errors import RunError
+from recipe.system import processor
+from recipe.system.files import whole_file
+from recipe.system.progress import Tally
+from recipe.system.threads import in_threads
 
 SAMPLE = 200  # images from which the copy's size is estimated
+SAMPLE_FILES = 8  # files, about, from which they are taken
 MARGIN = 1.2  # of that estimate
 
 
-def copy_name(name: str, shorter_side: int, quality: int) -> str:
-    """The copy's name, under which the recipe finds it."""
-    return f"{name.replace('/', '_')}_short{shorter_side}_q{quality}"
+@dataclass(frozen=True)
+class Form:
+    """The form of a copy's images."""
+
+    shorter_side: int  # pixels, at most
+    quality: int  # of the JPEGs
+
+    def copy_name(self, name: str) -> str:
+        """Return the name of a data set's copy, under which the recipe finds it."""
+        return f"{name.replace('/', '_')}_short{self.shorter_side}_q{self.quality}"
+
+    def __str__(self) -> str:
+        return f"shorter side at most {self.shorter_side}, JPEG quality {self.quality}"
 
 
-def smaller(encoded: bytes, shorter_side: int, quality: int) -> bytes:
-    """An image as an RGB JPEG of that shorter side; bicubic, with a low-pass filter. An image that isn't larger keeps
-    its bytes. Raises ValueError when it can't be decoded."""
-    verify.kind_of(encoded)  # for Pillow makes missing pixels grey
+class Reencoded(NamedTuple):
+    """An example of the copy."""
+
+    content: bytes  # payload of its record
+    bytes_before: int  # of the original's payload
+
+
+def smaller(encoded: bytes, form: Form) -> bytes:
+    """Return an image as an RGB JPEG of this form, resized bicubically with a low-pass filter.
+
+    An image that isn't larger keeps its bytes. Raise ValueError when it can't be decoded.
+    """
+    # Pillow silently fills missing pixels with grey: reject truncated files first.
+    verify.kind_of(encoded)
     try:
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
-            if min(image.size) <= shorter_side:
+            if min(image.size) <= form.shorter_side:
                 return encoded
-            scale = shorter_side / min(image.size)
-            size = tuple(max(shorter_side, round(scale * side)) for side in image.size)
+            scale = form.shorter_side / min(image.size)
+            width, height = (max(form.shorter_side, round(scale * side)) for side in image.size)
+            resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
             out = io.BytesIO()
-            image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(
-                out, "JPEG", quality=quality
-            )
+            resized.save(out, "JPEG", quality=form.quality)
             return out.getvalue()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
 
 
-def prepare(builder: tfds.core.DatasetBuilder, name: str, shorter_side: int, quality: int) -> None:
-    """Writes the copy file by file, in the original's order, so that a killed preparation goes on.
+def prepare(builder: tfds.core.DatasetBuilder, name: str, form: Form) -> None:
+    """Write the copy `name` file by file, in the original's order: killed, it goes on.
 
-    Raises UsageError when the disk is too small, RunError on a bad image."""
+    Raise UsageError when the disk is too small, RunError on a bad image.
+    """
     source = Path(builder.data_dir)
     finished = Path(builder.data_dir_root) / name / source.name
     if finished.exists():
@@ -61,48 +89,47 @@ def prepare(builder: tfds.core.DatasetBuilder, name: str, shorter_side: int, qua
         if finished.exists():  # another process was faster
             shutil.rmtree(unfinished, ignore_errors=True)
             return
-        _write_files(builder, name, unfinished, shorter_side, quality)
-        how = f"shorter side at most {shorter_side}, JPEG quality {quality}"
-        _describe(source, unfinished, builder.name, name, how)
+        _write_files(builder, name, unfinished, form)
+        _describe(builder, name, unfinished, form)
         unfinished.replace(finished)
         (finished / tars.LOCK).unlink()
 
 
-def _write_files(
-    builder: tfds.core.DatasetBuilder, name: str, folder: Path, shorter_side: int, quality: int
-) -> None:
-    """Those that aren't there yet, by all cores."""
-    splits = builder.info.splits.values()
-    counts = {
-        Path(path): n
-        for split in splits
-        for path, n in zip(split.filepaths, split.shard_lengths, strict=True)
-    }
+def _write_files(builder: tfds.core.DatasetBuilder, name: str, folder: Path, form: Form) -> None:
+    """Write the files that aren't there yet, on all cores."""
+    counts: dict[Path, int] = {}  # examples of each original
+    for split in builder.info.splits.values():
+        counts.update(zip(map(Path, split.filepaths), split.shard_lengths, strict=True))
     targets = {path: folder / path.name.replace(builder.name, name, 1) for path in counts}
-    missing = [path for path, target in targets.items() if not _made_of(path, target)]
+    missing = [path for path, target in targets.items() if not _is_copy(path, target)]
     if not missing:
         return
-    share = _estimate(missing, shorter_side, quality)
-    tars.room(folder, int(share * sum(path.stat().st_size for path in missing)))
-    with work.Tally(f"writing {name}", sum(counts[path] for path in missing)) as tally:
+
+    share = _estimate_share(missing, form)
+    tars.check_room(folder, int(share * sum(path.stat().st_size for path in missing)))
+
+    with Tally(f"writing {name}", sum(counts[path] for path in missing)) as tally:
 
         def write(path: Path) -> None:
-            _write(path, targets[path], shorter_side, quality, tally)
+            _write_file(path, targets[path], form, tally)
 
-        for _ in work.in_threads(write, missing, work.cores()):
+        for _ in in_threads(write, missing, processor.cores()):
             pass
 
 
-def _made_of(path: Path, target: Path) -> bool:
-    """By its time, which is that of the file it was made of: another source may have come since."""
+def _is_copy(path: Path, target: Path) -> bool:
+    """Say whether a file is the copy of this original, by its time.
+
+    Its time is that of the original: another one may have come since.
+    """
     return target.exists() and target.stat().st_mtime_ns == path.stat().st_mtime_ns
 
 
-def _write(path: Path, target: Path, shorter_side: int, quality: int, tally: work.Tally) -> None:
+def _write_file(path: Path, target: Path, form: Form, tally: Tally) -> None:
     try:
-        with work.whole_file(target) as out:
-            for _, example in _smaller_examples(path, None, shorter_side, quality):
-                out.write(records.record(example))
+        with whole_file(target) as out:
+            for example in _reencoded(path, None, form):
+                out.write(records.record(example.content))
                 tally.add()
         time = path.stat().st_mtime_ns
         os.utime(target, ns=(time, time))
@@ -110,51 +137,52 @@ def _write(path: Path, target: Path, shorter_side: int, quality: int, tally: wor
         raise RunError(f"{target} can't be written: {error.strerror}") from None
 
 
-def _smaller_examples(
-    path: Path, count: int | None, shorter_side: int, quality: int
-) -> Iterator[tuple[int, bytes]]:
-    """(bytes before, the smaller example) of the first `count` records of a file, or of all."""
-    ends, start = records.scan(str(path)).tolist(), 0
+def _reencoded(path: Path, count: int | None, form: Form) -> Iterator[Reencoded]:
+    """Yield the smaller examples of the first `count` records of a file, or of all."""
+    positions = records.scan(str(path)).tolist()
+    start = 0
     try:
         with path.open("rb") as file:
-            for start, end in itertools.islice(itertools.pairwise(ends), count):
-                block, _ = files.read_at(str(path), file.fileno(), start, end - start)
-                content = records.content(block)
-                yield len(content), _smaller_example(content, shorter_side, quality)
+            for start, end in itertools.islice(itertools.pairwise(positions), count):
+                block = shared_files.read_at(str(path), file.fileno(), start, end - start)
+                content = records.content(block.content)
+                yield Reencoded(_smaller_example(content, form), len(content))
     except OSError as error:
         raise RunError(records.unreadable(str(path), error)) from None
     except (ValueError, IndexError, DecodeError) as error:
         raise RunError(f"byte {start} of {path} can't be re-encoded: {error}") from None
 
 
-def _smaller_example(content: bytes, shorter_side: int, quality: int) -> bytes:
+def _smaller_example(content: bytes, form: Form) -> bytes:
     example = tf_example_pb2.Example.FromString(content)
     image = example.features.feature["image"].bytes_list
-    image.value[0] = smaller(image.value[0], shorter_side, quality)
+    image.value[0] = smaller(image.value[0], form)
     return example.SerializeToString(deterministic=True)
 
 
-def _estimate(paths: list[Path], shorter_side: int, quality: int) -> float:
-    """The copy's bytes for one of the original, at most, from images of a few files."""
+def _estimate_share(paths: list[Path], form: Form) -> float:
+    """Return the copy's bytes for one of the original, at most, from images of a few files."""
     before = after = 0
-    for path in paths[:: max(1, len(paths) // 8)]:
-        for size, example in _smaller_examples(path, SAMPLE // 8, shorter_side, quality):
-            before += size
-            after += len(example)
+    for path in paths[:: max(1, len(paths) // SAMPLE_FILES)]:
+        for example in _reencoded(path, SAMPLE // SAMPLE_FILES, form):
+            before += example.bytes_before
+            after += len(example.content)
     return MARGIN * after / max(before, 1)
 
 
-def _describe(source: Path, target: Path, old: str, new: str, how: str) -> None:
-    """What TFDS keeps beside the files, with the copy's name, sizes and history."""
+def _describe(builder: tfds.core.DatasetBuilder, name: str, folder: Path, form: Form) -> None:
+    """Write what TFDS keeps beside the files, with the copy's name, sizes and history."""
+    source = Path(builder.data_dir)
     for path in source.iterdir():
         if path.suffix in (".json", ".txt"):
-            shutil.copyfile(path, target / path.name)
+            shutil.copyfile(path, folder / path.name)
     info = json.loads((source / "dataset_info.json").read_text())
-    info["name"] = new
-    info["description"] = f"{old}, its images re-encoded: {how}. {info.get('description', '')}"
+    info["name"] = name
+    history = f"{builder.name}, its images re-encoded: {form}."
+    info["description"] = f"{history} {info.get('description', '')}"
     for split in info["splits"]:
-        paths = list(target.glob(f"{new}-{split['name']}.tfrecord-*"))
-        examples = int(np.sum([int(length) for length in split["shardLengths"]]))
-        size = sum(path.stat().st_size for path in paths) - (records.HEAD + records.TAIL) * examples
-        split["numBytes"] = str(size)
-    (target / "dataset_info.json").write_text(json.dumps(info, indent=2))
+        paths = folder.glob(f"{name}-{split['name']}.tfrecord-*")
+        file_bytes = sum(path.stat().st_size for path in paths)
+        examples = sum(int(length) for length in split["shardLengths"])
+        split["numBytes"] = str(file_bytes - (records.HEAD + records.TAIL) * examples)
+    (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))

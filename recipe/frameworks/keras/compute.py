@@ -2,11 +2,9 @@
 
 from recipe.keras import backend
 
-if backend.FRAMEWORK == "tensorflow":
-    from recipe.frameworks.keras import compute_tensorflow as _module
-else:
-    from recipe.frameworks.keras import compute_torch as _module
+__all__ = ["gradients", "on_device", "use_local_device"]
 
-gradients = _module.gradients
-on_device = _module.on_device
-use_local_device = _module.use_local_device
+if backend.FRAMEWORK == "tensorflow":
+    from recipe.frameworks.keras.compute_tensorflow import gradients, on_device, use_local_device
+else:
+    from recipe.frameworks.keras.compute_torch import gradients, on_device, use_local_device

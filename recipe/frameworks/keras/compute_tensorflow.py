@@ -1,8 +1,9 @@
 """How a rank computes in TensorFlow: its device, the way of the input to it, gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -11,7 +12,7 @@ from recipe.ranks.machine import check_gpus
 
 
 def use_local_device(local_rank: int, threads: int, deterministic: bool = False) -> None:
-    """Gives this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
+    """Give this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
     if deterministic:
         tf.config.experimental.enable_op_determinism()
     gpus = tf.config.list_physical_devices("GPU")
@@ -22,25 +23,23 @@ def use_local_device(local_rank: int, threads: int, deterministic: bool = False)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
 
 
-def on_device(element: tuple) -> tuple:
-    """The arrays of an element of the input pipeline as tensors, for `compiled` functions."""
-    return tuple(_tensor(part) for part in element if part is not None)
+def on_device(element: Sequence[np.ndarray | None]) -> tuple[tf.Tensor, ...]:
+    """Return the arrays of an element of the input pipeline as tensors, for compiled functions."""
+    return tuple(_tensor(array) for array in element if array is not None)
 
 
-def _tensor(part: Any) -> tf.Tensor:
-    """Shares an array's memory where it lies as TensorFlow's own: images are copied neither here nor in a step."""
-    if (
-        isinstance(part, np.ndarray)
-        and part.size
-        and part.flags.writeable
-        and part.ctypes.data % ALIGNMENT == 0
-    ):
-        return tf.experimental.dlpack.from_dlpack(part.__dlpack__())
-    return tf.convert_to_tensor(part)
+def _tensor(array: np.ndarray) -> tf.Tensor:
+    """Share an array's memory where it lies as TensorFlow's own: images are copied neither here nor in a step."""
+    is_numpy = isinstance(array, np.ndarray) and array.size > 0
+    if is_numpy and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    return tf.convert_to_tensor(array)
 
 
-def gradients(forward: Callable[[], tuple], variables: list) -> tuple[list, tuple]:
-    """forward() gives (loss, anything else): (the loss's gradients, what else there was)."""
+def gradients(
+    forward: Callable[[], tuple[Any, Any]], variables: Sequence[keras.Variable]
+) -> tuple[list[Any], Any]:
+    """Return the gradients of the loss, and the vector: `forward` gives both, (loss, vector)."""
     with tf.GradientTape() as tape:
-        loss, *found = forward()
-    return tape.gradient(loss, [v.value for v in variables]), found
+        loss, vector = forward()
+    return tape.gradient(loss, [v.value for v in variables]), vector

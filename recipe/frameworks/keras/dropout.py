@@ -10,10 +10,11 @@ from recipe.rules import dropout
 
 @keras.saving.register_keras_serializable("recipe")
 class ExampleDropout(keras.layers.Layer):
-    """Sets each of an example's features to 0 with probability `rate` in training, and scales the others by
-    1/(1 − rate).
+    """Sets each of an example's features to 0 with probability `rate` in training, and scales the others.
 
-    Inputs: features [b, units] and keys int64[b], the bits of `recipe.rules.augment.keys`; `recipe.rules.dropout` decides."""
+    Their factor is 1/(1 − rate). Inputs: features [b, units] and keys int64[b], the bits of
+    `recipe.rules.augment.keys`. `recipe.rules.dropout` decides.
+    """
 
     def __init__(self, rate: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -22,9 +23,8 @@ class ExampleDropout(keras.layers.Layer):
     def call(self, features: Any, keys: Any, training: bool = False) -> Any:
         if not training:
             return features
-        kept = dropout.kept(
-            keys, ops.convert_to_tensor(dropout.counters(features.shape[-1])), self.rate, ops
-        )
+        counters = ops.convert_to_tensor(dropout.counters(features.shape[-1]))
+        kept = dropout.kept(keys, counters, self.rate, ops)
         return ops.where(kept, features / (1 - self.rate), ops.zeros_like(features))
 
     def get_config(self) -> dict:

@@ -51,9 +51,7 @@ class KerasReplica:
             _distribute(recipe, self.model)
         share = Share.of(recipe, collectives.rank(), collectives.size())
         self._step = Step(self.model, recipe.k, share, signature(recipe))
-        self._statistics = batch_statistics(
-            self.model, recipe.model.bn_momentum, signature(recipe)
-        )
+        self._statistics = batch_statistics(self.model, recipe.model.bn_momentum, signature(recipe))
 
     def begin(self, steps: int) -> None:
         callbacks = [BroadcastState(), ScheduledRate(recipe_rate(self.recipe))]
@@ -119,7 +117,11 @@ def signature(recipe: Recipe) -> Signature:
     """Return type and shape of each part of an element of the recipe's training input."""
     size = recipe.data.image_size
     batch = None if recipe.data.remainder == "short" else recipe.n * recipe.run.workers_at_once
-    images, labels, weights = ("uint8", (batch, size, size, 3)), ("int32", (batch,)), ("float32", (batch,))
+    images, labels, weights = (
+        ("uint8", (batch, size, size, 3)),
+        ("int32", (batch,)),
+        ("float32", (batch,)),
+    )
     keys = [("int64", (batch,))] if recipe.model.dropout else []
     return [images, labels, weights, *keys]
 

@@ -27,54 +27,49 @@ class Normal(keras.initializers.Initializer):
 
 
 def build(recipe: Recipe, num_classes: int) -> keras.Model:
-    """The recipe's network: uint8 images [b, s, s, 3] in, with dropout also keys int64[b]; float32 logits
-    [b, num_classes] out.
+    """Return the recipe's network.
 
-    ResNet-50 has 25,557,032 parameters at 1000 classes. Weight decay λ is the L2 term λ/2·‖w‖² of convolution and FC
-    kernels, so that its gradient λw takes part in momentum (remark 1)."""
+    uint8 images [b, s, s, 3] go in, with dropout also keys int64[b]; float32 logits [b, num_classes]
+    come out. ResNet-50 has 25,557,032 parameters at 1000 classes. Weight decay λ is the L2 term
+    λ/2·‖w‖² of convolution and FC kernels, so that its gradient λw takes part in momentum (remark 1).
+    """
     net = _Layers(recipe)
-    images = keras.Input(
-        (recipe.data.image_size, recipe.data.image_size, 3), dtype="uint8", name="images"
-    )
+    size = recipe.data.image_size
+    images = keras.Input((size, size, 3), dtype="uint8", name="images")
     x = _stem(net, _normalised(images, recipe.model), recipe.model)
     for stage, blocks in enumerate(recipe.model.blocks):
         for block in range(blocks):
             stride = 2 if stage > 0 and block == 0 else 1
-            x = _bottleneck(
-                net, x, recipe.model.width * 2**stage, stride, f"stage{stage + 1}_block{block + 1}"
-            )
+            width, name = recipe.model.width * 2**stage, f"stage{stage + 1}_block{block + 1}"
+            x = _bottleneck(net, x, width, stride, name)
     x = layers.GlobalAveragePooling2D(data_format=net.data_format, name="pool", dtype=net.dtype)(x)
-    inputs = [images]
+    inputs = images
     if recipe.model.dropout:
-        inputs.append(keras.Input((), dtype="int64", name="keys"))
-        x = ExampleDropout(recipe.model.dropout, dtype=net.dtype, name="dropout")(x, inputs[1])
-    return keras.Model(
-        inputs if recipe.model.dropout else images, net.dense(x, num_classes, "fc"), name="resnet"
-    )
+        keys = keras.Input((), dtype="int64", name="keys")
+        inputs = [images, keys]
+        x = ExampleDropout(recipe.model.dropout, dtype=net.dtype, name="dropout")(x, keys)
+    return keras.Model(inputs, net.dense(x, num_classes, "fc"), name="resnet")
 
 
 def _normalised(images: keras.KerasTensor, model: Model) -> keras.KerasTensor:
-    """Per-channel mean and standard deviation (sec. 5.1), on the device, in float32."""
+    """Normalise by per-channel mean and standard deviation (sec. 5.1), on the device, in float32."""
     std = np.asarray(STD, dtype=np.float32)
     offset = -np.asarray(MEAN, dtype=np.float32) / std
     x = layers.Rescaling(1 / std, offset, dtype="float32", name="normalise")(images)
-    return (
-        layers.Permute((3, 1, 2), name="channels_first")(x)
-        if model.data_format == "channels_first"
-        else x
-    )
+    if model.data_format == "channels_first":
+        return layers.Permute((3, 1, 2), name="channels_first")(x)
+    return x
 
 
 def _stem(net: "_Layers", x: keras.KerasTensor, model: Model) -> keras.KerasTensor:
     if model.stem == "small":
-        return net.relu(
-            net.norm(net.conv(x, model.width, 3, 1, "stem_conv"), "stem_bn"), "stem_relu"
-        )
-    x = net.relu(net.norm(net.conv(x, model.width, 7, 2, "stem_conv"), "stem_bn"), "stem_relu")
+        x = net.conv(x, model.width, 3, 1, "stem_conv")
+        return net.relu(net.norm(x, "stem_bn"), "stem_relu")
+    x = net.conv(x, model.width, 7, 2, "stem_conv")
+    x = net.relu(net.norm(x, "stem_bn"), "stem_relu")
     x = net.pad(x, 1, "stem_pool_pad")  # zeros never win: the input comes out of a ReLU
-    return layers.MaxPooling2D(
-        3, 2, data_format=net.data_format, dtype=net.dtype, name="stem_pool"
-    )(x)
+    pool = layers.MaxPooling2D(3, 2, data_format=net.data_format, dtype=net.dtype, name="stem_pool")
+    return pool(x)
 
 
 def _bottleneck(
@@ -83,17 +78,15 @@ def _bottleneck(
     outputs = 4 * width
     shortcut = x
     if stride != 1 or x.shape[net.channel_axis] != outputs:
-        shortcut = net.norm(
-            net.conv(x, outputs, 1, stride, f"{name}_shortcut"), f"{name}_shortcut_bn"
-        )
-    y = net.relu(
-        net.norm(net.conv(x, width, 1, 1, f"{name}_conv1"), f"{name}_bn1"), f"{name}_relu1"
-    )
+        shortcut = net.conv(x, outputs, 1, stride, f"{name}_shortcut")
+        shortcut = net.norm(shortcut, f"{name}_shortcut_bn")
+    y = net.conv(x, width, 1, 1, f"{name}_conv1")
+    y = net.relu(net.norm(y, f"{name}_bn1"), f"{name}_relu1")
     # Stride 2 on the 3×3, not on the 1×1 as in the first ResNet paper (sec. 5.1).
-    y = net.relu(
-        net.norm(net.conv(y, width, 3, stride, f"{name}_conv2"), f"{name}_bn2"), f"{name}_relu2"
-    )
-    y = net.norm(net.conv(y, outputs, 1, 1, f"{name}_conv3"), f"{name}_bn3", last=True)
+    y = net.conv(y, width, 3, stride, f"{name}_conv2")
+    y = net.relu(net.norm(y, f"{name}_bn2"), f"{name}_relu2")
+    y = net.conv(y, outputs, 1, 1, f"{name}_conv3")
+    y = net.norm(y, f"{name}_bn3", last=True)
     return net.relu(layers.Add(dtype=net.dtype, name=f"{name}_add")([shortcut, y]), f"{name}_relu3")
 
 
@@ -109,8 +102,11 @@ class _Layers:
     def conv(
         self, x: keras.KerasTensor, filters: int, size: int, stride: int, name: str
     ) -> keras.KerasTensor:
-        """Convolution without bias. Padding is the same on both sides, as in the reference; TensorFlow's "same" would
-        put it on one side only when the stride is 2."""
+        """Convolve without bias.
+
+        Padding is the same on both sides, as in the reference. TensorFlow's "same" would put it on
+        one side only when the stride is 2.
+        """
         if size > 1 and stride > 1:
             x = self.pad(x, size // 2, f"{name}_pad")
         return layers.Conv2D(
@@ -132,7 +128,7 @@ class _Layers:
         )(x)
 
     def norm(self, x: keras.KerasTensor, name: str, last: bool = False) -> keras.KerasTensor:
-        """Batch normalisation over each worker's n examples; no weight decay on γ and β."""
+        """Normalise over each worker's n examples; no weight decay on γ and β."""
         return WorkerBatchNormalization(
             workers=self.recipe.run.workers_at_once,
             axis=self.channel_axis,
@@ -151,11 +147,15 @@ class _Layers:
             units,
             kernel_initializer=Normal(self.recipe.seed, name, std=initial.FC_STD),
             kernel_regularizer=self._decay(),
-            dtype="float32",  # logits and the softmax after them need the range also in mixed precision
+            # Logits and the softmax after them need the range also in mixed precision.
+            dtype="float32",
             name=name,
         )(x)
 
     def _decay(self) -> keras.regularizers.Regularizer | None:
-        """Keras's L2(c) adds c·‖w‖², whose gradient is 2cw; the paper's λ is the gradient's factor: c = λ/2."""
+        """Return Keras's L2(c), which adds c·‖w‖², with c = λ/2.
+
+        The gradient is 2cw, and the paper's λ is the gradient's factor.
+        """
         decay = self.recipe.optimizer.weight_decay
         return keras.regularizers.L2(decay / 2) if decay else None

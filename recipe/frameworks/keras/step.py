@@ -119,16 +119,15 @@ class Step:
             moved = [ops.convert_to_tensor(scope.get_current_value(v)) for v in self.moving]
             parts = self.layout.parts(
                 statistics=[ops.ravel(statistic) * share_of_k for statistic in moved],
-                losses=self._sums_of_workers(first_worker, losses),
-                hits=self._sums_of_workers(first_worker, hits),
+                losses=self.sums_of_workers(first_worker, losses),
+                hits=self.sums_of_workers(first_worker, hits),
                 stop=ops.zeros(1),
             )
             return loss, ops.concatenate(parts)
 
-        gradients, (vector,) = compute.gradients(forward, self.model.trainable_variables)
-        return gradients, vector
+        return compute.gradients(forward, self.model.trainable_variables)
 
-    def _sums_of_workers(self, first_worker: Any, values: Any) -> Any:
+    def sums_of_workers(self, first_worker: Any, values: Any) -> Any:
         """Return float32[k]: the sums of each worker's values in a pass, at the workers' places."""
         together = self.share.workers_at_once
         sums = ops.sum(ops.reshape(values, (together, -1)), axis=1)

@@ -1,23 +1,22 @@
 """The device of a rank that computes in PyTorch: its GPU or its share of the CPU, and the way of the input to it."""
 
 import os
-from typing import Any
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from recipe.ranks.machine import check_gpus
 
 
 def use_local_device(local_rank: int, threads: int, deterministic: bool = False) -> None:
-    """Gives this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
+    """Give this rank the GPU of its local rank, if there is one, and `threads` CPU threads."""
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS is repeatable only with this
+        # cuBLAS is repeatable only with this.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = (
-        not deterministic
-    )  # batches of one shape: the fastest kernels are worth finding
+    # Batches have one shape: the fastest kernels are worth finding.
+    torch.backends.cudnn.benchmark = not deterministic
     if torch.cuda.is_available():
         check_gpus(torch.cuda.device_count(), local_rank)
         torch.cuda.set_device(local_rank)
@@ -25,19 +24,21 @@ def use_local_device(local_rank: int, threads: int, deterministic: bool = False)
 
 
 def local_device() -> torch.device:
-    """Where this rank computes."""
+    """Return where this rank computes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def on_device(element: tuple) -> tuple[torch.Tensor, ...]:
-    """The arrays of an element of the input pipeline as tensors on this rank's device.
+def on_device(element: Sequence[np.ndarray | None]) -> tuple[torch.Tensor, ...]:
+    """Return the arrays of an element of the input pipeline as tensors on this rank's device.
 
-    On the CPU they share the arrays' memory. To a GPU they go through pinned memory, without waiting for the copy."""
+    On the CPU they share the arrays' memory. To a GPU they go through pinned memory, without
+    waiting for the copy.
+    """
     return tuple(_on_device(part) for part in element if part is not None)
 
 
-def _on_device(part: Any) -> torch.Tensor:
-    tensor = torch.as_tensor(part)
-    return (
-        tensor.pin_memory().to("cuda", non_blocking=True) if torch.cuda.is_available() else tensor
-    )
+def _on_device(array: np.ndarray) -> torch.Tensor:
+    tensor = torch.as_tensor(array)
+    if not torch.cuda.is_available():
+        return tensor
+    return tensor.pin_memory().to("cuda", non_blocking=True)

@@ -1,98 +1,112 @@
-"""One step of one rank: forward and backward of each of its workers, one round of allreduces, one update."""
+"""One step of one rank in PyTorch: forward and backward of its workers, one round of allreduces, one update."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import horovod.torch as hvd
 import torch
 from torch.nn import functional
 
 from recipe.config import Recipe
-from recipe.frameworks.replica import Figures, figures
+from recipe.data.element import Element
 from recipe.frameworks.torch.device import on_device
 from recipe.frameworks.torch.normalization import batch_statistics, moving_statistics
 from recipe.frameworks.torch.resnet import ResNet
+from recipe.frameworks.vector import StepResult, StepVector
+from recipe.rules.epoch import Share
 
+HorovodOptimizer = Any  # a torch.optim.Optimizer with synchronize() and skip_synchronize()
 AUTOCAST = {"float32": None, "mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16}
 
 
 class Step:
-    """Gradients add up over this rank's workers, `run.workers_at_once` of them in one forward pass; Horovod's hooks
-    reduce them while the last backward pass is still running. Then the optimizer updates.
+    """The step of a rank. Gradients add up over its forward passes, and Horovod's hooks reduce them while the last
+    one's backward pass is still running. Then the optimizer updates.
 
-    With the gradients goes one vector: the workers' batch statistics, by whose mean over all k the moving ones move, so
-    that they are equal on all ranks at any time; and the workers' losses and hits, one place each, which so are the
-    same numbers whatever the number of ranks."""
+    A StepVector goes with the gradients. Its statistics are the batches' own, summed over the workers. The moving
+    ones move by their mean over all k, so that they are equal on all ranks at any time.
+    """
 
     def __init__(
-        self, network: ResNet, optimizer: torch.optim.Optimizer, recipe: Recipe, workers: range
+        self, network: ResNet, optimizer: HorovodOptimizer, recipe: Recipe, share: Share
     ) -> None:
-        """`workers`: the numbers of this rank's. `optimizer`: Horovod's, for as many backward passes as there are."""
-        self.network, self.optimizer, self.k, self.together = (
-            network,
-            optimizer,
-            recipe.k,
-            recipe.run.workers_at_once,
-        )
+        """Take Horovod's optimizer, which must be for as many backward passes as the share has."""
+        self.network, self.optimizer = network, optimizer
+        self.k, self.share = recipe.k, share
         self.moving, self._momentum = moving_statistics(network), recipe.model.bn_momentum
         self._device, self._dtype = self.moving.device, AUTOCAST[recipe.model.precision]
         # The scale begins and grows as Keras's does; without float16 the scaler does nothing.
         enabled = self._dtype is torch.float16
         self.scaler = torch.amp.GradScaler(self._device.type, init_scale=2.0**15, enabled=enabled)
         self._forward = torch.compile(network) if recipe.run.compile else network
-        self._firsts = workers[:: self.together]
-        self._share = self.k / (hvd.size() * self.together)  # passes, where all ranks have as many
-        self._vector = torch.zeros(len(self.moving) + 2 * self.k + 1, device=self._device)
+        # What all ranks' gradients are divided by: their passes, where every rank has as many.
+        self._mean_passes = self.k / (hvd.size() * share.workers_at_once)
+        self.layout = StepVector(len(self.moving), self.k)
+        self.vector = torch.zeros(self.layout.length, device=self._device)
 
-    def __call__(self, elements: Iterator[tuple], stop: bool) -> Callable[[], Figures]:
-        """Draws this rank's elements and updates. Collective. Returns what `recipe.frameworks.replica.Replica.step` does."""
+    def __call__(self, elements: Iterator[Element], stop: bool) -> Callable[[], StepResult]:
+        """Draw this rank's elements and update. Collective.
+
+        The function that comes back waits for the step and returns its result.
+        """
+        # Forward and backward; Horovod reduces the gradients meanwhile.
         self.network.train()
-        self._vector.zero_()
-        for first in self._firsts:
-            self._backward(first, *on_device(next(elements)))
-        self._vector[-1] = stop
-        reduced = self._reduced()
-        self._update()
-        moved, found = reduced().split([len(self.moving), 2 * self.k + 1])
-        self.moving.lerp_(moved / self.k, 1 - self._momentum)
-        found = found.clone()  # the vector is the next step's
-        return lambda: figures(found.numpy(force=True), self.k)
+        self.vector.zero_()
+        for i in range(self.share.passes):
+            self.backward(self.share.workers_of(i)[0], *on_device(next(elements)))
 
-    def _reduced(self) -> Callable[[], torch.Tensor]:
-        """Begins the vector's sum over the ranks; what it returns waits for it."""
-        if hvd.size() == 1:  # else it would wait for Horovod's next cycle
-            return lambda: self._vector
-        handle = hvd.allreduce_async_(self._vector, op=hvd.Sum, name="workers")
-        return lambda: hvd.synchronize(handle)
+        # Reduce the vector while the optimizer waits for the gradients and applies them.
+        self.vector[self.layout.stop] = stop
+        reduced_vector = self._start_reduction()
+        self._update()
+
+        # All ranks have the same statistics from here on.
+        vector = reduced_vector()
+        statistics = vector[self.layout.statistics]
+        self.moving.lerp_(statistics / self.k, 1 - self._momentum)
+        result = vector[self.layout.result].clone()  # the vector is the next step's
+        return lambda: self.layout.read(result.numpy(force=True))
 
     def autocast(self) -> torch.autocast:
-        """A context of the recipe's precision."""
+        """Return a context of the recipe's precision."""
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
 
-    def _backward(
+    def _start_reduction(self) -> Callable[[], torch.Tensor]:
+        """Begin the vector's sum over the ranks, and return a function that waits for it."""
+        if hvd.size() == 1:  # else it would wait for Horovod's next cycle
+            return lambda: self.vector
+        handle = hvd.allreduce_async_(self.vector, op=hvd.Sum, name="workers")
+        return lambda: hvd.synchronize(handle)
+
+    def backward(
         self,
-        first: int,
+        first_worker: int,
         images: torch.Tensor,
         labels: torch.Tensor,
         weights: torch.Tensor,
         *keys: torch.Tensor,
     ) -> None:
-        """Adds the gradients of `together` workers, of which `first` is the first, and their part of the vector."""
+        """Add the gradients of one pass's workers, and their part of the vector."""
         with self.autocast():
             logits = self._forward(images, *keys)
         losses = functional.cross_entropy(logits, labels.long(), reduction="none")
         # The paper's remark 3: the mean is over all kn examples. Weight decay (remark 1) is the optimizer's.
-        self.scaler.scale((losses * weights).mean() / self._share).backward()
+        self.scaler.scale((losses * weights).mean() / self._mean_passes).backward()
+
         with torch.no_grad():
-            self._vector[: len(self.moving)] += batch_statistics(self.network) * self.together
-            for values, place in ((losses, first), (logits.argmax(1) == labels, self.k + first)):
-                place += len(self.moving)
-                self._vector[place : place + self.together] = values.reshape(self.together, -1).sum(
-                    1
-                )
+            together = self.share.workers_at_once
+            self.vector[self.layout.statistics] += batch_statistics(self.network) * together
+            hits = logits.argmax(1) == labels
+            losses_of_pass = self.layout.losses_of(first_worker, together)
+            hits_of_pass = self.layout.hits_of(first_worker, together)
+            self.vector[losses_of_pass] = losses.reshape(together, -1).sum(1)
+            self.vector[hits_of_pass] = hits.reshape(together, -1).sum(1)
 
     def _update(self) -> None:
-        """Waits for the mean gradients and applies them, or on all ranks skips those that overflow: ranks that test
-        before they reduce would disagree, and wait for each other."""
+        """Wait for the mean gradients and apply them, or skip those that overflow, on all ranks.
+
+        Ranks that test before they reduce would disagree, and wait for each other.
+        """
         self.optimizer.synchronize()
         self.scaler.unscale_(self.optimizer)
         with self.optimizer.skip_synchronize():

@@ -6,12 +6,12 @@ import torch
 
 
 def packed(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a dense tensor as a vector, without a copy."""
+    """Return the memory of a dense tensor as a vector, without a copy."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 class PackedCompression:
-    """One of `horovod.torch.Compression`, of gradients in any layout."""
+    """Compresses gradients in any layout, by one of `horovod.torch.Compression`."""
 
     def __init__(self, compression: Any) -> None:
         self._compression = compression

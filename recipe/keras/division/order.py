@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recipe.ranks import collectives
-from recipe.rules import sharding
+from recipe.rules.epoch import permutation
 
 TOO_SMALL = (
     "a batch of one example can't be shared out: make batches larger, or their number a multiple "
@@ -34,7 +34,7 @@ class Order:
         # Several threads may ask: the order in hand may become another epoch's meanwhile.
         latest = self._latest
         if latest is None or latest.epoch != epoch:
-            shuffled = sharding.permutation(count - last, self.seed, epoch)
+            shuffled = permutation(count - last, self.seed, epoch)
             latest = _EpochOrder(epoch, np.append(shuffled, np.arange(count - last, count)))
             self._latest = latest
         return latest.indices

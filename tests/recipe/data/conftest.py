@@ -1,4 +1,4 @@
-"""Prepared data sets for the tests: fashion_photos, and ImageNet's real builder on a handful of images."""
+"""Data sets for the tests: fashion_photos, and ImageNet's real builder on a handful of images."""
 
 import io
 import tarfile
@@ -10,7 +10,6 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from recipe.config import Data
-from recipe.data import sources
 from recipe.data.prepare import builders
 
 SYNSETS = ("n01440764", "n01443537")  # classes 0 and 1
@@ -44,7 +43,7 @@ def tar_of(members: dict[str, bytes]) -> bytes:
 @pytest.fixture(scope="session")
 def fashion(tmp_path_factory: pytest.TempPathFactory) -> Data:
     data = Data(name="fashion_photos", data_dir=str(tmp_path_factory.mktemp("data")), image_size=28)
-    sources.prepare(data)
+    builders.prepare(data)
     return data
 
 
@@ -62,7 +61,7 @@ def photos() -> dict[str, bytes]:
 def small_imagenet(
     tmp_path_factory: pytest.TempPathFactory, photos: dict[str, bytes]
 ) -> tfds.core.DatasetBuilder:
-    """ImageNet's own builder, run on two tars of its form with ten training and four validation images."""
+    """ImageNet's own builder, run on two tars with ten training and four validation images."""
     folder = tmp_path_factory.mktemp("imagenet")
     inner = {
         f"{synset}.tar": tar_of(

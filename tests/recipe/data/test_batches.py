@@ -1,4 +1,4 @@
-"""Batches made by threads: their order, their number, what an error does, and that nothing stays behind."""
+"""Batches made by threads: their order and number, errors, and that nothing stays behind."""
 
 import gc
 import subprocess
@@ -10,24 +10,25 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from recipe.data.batches import AHEAD, Batch, Batches, Jobs
+from recipe.data.batches import AHEAD, Batches, Unfilled
 
 COUNT, PARTS = 40, 3
 
 
-def made(
+def numbered(
     threads: int, job: Callable[[int, int], None] = lambda position, part: None, first: int = 0
 ) -> Batches:
     """COUNT batches; each says its position, part by part."""
 
-    def make(position: int) -> tuple[Batch, Jobs]:
+    def make(position: int) -> Unfilled[tuple[np.ndarray]]:
         values = np.full(PARTS, -1)
 
         def fill(part: int) -> None:
             job(position, part)
             values[part] = position
 
-        return (values,), [lambda part=part: fill(part) for part in range(PARTS)]
+        jobs = [lambda part=part: fill(part) for part in range(PARTS)]
+        return Unfilled((values,), jobs)
 
     return Batches(range(first, first + COUNT), make, threads)
 
@@ -39,7 +40,7 @@ def threads_of_images() -> list[str]:
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_the_order_is_that_of_the_positions(threads: int) -> None:
     slow = np.random.default_rng(threads).random((COUNT, PARTS)) / 500
-    batches = made(threads, lambda position, part: time.sleep(slow[position, part]))
+    batches = numbered(threads, lambda position, part: time.sleep(slow[position, part]))
     assert [batch.tolist() for (batch,) in batches] == [
         [position] * PARTS for position in range(COUNT)
     ]
@@ -47,7 +48,7 @@ def test_the_order_is_that_of_the_positions(threads: int) -> None:
 
 
 def test_a_part_of_them() -> None:
-    batches = made(2, first=5)
+    batches = numbered(2, first=5)
     assert len(batches) == COUNT
     assert [batch[0] for (batch,) in batches.take(3)] == [5, 6, 7]
     assert len(batches.take(COUNT + 1)) == COUNT
@@ -58,7 +59,7 @@ def test_a_part_of_them() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_what_is_made_ahead_is_bounded(threads: int) -> None:
-    begun, batches = set(), made(threads)
+    begun, batches = set(), numbered(threads)
     make = batches.make
     batches.make = lambda position: (
         begun.add(position) or make(position)
@@ -76,7 +77,7 @@ def test_an_error_comes_in_its_batch_s_place() -> None:
 
     seen = []
     with pytest.raises(ValueError, match=r"4\.0"):
-        for (batch,) in made(3, fail):
+        for (batch,) in numbered(3, fail):
             seen.append(batch[0])
     assert seen == [0, 1, 2, 3]
     assert threads_of_images() == []
@@ -84,7 +85,7 @@ def test_an_error_comes_in_its_batch_s_place() -> None:
 
 @pytest.mark.parametrize("end", ["close", "drop"])
 def test_nothing_stays_of_an_iterator_that_is_left(end: str) -> None:
-    batches = iter(made(3, lambda position, part: time.sleep(0.01)))
+    batches = iter(numbered(3, lambda position, part: time.sleep(0.01)))
     next(batches)
     assert threads_of_images()
     if end == "close":
@@ -98,8 +99,9 @@ def test_nothing_stays_of_an_iterator_that_is_left(end: str) -> None:
 @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise RuntimeError"])
 def test_a_process_ends_with_batches_in_the_making(end: str) -> None:
     program = (
-        "import numpy as np, time; from recipe.data.batches import Batches; "
-        "jobs = [lambda: time.sleep(0.05)] * 4; batches = iter(Batches(range(10**6), lambda p: ((), jobs), 2)); "
+        "import time; from recipe.data.batches import Batches, Unfilled; "
+        "jobs = [lambda: time.sleep(0.05)] * 4; "
+        "batches = iter(Batches(range(10**6), lambda position: Unfilled((), jobs), 2)); "
         f"next(batches)\n{end}"
     )
     done = subprocess.run([sys.executable, "-c", program], timeout=20, capture_output=True)

@@ -1,4 +1,4 @@
-"""Decoding: crops exact to the bit for all kinds of JPEG, the filter against PIL's, and what is refused."""
+"""Decoding: crops exact to the bit for all kinds of JPEG, PIL's filter, and what is refused."""
 
 import io
 import os
@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from recipe.data import decode, decode_build
+from recipe.data.decode import Cut, Filter, Problem
 
 ImageFile.MAXBLOCK = 2**20  # bytes: Pillow's encoder needs them for optimised files
-ONE = np.zeros(1, dtype=bool)
 
 
 @st.composite
@@ -62,10 +62,15 @@ def whole(image: bytes, scale: int = 1) -> np.ndarray:
         return np.asarray(opened.convert("RGB"))
 
 
-def decoded(image: bytes, box: tuple, size: int, kind: int, mirrored: bool = False) -> np.ndarray:
-    out = np.zeros((1, size, size, 3), np.uint8)
-    assert decode.decode([image], np.array([box]), ONE | mirrored, size, kind, out) == {}
+def decoded(image: bytes, cut: Cut) -> np.ndarray:
+    out = np.zeros((1, cut.size, cut.size, 3), np.uint8)
+    assert decode.decode([image], cut, out) == []
     return out[0]
+
+
+def cut_of(box: tuple | list, size: int, filter: Filter, mirrored: bool = False) -> Cut:
+    """Of one image."""
+    return Cut(np.array([box]), np.array([mirrored]), size, filter)
 
 
 def test_the_library_is_built() -> None:
@@ -76,20 +81,21 @@ def test_the_library_is_built() -> None:
 @settings(max_examples=200)
 @given(jpegs(), st.data())
 def test_crops_are_exact(image: bytes, data: st.DataObject) -> None:
-    """Bits, not levels: the box of a partly decoded image is that of the whole one, resized by other code."""
+    """Exact to the bit: the box of a partly decoded image is that of the whole one.
+
+    The whole one is resized by other code.
+    """
     height, width, _ = whole(image).shape
     y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     box = y, x, data.draw(st.integers(1, height - y)), data.draw(st.integers(1, width - x))
-    kind, size = (
-        data.draw(st.sampled_from([decode.BILINEAR, decode.SMOOTH])),
-        data.draw(st.integers(1, 40)),
-    )
-    mirrored = data.draw(st.booleans())
-    scale = next(
-        s for s in (8, 4, 2, 1) if s == 1 or (kind == decode.BILINEAR and min(box[2:]) >= s * size)
-    )
-    expected = decode.resized(whole(image, scale), np.array(box) / scale, mirrored, size, kind)
-    assert np.array_equal(decoded(image, box, size, kind, mirrored), expected)
+    filter = data.draw(st.sampled_from([Filter.BILINEAR, Filter.SMOOTH]))
+    size = data.draw(st.integers(1, 40))
+    cut = cut_of(box, size, filter, mirrored=data.draw(st.booleans()))
+    scale = 1
+    if filter == Filter.BILINEAR:
+        scale = next(s for s in (8, 4, 2, 1) if s == 1 or min(box[2:]) >= s * size)
+    expected = decode.resized(whole(image, scale), cut._replace(boxes=cut.boxes / scale))
+    assert np.array_equal(decoded(image, cut), expected)
 
 
 def photo(height: int = 60, width: int = 80, mode: str = "RGB") -> Image.Image:
@@ -101,9 +107,9 @@ def photo(height: int = 60, width: int = 80, mode: str = "RGB") -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("kind", [decode.BILINEAR, decode.SMOOTH])
+@pytest.mark.parametrize("filter", [Filter.BILINEAR, Filter.SMOOTH])
 def test_pillow_and_numpy_give_the_same_pixels(
-    mode: str, kind: int, monkeypatch: pytest.MonkeyPatch
+    mode: str, filter: Filter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = encoded(photo(mode=mode), "JPEG")
     cases = [
@@ -113,11 +119,12 @@ def test_pillow_and_numpy_give_the_same_pixels(
         ((59, 79, 1, 1), 9),
         ((9.4, 3.2, 7.9, 60.3), 20),
     ]
-    fast = [decoded(image, box, size, kind, True) for box, size in cases]
+    cuts = [cut_of(box, size, filter, mirrored=True) for box, size in cases]
+    fast = [decoded(image, cut) for cut in cuts]
     monkeypatch.setattr(decode, "_library", lambda: None)
     assert not decode.fast()
-    for (box, size), expected in zip(cases, fast, strict=True):
-        assert np.array_equal(decoded(image, box, size, kind, True), expected)
+    for cut, expected in zip(cuts, fast, strict=True):
+        assert np.array_equal(decoded(image, cut), expected)
 
 
 @pytest.mark.parametrize("library", [True, False])
@@ -132,9 +139,8 @@ def test_png_among_jpegs(mode: str, library: bool, monkeypatch: pytest.MonkeyPat
         encoded(photo(), "PNG"),
     ]
     boxes, out = np.tile((10, 20, 32, 32), (3, 1)), np.zeros((3, 32, 32, 3), np.uint8)
-    assert (
-        decode.decode(images, boxes, np.array([False, True, True]), 32, decode.BILINEAR, out) == {}
-    )
+    cut = Cut(boxes, np.array([False, True, True]), 32, Filter.BILINEAR)
+    assert decode.decode(images, cut, out) == []
     for image, pixels, step in zip(images, out, (1, -1, -1), strict=True):
         assert np.array_equal(pixels[:, ::step], whole(image)[10:42, 20:52])
 
@@ -142,28 +148,32 @@ def test_png_among_jpegs(mode: str, library: bool, monkeypatch: pytest.MonkeyPat
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 70))
 @example(60, 60, 7)
 def test_smooth_is_pil_s_bilinear(height: int, width: int, size: int) -> None:
-    """PIL has weights of 22 bits and rounds to whole levels between its passes: one level at most."""
+    """They differ by one level at most.
+
+    PIL has weights of 22 bits and rounds to whole levels between its passes.
+    """
     image = encoded(photo(height, width), "PNG")
     expected = Image.fromarray(whole(image)).resize((size, size), Image.Resampling.BILINEAR)
-    found = decoded(image, (0, 0, height, width), size, decode.SMOOTH)
-    assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
+    pixels = decoded(image, cut_of((0, 0, height, width), size, Filter.SMOOTH))
+    assert np.abs(pixels.astype(int) - np.asarray(expected)).max() <= 1
 
 
 def test_a_halved_image_is_as_good_as_a_low_pass() -> None:
-    """Where the DCT halves the image, bilinear comes near to PIL's low-pass; from the whole image it would not."""
-    image, box = encoded(photo(400, 400), "JPEG", quality=95), (0, 0, 400, 400)
-    smooth = decoded(image, box, 50, decode.SMOOTH).astype(int)
-    assert np.abs(decoded(image, box, 50, decode.BILINEAR) - smooth).mean() < 2
-    noise = Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (400, 400, 3)).astype(np.uint8)
-    )
-    image = encoded(noise, "JPEG", quality=95)
-    smooth = decoded(image, box, 50, decode.SMOOTH).astype(int)
-    unscaled = decode.resized(whole(image), np.array(box), False, 50, decode.BILINEAR).astype(int)
-    assert (
-        np.abs(decoded(image, box, 50, decode.BILINEAR) - smooth).mean()
-        < np.abs(unscaled - smooth).mean() / 2
-    )
+    """Where the DCT halves the image, bilinear comes near to PIL's low-pass.
+
+    From the whole image it would not come near.
+    """
+    bilinear = cut_of((0, 0, 400, 400), 50, Filter.BILINEAR)
+    smooth = bilinear._replace(filter=Filter.SMOOTH)
+    image = encoded(photo(400, 400), "JPEG", quality=95)
+    low_pass = decoded(image, smooth).astype(int)
+    assert np.abs(decoded(image, bilinear) - low_pass).mean() < 2
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3)).astype(np.uint8)
+    image = encoded(Image.fromarray(noise), "JPEG", quality=95)
+    low_pass = decoded(image, smooth).astype(int)
+    halved = np.abs(decoded(image, bilinear) - low_pass).mean()
+    unscaled = np.abs(decode.resized(whole(image), bilinear).astype(int) - low_pass).mean()
+    assert halved < unscaled / 2
 
 
 def without_palette(png: bytes) -> bytes:
@@ -175,20 +185,27 @@ def without_palette(png: bytes) -> bytes:
 
 
 def damaged() -> dict[str, tuple[bytes, str]]:
-    """Bytes and what is said of them, by kind."""
+    """Bytes, and what the decoders say of them, by the kind of damage."""
     jpeg = encoded(photo(), "JPEG", quality=95)
     scan = jpeg.index(b"\xff\xda")
+    cut = jpeg[: (scan + len(jpeg)) // 2]
+    in_the_head = "Premature end|no image|Unsupported marker|SOS"
+    tables_left_out = encoded(photo(), "JPEG", streamtype=2)
+    twelve_bits = jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c")
+    cut_png = encoded(photo(), "PNG")[:-400]
+    palette_png = encoded(photo().convert("P"), "PNG", transparency=3)
+    deep_png = encoded(Image.new("I;16", (80, 60)), "PNG")
     return {
-        "cut": (jpeg[: (scan + len(jpeg)) // 2], "Premature end of JPEG file"),
-        "cut and closed": (jpeg[: (scan + len(jpeg)) // 2] + b"\xff\xd9", "premature end of data segment"),
-        "cut in the head": (jpeg[: scan - 40], "Premature end|no image|Unsupported marker|SOS"),
+        "cut": (cut, "Premature end of JPEG file"),
+        "cut and closed": (cut + b"\xff\xd9", "premature end of data segment"),
+        "cut in the head": (jpeg[: scan - 40], in_the_head),
         "no picture": (jpeg[:scan] + b"\xff\xd9", "missing SOS marker"),
-        "tables left out": (encoded(photo(), "JPEG", streamtype=2), "table 0x00 was not defined"),
-        "twelve bits": (jpeg.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), "precision"),
-        "a cut PNG": (encoded(photo(), "PNG")[:-400], "truncated|broken|Truncated"),
-        "a PNG without its palette": (without_palette(encoded(photo().convert("P"), "PNG", transparency=3)), "damaged"),
-        "sixteen bits": (encoded(Image.new("I;16", (80, 60)), "PNG"), "more than 8 bits"),
-    }  # fmt: skip
+        "tables left out": (tables_left_out, "table 0x00 was not defined"),
+        "twelve bits": (twelve_bits, "precision"),
+        "a cut PNG": (cut_png, "truncated|broken|Truncated"),
+        "a PNG without its palette": (without_palette(palette_png), "damaged"),
+        "sixteen bits": (deep_png, "more than 8 bits"),
+    }
 
 
 @pytest.mark.parametrize("kind", damaged())
@@ -196,13 +213,12 @@ def test_what_is_wrong_is_said_of_the_image_that_is_wrong(kind: str) -> None:
     bad, message = damaged()[kind]
     good = encoded(photo(), "JPEG")
     out, boxes = np.zeros((4, 32, 32, 3), np.uint8), np.tile((0, 0, 60, 80), (4, 1))
-    problems = decode.decode(
-        [good, bad, good, bad], boxes, np.zeros(4, bool), 32, decode.BILINEAR, out
-    )
-    assert sorted(problems) == [1, 3]
-    (said,) = set(problems.values())
-    assert any(part in said for part in message.split("|")), said
-    assert np.array_equal(out[0], decoded(good, (0, 0, 60, 80), 32, decode.BILINEAR))
+    cut = Cut(boxes, np.zeros(4, bool), 32, Filter.BILINEAR)
+    problems = decode.decode([good, bad, good, bad], cut, out)
+    assert [problem.place for problem in problems] == [1, 3]
+    (problem,) = {problem.message for problem in problems}
+    assert any(part in problem for part in message.split("|")), problem
+    assert np.array_equal(out[0], decoded(good, cut.part(slice(1))))
     assert np.array_equal(out[2], out[0])
 
 
@@ -210,10 +226,8 @@ def test_damage_below_the_box_is_not_read() -> None:
     """Known and said in decode(): only what a box needs is decoded."""
     bad, _ = damaged()["cut"]
     good = encoded(photo(), "JPEG", quality=95)
-    box = (0, 0, 8, 80)
-    assert np.array_equal(
-        decoded(bad, box, 8, decode.BILINEAR), decoded(good, box, 8, decode.BILINEAR)
-    )
+    cut = cut_of((0, 0, 8, 80), 8, Filter.BILINEAR)
+    assert np.array_equal(decoded(bad, cut), decoded(good, cut))
 
 
 @pytest.mark.parametrize("way", ["fast", "pillow"])
@@ -224,8 +238,8 @@ def test_a_box_outside_of_the_image_is_refused(way: str, monkeypatch: pytest.Mon
     out = np.zeros((1, 8, 8, 3), np.uint8)
     for image in (encoded(photo().crop((0, 0, 16, 16)), kind) for kind in ("JPEG", "PNG")):
         for box in ([0, 0, 17, 16], [0, 1, 16, 16], [-1, 0, 4, 4], [0, 0, 0, 4], [0, 0, np.nan, 4]):
-            problems = decode.decode([image], np.array([box]), ONE, 8, decode.BILINEAR, out)
-            assert problems == {0: "the box is not inside the image"}
+            problems = decode.decode([image], cut_of(box, 8, Filter.BILINEAR), out)
+            assert problems == [Problem(0, "the box is not inside the image")]
 
 
 # --- building it
@@ -253,7 +267,10 @@ def test_it_is_built_with_what_the_environment_has(tmp_path: Path) -> None:
     (tmp_path / "pillow.libs").mkdir()
     shutil.copy(decode_build.bundled(site), tmp_path / "pillow.libs")
     shutil.copytree(site / decode_build.HEADERS, tmp_path / decode_build.HEADERS)
-    program = "import sys; from recipe.data import decode_build as b; from pathlib import Path; b.build(Path(sys.argv[1]))"
+    program = (
+        "import sys; from pathlib import Path; from recipe.data import decode_build; "
+        "decode_build.build(Path(sys.argv[1]))"
+    )
     command = [sys.executable, "-c", program, str(tmp_path)]
     failed = subprocess.run(
         command, env={**os.environ, "CC": "cc -include nothing.h"}, capture_output=True, text=True
@@ -290,7 +307,6 @@ def test_the_orientation_of_exif_is_ignored() -> None:
     assert Image.open(io.BytesIO(turned)).getexif()[0x0112] == 6
     out = np.empty((2, 8, 8, 3), dtype=np.uint8)
     boxes = np.array([[0.0, 0.0, 40.0, 56.0]] * 2)
-    assert (
-        decode.decode([plain, turned], boxes, np.zeros(2, dtype=bool), 8, decode.SMOOTH, out) == {}
-    )
+    cut = Cut(boxes, np.zeros(2, dtype=bool), 8, Filter.SMOOTH)
+    assert decode.decode([plain, turned], cut, out) == []
     assert np.array_equal(out[0], out[1])

@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from recipe.config import Data
-from recipe.data import files, folders, sources
+from recipe.data import folders, shared_files, sources
 from recipe.data.prepare import builders, verify
 from recipe.errors import RunError, UsageError
 from recipe.run import checkpoint
@@ -25,9 +25,9 @@ CLASSES = ("n01440764", "n01443537", "n01484850")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ with 8 images in each of three classes, val/ with 2."""
-    root = tmp_path_factory.mktemp("made") / "tree"
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree: train/ with 8 images in each of three classes, val/ with 2."""
+    root = tmp_path_factory.mktemp("original") / "tree"
     for split, count in (("train", 8), ("val", 2)):
         for c, name in enumerate(CLASSES):
             (root / split / name).mkdir(parents=True)
@@ -38,8 +38,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tree(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "tree"))
+def tree(original: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(original, tmp_path / "tree"))
 
 
 def data_of(tree: Path, **changes: str | int) -> Data:
@@ -65,7 +66,7 @@ def test_examples_are_the_sorted_files_and_labels_the_sorted_folders(tree: Path)
 
 
 def test_imagenet_s_labels_are_tfds_s() -> None:
-    """Its class names in TFDS's order are sorted, so that a tree gives each class the same label."""
+    """TFDS's order of the class names is sorted, so a tree gives each class the same label."""
     names = tfds.builder("imagenet2012").info.features["label"].names
     assert names == sorted(names)
 
@@ -73,9 +74,9 @@ def test_imagenet_s_labels_are_tfds_s() -> None:
 def test_the_list_is_kept_until_a_folder_changes(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources.prepare(data_of(tree))
+    builders.prepare(data_of(tree))
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "_files", lambda folder: pytest.fail("listed again"))
+        patch.setattr(folders, "_list_class", lambda folder: pytest.fail("listed again"))
         assert len(sources.open_source(data_of(tree), "train")) == 24
     (tree / "train" / CLASSES[1] / "more.jpg").write_bytes(photo(40, 40, seed=1))
     assert len(sources.open_source(data_of(tree), "train")) == 25
@@ -125,7 +126,7 @@ def test_a_class_folder_that_is_a_dead_link_is_refused(tree: Path) -> None:
     with pytest.raises(
         UsageError, match=rf"^{tree}/train/{CLASSES[1]} is a link that leads nowhere"
     ):
-        sources.prepare(data_of(tree))
+        builders.prepare(data_of(tree))
 
 
 def test_a_pipe_among_the_images_is_left_out(tree: Path, capsys: pytest.CaptureFixture) -> None:
@@ -139,14 +140,14 @@ def test_classes_that_look_alike_are_said_and_between_splits_refused(tree: Path,
     for split, names in (("train", [one, "Cat", "cat"]), ("val", [one, "Cat", "cat"])):
         for name in names:
             shutil.copytree(tree / split / CLASSES[0], tree / split / name)
-    sources.prepare(data_of(tree))
+    builders.prepare(data_of(tree))
     alike = [line for line in capsys.readouterr().err.splitlines() if "look alike" in line]
     assert len(alike) == 2 and all("'Cat' and 'cat'" in line for line in alike)
     (tree / "val" / one).rename(tree / "val" / other)
     with pytest.raises(
         UsageError, match=r"such as 'Cafe\\u0301', which has 'Caf\\xe9': rename one of the two"
     ):
-        sources.prepare(data_of(tree))
+        builders.prepare(data_of(tree))
 
 
 @pytest.mark.parametrize("mask", [0o002, 0o077])
@@ -154,7 +155,7 @@ def test_kept_lists_and_digests_have_the_rights_of_plain_files(tree: Path, mask:
     before = os.umask(mask)
     try:
         source = sources.open_source(data_of(tree), "train")
-        verify.verify("folder", tree, source.parts())
+        verify.verify("folder", tree, verify.folder_parts(source))
     finally:
         os.umask(before)
     for name in ("train.index.npz", verify.SUMS):
@@ -210,7 +211,7 @@ def flat(tree: Path) -> None:
 def test_another_form_of_tree_is_refused(tree: Path, damage: object, message: str) -> None:
     damage(tree)
     with pytest.raises(UsageError, match=message):
-        sources.prepare(data_of(tree))
+        builders.prepare(data_of(tree))
 
 
 def test_a_link_that_leads_nowhere_is_named(tree: Path) -> None:
@@ -219,14 +220,14 @@ def test_a_link_that_leads_nowhere_is_named(tree: Path) -> None:
     with pytest.raises(
         RunError, match=rf"^{link} can't be read: No such file or directory: mend the link or"
     ):
-        sources.prepare(data_of(tree))
+        builders.prepare(data_of(tree))
 
 
 def test_a_tree_needs_its_place() -> None:
     with pytest.raises(
         UsageError, match=r"needs the folder of train/ and val/ in config\.data\.data_dir"
     ):
-        sources.prepare(Data(name="folder"))
+        builders.prepare(Data(name="folder"))
 
 
 def test_the_command_verifies_a_tree(tree: Path) -> None:
@@ -255,7 +256,7 @@ def test_the_command_verifies_a_tree(tree: Path) -> None:
 def test_digests_of_names_that_are_not_utf_8_and_damaged_digests(tree: Path) -> None:
     source = sources.open_source(data_of(tree), "eval")
     name = os.fsdecode(b"val/\xff.JPEG")
-    part = verify.Part("val", "", 1, lambda tally: verify.Found(digests={name: "0" * 64}))
+    part = verify.Part("val", "", 1, lambda tally: verify.Findings(digests={name: "0" * 64}))
     for _ in range(2):  # written, then read
         verify.verify("folder", tree, [part])
     assert (tree / verify.SUMS).read_bytes() == b"0" * 64 + b"  val/\xff.JPEG\n"
@@ -264,7 +265,7 @@ def test_digests_of_names_that_are_not_utf_8_and_damaged_digests(tree: Path) -> 
     with pytest.raises(
         RunError, match=rf"line 2 of {tree}/{verify.SUMS} is no .*: delete it and verify again"
     ):
-        verify.verify("folder", tree, source.parts())
+        verify.verify("folder", tree, verify.folder_parts(source))
 
 
 def test_a_file_that_is_away_for_a_moment_is_waited_for(
@@ -278,15 +279,13 @@ def test_a_file_that_is_away_for_a_moment_is_waited_for(
     assert source.read(np.arange(3))[0] == expected
     back.join()
     (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        line
-        == f"warning: {folder}/{CLASSES[0]}_0.JPEG can't be read (No such file or directory): trying for 30 s"
-    )
+    path = f"{folder}/{CLASSES[0]}_0.JPEG"
+    assert line == (f"warning: {path} can't be read (No such file or directory): trying for 30 s")
 
 
 def test_patience_ends_with_the_path(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 25 < sum(files.DELAYS) < 35
-    monkeypatch.setattr(files, "DELAYS", (0.05, 0.05))
+    assert 25 < sum(shared_files.DELAYS) < 35
+    monkeypatch.setattr(shared_files, "DELAYS", (0.05, 0.05))
     source = sources.open_source(data_of(tree), "train")
     source_path = tree / "train" / CLASSES[0] / f"{CLASSES[0]}_0.JPEG"
     source_path.unlink()
@@ -346,7 +345,7 @@ def in_sorted_order(tree: Path, data_dir: Path) -> Data:
 
 @pytest.mark.ranks
 def test_two_ranks_learn_the_same_from_a_tree_as_from_tfds(tree: Path, tmp_path: Path) -> None:
-    """Law 1: where the images lie is no part of the recipe; equal to the bit, on the same ranks."""
+    """Where the images lie is no part of the recipe. The weights are equal to the bit."""
     sizes = {
         "k": 2,
         "n": 4,
@@ -378,10 +377,10 @@ def test_two_ranks_learn_the_same_from_a_tree_as_from_tfds(tree: Path, tmp_path:
 
 
 @pytest.mark.ranks
-def test_a_rank_with_other_data_ends_the_job(tree: Path, made: Path, tmp_path: Path) -> None:
-    """Copies on each host, one of which lacks an image: the ranks would take different numbers of steps."""
+def test_a_rank_with_other_data_ends_the_job(tree: Path, original: Path, tmp_path: Path) -> None:
+    """Each host has a copy, and one lacks an image: the numbers of steps would differ."""
     (tree / "train" / CLASSES[1] / f"{CLASSES[1]}_0.JPEG").unlink()
-    other = shutil.copytree(made, tmp_path / "other")
+    other = shutil.copytree(original, tmp_path / "other")
     program = "import os, sys; folder = os.environ['DATA' + os.environ['OMPI_COMM_WORLD_RANK']]; "
     program += "sys.argv.append(f'--config.data.data_dir={folder}'); "
     program += "from recipe import cli, train; cli.run(train.main, train.VALUES)"
@@ -398,9 +397,9 @@ def test_a_rank_with_other_data_ends_the_job(tree: Path, made: Path, tmp_path: P
     ]
     done = launch(2, ["-c", program, *options], DATA0=str(other), DATA1=str(tree))
     assert done.returncode == 1, done.stdout
-    (said,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    (error,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert (
-        "rank 1 has other data than rank 0: (examples, classes) [(23, 3), (6, 3)] instead of [(24, 3), (6, 3)]"
-        in said
+        "rank 1 has other data than rank 0: (examples, classes) [(23, 3), (6, 3)] instead of "
+        "[(24, 3), (6, 3)]" in error
     )
     assert not (tmp_path / "run").exists()

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,15 @@ from PIL import Image
 
 from recipe.config import Data, Recipe, Schedule
 from recipe.data import pipeline, records, sources
+from recipe.data.element import Element, Examples
 from recipe.data.images import image_shape
+from recipe.data.pipeline import EvaluationExamples, TrainingExamples
+from recipe.data.prepare import builders
 from recipe.errors import RunError, UsageError
-from recipe.rules import augment, sharding
+from recipe.rules import augment
+from recipe.rules.epoch import Epoch, Share, eval_indices, permutation
 
+THREADS = 2
 NO_WARMUP = Schedule(warmup="none", decay_epochs=())
 
 
@@ -27,8 +32,25 @@ def recipe_of(data: Data, k: int, n: int, epochs: int = 2, seed: int = 5) -> Rec
     return Recipe(k=k, n=n, epochs=epochs, seed=seed, data=data, schedule=NO_WARMUP)
 
 
-def collected(batches: Iterable) -> list[tuple[np.ndarray, ...]]:
-    return list(batches)
+def elements_of(
+    source: sources.Source, recipe: Recipe, workers: range, first_step: int = 0
+) -> list[Element]:
+    """All elements of these workers."""
+    return list(examples_of(source, recipe, workers).elements(first_step))
+
+
+def examples_of(
+    source: sources.Source, recipe: Recipe, workers: range, threads: int = THREADS
+) -> TrainingExamples:
+    share = Share(workers, recipe.run.workers_at_once)
+    return TrainingExamples(source, recipe, share, threads)
+
+
+def evaluated(
+    source: sources.Source, recipe: Recipe, indices: np.ndarray, batch: int
+) -> list[Examples]:
+    """These examples as evaluation has them."""
+    return list(EvaluationExamples(source, recipe, THREADS).batches(indices, batch))
 
 
 def assert_equal(a: list[tuple], b: list[tuple]) -> None:
@@ -41,6 +63,12 @@ def assert_equal(a: list[tuple], b: list[tuple]) -> None:
 def parts_of(batch: tuple) -> list[np.ndarray]:
     """An element without dropout has no keys."""
     return [part for part in batch if part is not None]
+
+
+def joined(elements: Sequence[Element]) -> tuple[np.ndarray, ...]:
+    """The examples of several elements in one."""
+    parts = zip(*map(parts_of, elements), strict=True)
+    return tuple(np.concatenate(part) for part in parts)
 
 
 @pytest.fixture(scope="module")
@@ -56,54 +84,51 @@ def source(data: Data) -> sources.TFDSSource:
 
 def test_batches_are_the_workers_shares(source: sources.TFDSSource, data: Data) -> None:
     recipe = recipe_of(data, k=3, n=32)
-    batches = collected(pipeline.train_batches(source, recipe, [0, 1, 2]))
+    batches = elements_of(source, recipe, range(3))
     assert [len(batch.images) for batch in batches] == ([32] * 6 + [20, 19, 19]) * 2
     for batch in batches:
         assert batch.images.dtype == np.uint8
         assert batch.images.shape[1:] == (28, 28, 3)
         assert batch.keys is None
     all_labels = source.read(np.arange(250))[1]
-    for position, (_, labels, weights, _) in enumerate(batches):
+    division = Epoch(250, k=3, n=32, remainder="short")
+    for position, batch in enumerate(batches):
         epoch, step, worker = position // 9, position % 9 // 3, position % 3
-        order = sharding.permutation(250, 5, epoch)
-        assert np.array_equal(
-            labels, all_labels[sharding.worker_indices(order, step, worker, 3, 32)]
-        )
-        assert weights.dtype == np.float32
-        assert np.allclose(weights, sharding.worker_weight(250, step, worker, 3, 32))
+        order = permutation(250, 5, epoch)
+        indices = division.indices(order, step, worker)
+        assert np.array_equal(batch.labels, all_labels[indices])
+        assert batch.weights.dtype == np.float32
+        assert np.allclose(batch.weights, division.weight(step, worker))
 
 
 def test_dropped_remainder(source: sources.TFDSSource, data: Data) -> None:
     recipe = recipe_of(dataclasses.replace(data, remainder="drop"), k=3, n=32)
-    batches = collected(pipeline.train_batches(source, recipe, [1]))
+    batches = elements_of(source, recipe, range(1, 2))
     assert [(len(batch.images), batch.weights[0]) for batch in batches] == [(32, 1.0)] * 4
 
 
 def test_the_division_among_ranks_changes_nothing(source: sources.TFDSSource, data: Data) -> None:
-    """Law 1: one rank with both workers, two ranks with one each, one worker with all examples: the same images."""
+    """The images are the same on one rank with both workers and on two ranks with one each.
+
+    They are also those of one worker with all examples.
+    """
     recipe = recipe_of(data, k=2, n=48)
-    both = collected(pipeline.train_batches(source, recipe, [0, 1]))
-    assert_equal(both[0::2], collected(pipeline.train_batches(source, recipe, [0])))
-    assert_equal(both[1::2], collected(pipeline.train_batches(source, recipe, [1])))
-    single = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=96), [0]))
-    joined = [
-        tuple(map(np.concatenate, zip(a[:2], b[:2], strict=True)))
-        for a, b in zip(both[::2], both[1::2], strict=True)
-    ]
-    assert_equal(joined, [batch[:2] for batch in single])
+    both = elements_of(source, recipe, range(2))
+    assert_equal(both[0::2], elements_of(source, recipe, range(1)))
+    assert_equal(both[1::2], elements_of(source, recipe, range(1, 2)))
+    single = elements_of(source, recipe_of(data, k=1, n=96), range(1))
+    pairs = [joined(pair) for pair in zip(both[::2], both[1::2], strict=True)]
+    assert_equal([pair[:2] for pair in pairs], [element[:2] for element in single])
 
 
 def test_several_workers_at_once_are_the_same_workers(
     source: sources.TFDSSource, data: Data
 ) -> None:
     recipe = recipe_of(dataclasses.replace(data, remainder="drop"), k=6, n=16)
-    apart = collected(pipeline.train_batches(source, recipe, range(6)))
+    apart = elements_of(source, recipe, range(6))
     together = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, workers_at_once=3))
-    joined = [
-        tuple(map(np.concatenate, zip(*map(parts_of, apart[i : i + 3]), strict=True)))
-        for i in range(0, len(apart), 3)
-    ]
-    assert_equal(collected(pipeline.train_batches(source, together, range(6))), joined)
+    threes = [joined(apart[i : i + 3]) for i in range(0, len(apart), 3)]
+    assert_equal(elements_of(source, together, range(6)), threes)
 
 
 def test_networks_with_dropout_get_the_examples_keys(
@@ -111,8 +136,8 @@ def test_networks_with_dropout_get_the_examples_keys(
 ) -> None:
     recipe = recipe_of(data, k=1, n=250)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dropout=0.5))
-    for epoch, (*_, keys) in enumerate(collected(pipeline.train_batches(source, recipe, [0]))):
-        expected = augment.keys(sharding.permutation(250, 5, epoch), 5, epoch)
+    for epoch, (*_, keys) in enumerate(elements_of(source, recipe, range(1))):
+        expected = augment.keys(permutation(250, 5, epoch), 5, epoch)
         assert np.array_equal(keys.view(np.uint64), expected)
 
 
@@ -120,13 +145,11 @@ def test_networks_with_dropout_get_the_examples_keys(
 def test_resume_continues_the_stream(
     source: sources.TFDSSource, data: Data, first_step: int
 ) -> None:
-    """Trap 10: after a resume, in an epoch or between two, comes what would have come, not epoch 0 again."""
+    """After a resume, in an epoch or between two, comes what would have come, not epoch 0 again."""
     recipe = recipe_of(data, k=2, n=48)
-    whole = collected(pipeline.train_batches(source, recipe, [0, 1]))
-    assert_equal(
-        collected(pipeline.train_batches(source, recipe, [0, 1], first_step)),
-        whole[2 * first_step :],
-    )
+    whole = elements_of(source, recipe, range(2))
+    resumed = elements_of(source, recipe, range(2), first_step)
+    assert_equal(resumed, whole[2 * first_step :])
 
 
 def test_threads_change_nothing(
@@ -136,18 +159,15 @@ def test_threads_change_nothing(
     streams = []
     for threads, part in ((1, 32), (7, 32), (3, 1)):
         monkeypatch.setattr(pipeline, "PART", part)
-        batches = pipeline.train_batches(source, recipe, [0, 1])
-        batches.threads = threads
-        streams.append(collected(batches))
+        examples = examples_of(source, recipe, range(2), threads)
+        streams.append(list(examples.elements()))
     assert_equal(streams[0], streams[1])
     assert_equal(streams[0], streams[2])
 
 
 def test_epochs_and_seeds_differ(source: sources.TFDSSource, data: Data) -> None:
-    first, second = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=250), [0]))
-    other = collected(
-        pipeline.train_batches(source, recipe_of(data, k=1, n=250, epochs=1, seed=6), [0])
-    )[0]
+    first, second = elements_of(source, recipe_of(data, k=1, n=250), range(1))
+    other = elements_of(source, recipe_of(data, k=1, n=250, epochs=1, seed=6), range(1))[0]
     assert not np.array_equal(first[1], second[1])
     assert not np.array_equal(first[1], other[1])
     assert np.bincount(first[1]).tolist() == np.bincount(second[1]).tolist()
@@ -155,21 +175,19 @@ def test_epochs_and_seeds_differ(source: sources.TFDSSource, data: Data) -> None
 
 def test_too_few_examples_are_refused(source: sources.TFDSSource, data: Data) -> None:
     with pytest.raises(UsageError, match="250 training examples are fewer"):
-        pipeline.train_batches(source, recipe_of(data, k=251, n=1), [0])
+        elements_of(source, recipe_of(data, k=251, n=1), range(1))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_evaluation_has_every_example_once(data: Data, ranks: int) -> None:
-    """Trap 7, on a number of examples that no number of ranks and no batch divides."""
+    """On a number of examples that no number of ranks and no batch divides."""
     source = sources.open_source(data, "eval")
     recipe = recipe_of(data, k=1, n=1)
     images, labels = source.read(np.arange(99))
     batches = [
         batch
         for rank in range(ranks)
-        for batch in collected(
-            pipeline.eval_batches(source, recipe, sharding.eval_indices(99, rank, ranks), 16)
-        )
+        for batch in evaluated(source, recipe, eval_indices(99, rank, ranks), 16)
     ]
     assert np.array_equal(np.concatenate([labels for _, labels in batches]), labels)
     assert sum(len(images) for images, _ in batches) == len(images)
@@ -177,16 +195,19 @@ def test_evaluation_has_every_example_once(data: Data, ranks: int) -> None:
 
 def test_a_rank_without_examples_evaluates_nothing(data: Data) -> None:
     source = sources.open_source(data, "eval")
-    nothing = sharding.eval_indices(3, 0, 5)
-    assert collected(pipeline.eval_batches(source, recipe_of(data, k=1, n=1), nothing, 16)) == []
+    nothing = eval_indices(3, 0, 5)
+    assert evaluated(source, recipe_of(data, k=1, n=1), nothing, 16) == []
 
 
 def test_evaluation_pixels_are_pil_s(small_imagenet: tfds.core.DatasetBuilder) -> None:
-    """torchvision's Resize(256) and CenterCrop(224), done with PIL, which rounds to whole levels between two passes;
-    here both are one, in floating point. So two levels at most, a quarter of one on average."""
+    """They differ by two levels at most, and by a quarter of one on average.
+
+    PIL does torchvision's Resize(256) and CenterCrop(224), and rounds to whole levels between two
+    passes. Here both are one, in floating point.
+    """
     source = sources.TFDSSource(small_imagenet, "train")
     recipe = recipe_of(Data(image_size=224), k=1, n=1)
-    batches = collected(pipeline.eval_batches(source, recipe, np.arange(len(source)), 4))
+    batches = evaluated(source, recipe, np.arange(len(source)), 4)
     for pixels, jpeg in zip(
         np.concatenate([b[0] for b in batches]), source.read(np.arange(len(source)))[0], strict=True
     ):
@@ -223,8 +244,8 @@ def test_training_pixels_are_the_box_resized(small_imagenet: tfds.core.DatasetBu
     recipe = recipe_of(Data(image_size=224), k=1, n=len(source), epochs=3)
     jpegs = source.read(np.arange(len(source)))[0]
     shapes = np.array([image_shape(jpeg) for jpeg in jpegs])
-    for epoch, (images, *_) in enumerate(collected(pipeline.train_batches(source, recipe, [0]))):
-        order = sharding.permutation(len(source), 5, epoch)
+    for epoch, (images, *_) in enumerate(elements_of(source, recipe, range(1))):
+        order = permutation(len(source), 5, epoch)
         boxes, flips = augment.crop_boxes(shapes[order], order, 5, epoch)
         for i, (y, x, h, w), flip, pixels in zip(order, boxes, flips, images, strict=True):
             whole = np.asarray(Image.open(io.BytesIO(jpegs[i])).convert("RGB"))
@@ -256,24 +277,23 @@ def test_png_data_sets(tmp_path: Path) -> None:
             return ((i, {"image": image, "label": i}) for i, image in enumerate(pixels))
 
     data = Data(name="tiny_png", data_dir=str(tmp_path), image_size=32)
-    sources.prepare(data)
+    builders.prepare(data)
     source = sources.open_source(data, "train")
-    images, labels, *_ = collected(pipeline.train_batches(source, recipe_of(data, k=1, n=20), [0]))[
-        0
-    ]
-    indices = sharding.permutation(20, 5, 0)
+    images, labels, *_ = elements_of(source, recipe_of(data, k=1, n=20), range(1))[0]
+    indices = permutation(20, 5, 0)
     boxes, flips = augment.crop_boxes(np.full((20, 2), 32), indices, 5, 0)
     for image, label, (y, x, h, w), flip in zip(images, labels, boxes, flips, strict=True):
         expected = interpolated(pixels[label, y : y + h, x : x + w], 32)
         assert np.abs((image[:, ::-1] if flip else image) - expected).max() <= 0.5 + 1e-3
-    (evaluated, _), *_ = collected(
-        pipeline.eval_batches(source, recipe_of(data, k=1, n=1), np.arange(20), 20)
-    )
-    assert evaluated.shape == (20, 32, 32, 3)
+    (examples,) = evaluated(source, recipe_of(data, k=1, n=1), np.arange(20), 20)
+    assert examples.images.shape == (20, 32, 32, 3)
 
 
 def overwrite(data: Data, example: int, replace: dict[bytes, bytes]) -> str:
-    """Changes bytes in the record of an example of the first shard, as if written so; returns the file's name."""
+    """Change bytes in the record of an example of the first shard, as if it was written so.
+
+    Return the file's name.
+    """
     path = next(Path(data.data_dir).rglob("*train.tfrecord-00000*"))
     start, end = records.scan(str(path))[example : example + 2]
     content = bytearray(path.read_bytes())
@@ -304,18 +324,19 @@ def test_a_bad_image_is_named(
     data = dataclasses.replace(fashion, data_dir=str(tmp_path), train_examples=64)
     path = overwrite(data, 5, replace)
     source = sources.open_source(data, "train")
-    for batches in (
-        pipeline.train_batches(source, recipe_of(data, k=1, n=n), [0]),
-        pipeline.eval_batches(source, recipe_of(data, k=1, n=n), np.arange(64), n),
+    recipe = recipe_of(data, k=1, n=n)
+    for action in (
+        lambda: elements_of(source, recipe, range(1)),
+        lambda: evaluated(source, recipe, np.arange(64), n),
     ):
         with pytest.raises(RunError, match=rf"example 5 \(byte \d+ of {path}\) {message}"):
-            collected(batches)
+            action()
 
 
 def test_a_bad_image_is_replaced_in_all_divisions_by_the_same(
     fashion: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two bad ones, of which the first may be drawn to replace the second; with any number of ranks and threads."""
+    """Of two bad ones the first may be drawn to replace the second."""
     shutil.copytree(fashion.data_dir, tmp_path, dirs_exist_ok=True)
     data = dataclasses.replace(
         fashion, data_dir=str(tmp_path), train_examples=16, bad_images="replace"
@@ -327,33 +348,37 @@ def test_a_bad_image_is_replaced_in_all_divisions_by_the_same(
     ):
         path = overwrite(data, example, replace)
     source, recipe = sources.open_source(data, "train"), recipe_of(data, k=1, n=16)
-    pipeline.replaced.clear()
-    whole = collected(pipeline.train_batches(source, recipe, [0]))
-    said = capsys.readouterr().err
-    assert sorted(re.findall(r"example (\d+) \(byte \d+ of (.*)\) (?:is not|can't)", said)) == [
-        ("5", path),
-        ("9", path),
-    ]
-    assert len(pipeline.replaced) == 2
-    for batch in (1, 4):
-        apart = collected(
-            pipeline.train_batches(
-                source, recipe_of(data, k=16 // batch, n=batch), range(16 // batch)
-            )
-        )
-        for part in (0, 1):
-            joined = np.concatenate([element[part] for element in apart])
-            assert np.array_equal(joined, np.concatenate([element[part] for element in whole]))
+
+    # Each bad one is named once a run.
+    examples = examples_of(source, recipe, range(1))
+    whole = list(examples.elements())
+    warnings = capsys.readouterr().err
+    named = re.findall(r"example (\d+) \(byte \d+ of (.*)\) (?:is not|can't)", warnings)
+    assert sorted(named) == [("5", path), ("9", path)]
+    assert examples.replaced == {source.where(5), source.where(9)}
+    assert_equal(list(examples.elements()), whole)
     assert not capsys.readouterr().err, "once a run"
+
+    # The same are taken in other divisions.
+    for n in (1, 4):
+        k = 16 // n
+        apart = examples_of(source, recipe_of(data, k=k, n=n), range(k))
+        assert_equal([joined(list(apart.elements()))[:2]], [joined(whole)[:2]])
+        assert apart.replaced == examples.replaced
+
+    # They are the first ones drawn that are good.
     labels = good.read(np.arange(16))[1]
-    for epoch, (_, found, *_) in enumerate(whole):
-        order = sharding.permutation(16, 5, epoch)
-        for index, label in zip(order, found, strict=True):
-            drawn = [int(i) for i in augment.replacements(index, 16, 5, epoch) if i not in (5, 9)]
-            assert label == labels[drawn[0] if index in (5, 9) else index]
+    for epoch, element in enumerate(whole):
+        order = permutation(16, 5, epoch)
+        for index, label in zip(order, element.labels, strict=True):
+            if index in (5, 9):
+                drawn = augment.replacements(index, 16, 5, epoch)
+                index = next(i for i in drawn if i not in (5, 9))
+            assert label == labels[index]
+
     with pytest.raises(RunError, match=r"example [59] "):
         fails = dataclasses.replace(data, bad_images="fail")
-        collected(pipeline.train_batches(source, recipe_of(fails, k=1, n=16), [0]))
+        elements_of(source, recipe_of(fails, k=1, n=16), range(1))
 
 
 def test_synthetic_batches() -> None:
@@ -362,15 +387,15 @@ def test_synthetic_batches() -> None:
     )
     source = sources.open_source(data, "train", 5)
     recipe = recipe_of(data, k=2, n=16)
-    batches = collected(pipeline.train_batches(source, recipe, [0, 1]))
+    batches = elements_of(source, recipe, range(2))
     assert [len(batch.images) for batch in batches] == [16, 16, 16, 16, 3, 3] * 2
-    order = sharding.permutation(70, 5, 1)
-    indices = sharding.worker_indices(order, 1, 1, 2, 16)
+    order = permutation(70, 5, 1)
+    indices = Epoch(70, k=2, n=16, remainder="short").indices(order, step=1, worker=1)
     assert np.array_equal(batches[9][0], source.images(indices, 32))
     assert np.array_equal(batches[9][1], source.labels(indices))
     evaluation = sources.open_source(data, "eval", 5)
     assert_equal(
-        collected(pipeline.eval_batches(evaluation, recipe, np.arange(10), 16)),
+        evaluated(evaluation, recipe, np.arange(10), 16),
         [(evaluation.images(np.arange(10), 32), evaluation.labels(np.arange(10)))],
     )
 
@@ -378,10 +403,15 @@ def test_synthetic_batches() -> None:
 def test_images_are_read_without_tensorflow(fashion: Data) -> None:
     """Native PyTorch neither waits for it nor holds its memory."""
     program = (
-        "import sys; from recipe.frameworks import replica; from recipe.run import loop; from recipe.config import Data, Recipe; replica.of('torch'); "
-        "from recipe.data import pipeline, sources; data = Data('fashion_photos', sys.argv[1], image_size=28); "
-        "source = sources.open_source(data, 'train'); "
-        "next(iter(pipeline.train_batches(source, Recipe(k=1, n=8, data=data), [0]))); "
+        "import sys; from recipe.frameworks.replica import load_framework; "
+        "from recipe.run import loop; from recipe.config import Data, Recipe; "
+        "load_framework('torch'); "
+        "from recipe.data.pipeline import TrainingExamples; "
+        "from recipe.data.sources import open_source; from recipe.rules.epoch import Share; "
+        "data = Data('fashion_photos', sys.argv[1], image_size=28); "
+        "source, recipe = open_source(data, 'train'), Recipe(k=1, n=8, data=data); "
+        "examples = TrainingExamples(source, recipe, Share(range(1)), 2); "
+        "next(iter(examples.elements())); "
         "assert 'torch' in sys.modules and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, fashion.data_dir], check=True)
@@ -392,7 +422,7 @@ def test_frameworks_share_the_images_memory(source: sources.TFDSSource, data: Da
     from recipe.frameworks.keras import compute_tensorflow
     from recipe.frameworks.torch import device
 
-    element = next(iter(pipeline.train_batches(source, recipe_of(data, k=1, n=64), [0])))
+    element = next(iter(elements_of(source, recipe_of(data, k=1, n=64), range(1))))
     images, labels, *_ = element
     for on_device in (compute_tensorflow.on_device, device.on_device):
         tensor, *others = on_device(element)
@@ -414,7 +444,7 @@ def test_keras_can_train_on_the_batches(source: sources.TFDSSource, data: Data) 
     )
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     recipe = recipe_of(data, k=2, n=48)
-    elements = pipeline.train_batches(source, recipe, [1])
+    elements = elements_of(source, recipe, range(1, 2))
     batches = (tuple(parts_of(element)) for element in elements)
     history = model.fit(batches, epochs=2, steps_per_epoch=3, verbose=0)
     assert len(history.history["loss"]) == 2

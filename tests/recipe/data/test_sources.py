@@ -17,7 +17,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from recipe.config import Data
-from recipe.data import files, records, sources
+from recipe.data import datasets, records, shared_files, sources
 from recipe.data.prepare import __main__ as prepare
 from recipe.data.prepare import builders, verify
 from recipe.errors import RunError, UsageError
@@ -31,13 +31,13 @@ def copied(fashion: Data, tmp_path: Path) -> Data:
 
 
 def shard(data: Data) -> Path:
-    """The file of training examples 0, 1, …"""
+    """Return the file of training examples 0, 1, and so on."""
     return next(Path(data.data_dir).rglob("*train.tfrecord-00000*"))
 
 
 def test_examples_are_tfds_s_in_its_order(fashion: Data) -> None:
     source = sources.open_source(fashion, "train")
-    builder = builders.find_builder(fashion)
+    builder = datasets.find_builder(fashion)
     one_file_at_a_time = tfds.ReadConfig(interleave_cycle_length=1)
     dataset = builder.as_dataset(
         "train", decoders={"image": tfds.decode.SkipDecoding()}, read_config=one_file_at_a_time
@@ -88,7 +88,8 @@ def test_parts_of_splits(fashion: Data) -> None:
         ),
         (
             {"name": "mnist:9.9.9"},
-            r"'mnist:9\.9\.9' .*: Dataset mnist cannot be loaded at version 9\.9\.9, only: 3\.0\.1$",
+            r"'mnist:9\.9\.9' .*: Dataset mnist cannot be loaded at version 9\.9\.9, "
+            r"only: 3\.0\.1$",
         ),
         (
             {"name": "fashion_photo"},
@@ -111,7 +112,7 @@ def test_unprepared_data_names_the_command(tmp_path: Path) -> None:
 
 def test_missing_imagenet_names_files_sizes_place_and_command(tmp_path: Path) -> None:
     data = Data(name="imagenet2012", data_dir=str(tmp_path))
-    for action in (sources.prepare, lambda d: sources.open_source(d, "train")):
+    for action in (builders.prepare, lambda d: sources.open_source(d, "train")):
         with pytest.raises(UsageError) as caught:
             action(data)
         message, manual = str(caught.value), tmp_path / "downloads" / "manual"
@@ -127,20 +128,20 @@ def test_a_tar_of_wrong_size_is_named(tmp_path: Path) -> None:
         UsageError,
         match=r"img_train\.tar has 4 bytes instead of 147,897,477,120 and .*val\.tar is miss",
     ):
-        builders.check_tars(tmp_path)
+        datasets.check_tars(tmp_path)
 
 
 def test_whole_tars_are_not_prepared_in_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builders, "IMAGENET_TARS", {"ILSVRC2012_img_train.tar": 3})
+    monkeypatch.setattr(datasets, "IMAGENET_TARS", {"ILSVRC2012_img_train.tar": 3})
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"tar")
     data = Data(name="imagenet2012", data_dir=str(tmp_path / "data"), manual_dir=str(tmp_path))
     with pytest.raises(
         UsageError,
         match=f"run: python -m recipe.data.prepare imagenet2012 .*--manual_dir={tmp_path}",
     ):
-        sources.prepare(data)
+        builders.prepare(data)
 
 
 def test_imagenet_s_own_builder_on_a_small_tar_tree(
@@ -235,7 +236,10 @@ def test_a_file_that_changes_during_a_run_is_named(
 
 
 def fail(fd: int) -> None:
-    """Makes an open file one whose reads fail with EIO, as a stale handle's do: nothing is mapped at such addresses."""
+    """Make the reads of an open file fail with EIO, as those of a stale handle do.
+
+    It becomes the process's memory, in which nothing is mapped at such addresses.
+    """
     memory = os.open("/proc/self/mem", os.O_RDONLY)
     os.dup2(memory, fd)
     os.close(memory)
@@ -245,7 +249,7 @@ def test_a_file_that_fails_is_opened_again(copied: Data, capsys: pytest.CaptureF
     source = sources.open_source(copied, "train")
     expected = source.read(np.arange(5))[0]
     for _ in range(2):
-        fail(source._fds[0])
+        fail(source._descriptors[0])
         assert source.read(np.arange(5))[0] == expected
     (line,) = capsys.readouterr().err.splitlines()  # not one for each time
     assert line == f"warning: {shard(copied)} can't be read (Input/output error): trying for 30 s"
@@ -254,7 +258,7 @@ def test_a_file_that_fails_is_opened_again(copied: Data, capsys: pytest.CaptureF
 def test_a_stale_handle_is_opened_again(copied: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its bytes may come from the cache: only asking for its state fails."""
     source = sources.open_source(copied, "train")
-    expected, state, calls = source.read(np.arange(5))[0], files.state, []
+    expected, state, calls = source.read(np.arange(5))[0], shared_files.state, []
 
     def stale_once(fd: int) -> tuple[int, int]:
         calls.append(fd)
@@ -262,7 +266,7 @@ def test_a_stale_handle_is_opened_again(copied: Data, monkeypatch: pytest.Monkey
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return state(fd)
 
-    monkeypatch.setattr(files, "state", stale_once)
+    monkeypatch.setattr(shared_files, "state", stale_once)
     assert source.read(np.arange(5))[0] == expected
     assert len(calls) == 6
 
@@ -275,16 +279,16 @@ def test_another_file_behind_the_name_is_not_mixed_in(copied: Data) -> None:
     shutil.copyfile(shard(copied), other)
     other.replace(shard(copied))
     assert source.read(np.arange(5))[0] == expected
-    fail(source._fds[0])
+    fail(source._descriptors[0])
     with pytest.raises(RunError, match="the file has changed during the run"):
         source.read(np.array([0]))
 
 
 def test_a_file_that_stays_away_is_named(copied: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "DELAYS", (0.05, 0.05))
+    monkeypatch.setattr(shared_files, "DELAYS", (0.05, 0.05))
     source, path = sources.open_source(copied, "train"), shard(copied)
     path.unlink()
-    fail(source._fds[0])
+    fail(source._descriptors[0])
     with pytest.raises(
         RunError, match=rf"example 0 \(byte 0 of {path}\) can't be read: No such file"
     ):
@@ -344,7 +348,7 @@ def test_data_without_image_and_label_is_refused(tmp_path: Path) -> None:
 
     data = Data(name="numbers_only", data_dir=str(tmp_path))
     words = ["numbers_only", f"--data_dir={tmp_path}", "--shorter_side=32"]
-    for action in (lambda: sources.prepare(data), lambda: prepare.main(words)):
+    for action in (lambda: builders.prepare(data), lambda: prepare.main(words)):
         with pytest.raises(
             UsageError,
             match=r"'numbers_only' has the features number: the recipe needs an image and a label",
@@ -374,7 +378,7 @@ def test_synthetic_images_depend_on_seed_and_index_only() -> None:
 
 def test_synthetic_data_has_imagenet_s_counts_and_needs_no_preparation() -> None:
     data = Data(name="synthetic")
-    sources.prepare(data)
+    builders.prepare(data)
     with pytest.raises(UsageError, match="synthetic data needs no preparation"):
         prepare.main(["synthetic"])
     assert len(sources.open_source(data, "train")) == 1_281_167
@@ -438,7 +442,7 @@ def test_a_split_without_labels_is_refused_and_verified_as_such(tmp_path: Path, 
         match=r"the split 'test' of labelled can't be used: .* has the label -1, which is",
     ):
         sources.open_source(dataclasses.replace(data, eval_split="test"), "eval")
-    verify.verify("labelled", tmp_path, verify.tfds_parts(builders.find_builder(data)))
+    verify.verify("labelled", tmp_path, verify.tfds_parts(datasets.find_builder(data)))
     printed = capsys.readouterr().out
     assert "train: 3 good images in 3 classes of 1 to 1" in printed
     assert "test: 2 good images without labels: 2 JPEG RGB" in printed
@@ -452,14 +456,14 @@ def test_an_example_whose_label_is_no_class_is_named(tmp_path: Path, capsys) -> 
     ):
         source.read(np.arange(3))
     with pytest.raises(RunError, match="is not whole"):
-        verify.verify("labelled", tmp_path, verify.tfds_parts(builders.find_builder(data)))
+        verify.verify("labelled", tmp_path, verify.tfds_parts(datasets.find_builder(data)))
     assert "bad: 1 of the images of train have no label (-1)" in capsys.readouterr().err
 
 
 def test_commands_that_are_printed_can_be_pasted(tmp_path: Path) -> None:
     data = Data(name="imagenet2012", data_dir=str(tmp_path / "my data"))
     with pytest.raises(UsageError) as refused:
-        sources.prepare(data)
+        builders.prepare(data)
     words = shlex.split(str(refused.value).partition("run: ")[2])
     assert words[:4] == ["python", "-m", "recipe.data.prepare", "imagenet2012"]
     assert words[4:] == [

@@ -391,6 +391,7 @@ def saving() -> dict:
             path, custom_objects={kind.__name__: kind} if names else None
         )
         loaded = hvd.load_model(path, compression=hvd.Compression.fp16, **names)
+        options = reduction_of(loaded.optimizer).options
         by_objects = hvd.load_model(path, custom_objects={kind.__name__: kind})
         found[kind.__name__] = {
             "plain": isinstance(plain.optimizer, kind) and not is_distributed(plain.optimizer),
@@ -398,8 +399,7 @@ def saving() -> dict:
                 is_distributed(m.optimizer) and isinstance(m.optimizer, kind)
                 for m in (loaded, by_objects)
             ],
-            "compression": reduction_of(loaded.optimizer).options.compression
-            is hvd.Compression.fp16,
+            "compression": options.compression is hvd.Compression.fp16,
             "same": all(
                 np.array_equal(value(a), value(b))
                 for m in (plain, loaded, by_objects)

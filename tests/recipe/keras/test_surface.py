@@ -4,16 +4,16 @@ What Horovod 0.28.1's own tests for Keras check, and the test here that covers i
 
 | upstream test | what it checks | here |
 |---|---|---|
-| train_model_lr_schedule | warmup and schedules in one fit; equal losses | test_learning_rates_…, test_metrics_… |
+| train_model_lr_schedule | warmup, schedules, losses | test_learning_rates_…, test_metrics_… |
 | sparse_as_dense, …_with_grad_aggregation | an embedding trains | test_embeddings_… |
-| legacy_optimizer | keras.optimizers.legacy | refused: test_everything_that_is_refused_says_why |
-| grad_aggregation_with_inf_grad | an overflow does not outlive its step | test_an_overflow_in_one_pass_… |
+| legacy_optimizer | keras.optimizers.legacy | refused: test_everything_that_is_refused_… |
+| grad_aggregation_with_inf_grad | an overflow ends | test_an_overflow_in_one_pass_… |
 | from_config | the configuration makes the round trip | test_configurations_… |
 | elastic_state | sync, restore, commit | test_elastic_state_… |
-| gradient_aggregation, …_with_local_vars | passes, local variables, sparse gradients | test_passes_… |
+| gradient_aggregation, …_with_local_vars | passes, local variables, sparse | test_passes_… |
 | partial_distributed_optimizer | 0, 1, 2 local layers | test_local_layers_… |
-| broadcast_global_variables_callback_with_local_vars | the local ones stay | test_local_variables_… |
-| load_model, …_custom_optimizers, …_custom_objects | saved wrapped, loaded wrapped | test_saved_models_… |
+| broadcast_…_callback_with_local_vars | the local ones stay | test_local_variables_… |
+| load_model, …_custom_optimizers, …_custom_objects | saved and loaded | test_saved_models_… |
 | load_model_broadcast | rank 0 loads, the others don't | test_rank_0_may_load_… |
 | process sets | reduction within a set | test_process_sets_… |
 """

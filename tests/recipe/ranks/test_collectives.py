@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from recipe.ranks import collectives, launched
+from recipe.ranks import binding, launched
 from tests.hosts import named, needs_names
 from tests.ranks import BIN, ROOT, environment, launch
 
@@ -28,21 +28,21 @@ TRAIN = [
 ]
 
 
-@pytest.mark.parametrize("variable", [None, *collectives.SIZE_VARIABLES])
+@pytest.mark.parametrize("variable", [None, *binding.SIZE_VARIABLES])
 def test_every_launcher_tells_whether_a_rank_is_alone(monkeypatch, variable):
     """One that isn't must not wait 10 ms for Horovod's next cycle."""
-    for name in ("HOROVOD_ELASTIC", *collectives.SIZE_VARIABLES):
+    for name in ("HOROVOD_ELASTIC", *binding.SIZE_VARIABLES):
         monkeypatch.delenv(name, raising=False)
-    assert collectives._alone()
+    assert binding._is_alone()
     if variable:
         monkeypatch.setenv(variable, "1")
-        assert collectives._alone()
+        assert binding._is_alone()
         monkeypatch.setenv(variable, "2")
-        assert not collectives._alone()
+        assert not binding._is_alone()
 
 
 def test_mpich_is_among_the_launchers():
-    assert "PMI_SIZE" in collectives.SIZE_VARIABLES
+    assert "PMI_SIZE" in binding.SIZE_VARIABLES
 
 
 def step(**more: str) -> dict[str, str]:
@@ -91,7 +91,7 @@ def test_the_nearest_launcher_has_the_word(monkeypatch, variables, variable, pro
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert (launched.word().variable, launched.word().processes) == (variable, processes)
+    assert launched.launcher_count() == launched.LauncherCount(variable, processes)
 
 
 def alone(*words: str, **variables: str) -> subprocess.CompletedProcess:

@@ -16,37 +16,40 @@ from recipe import cli, train
 from recipe.data.sources import TFDSSource
 from recipe.ranks import collectives
 from recipe.ranks.preemption import Notice
-from recipe.rules import sharding
-from recipe.run import loop
+from recipe.rules.epoch import Epoch, Share, permutation
+from recipe.run.loop import Loop
+from recipe.run.record import Record
 from recipe.system import watchdog
 
 
 def make_nan(worker: int, step: int) -> None:
     from recipe.frameworks.keras.step import Step  # a process has one of Horovod's bindings only
 
-    placed = Step._placed
+    sums_of_workers = Step.sums_of_workers
 
-    def place(self: Step, first: Any, values: Any) -> Any:
+    def sums_or_nan(self: Step, first_worker: Any, values: Any) -> Any:
         """In the traced step the condition is a tensor."""
         now = ops.equal(ops.cast(self.model.optimizer.iterations, "int32"), step - 1)
-        here = ops.equal(ops.convert_to_tensor(first, "int32"), worker)
-        return placed(self, first, ops.where(ops.logical_and(now, here), np.float32("nan"), values))
+        here = ops.equal(ops.convert_to_tensor(first_worker, "int32"), worker)
+        values = ops.where(ops.logical_and(now, here), np.float32("nan"), values)
+        return sums_of_workers(self, first_worker, values)
 
-    Step._placed = place
+    Step.sums_of_workers = sums_or_nan
 
 
 def make_native_nan(worker: int, step: int) -> None:
     from recipe.frameworks.torch.step import Step
 
-    backward, calls = Step._backward, []
+    backward, calls = Step.backward, []
 
-    def placed(self: Step, first: int, *element: Any) -> None:
-        backward(self, first, *element)
-        calls.extend([first] * (first == worker))
-        if first == worker and len(calls) == step:
-            self._vector[len(self.moving) + worker] = np.nan
+    def backward_or_nan(self: Step, first_worker: int, *element: Any) -> None:
+        backward(self, first_worker, *element)
+        if first_worker == worker:
+            calls.append(None)
+            if len(calls) == step:
+                self.vector[self.layout.losses_of(worker, 1)] = np.nan
 
-    Step._backward = placed
+    Step.backward = backward_or_nan
 
 
 def fail(step: int) -> None:
@@ -75,28 +78,29 @@ def make_unreadable(example: int) -> None:
 
 def tell(number: signal.Signals, place: int, step: int) -> None:
     """A signal from inside comes at the same moment every time."""
-    run, write, notices = loop.Loop.run, loop.Loop._write_line, []
+    run, write_line, notices = Loop.run, Record.write_line, []
 
-    def run_or_leave(self: loop.Loop, notice: Notice) -> list[float]:
+    def run_with_known_notice(self: Loop, notice: Notice) -> list[float]:
         notices.append(notice)
         return run(self, notice)
 
-    def write_and_tell(self: loop.Loop) -> None:
-        write(self)
-        if self.stands.step == step and collectives.rank() == max(place, 0):
+    def write_line_and_signal(self: Record, rate: float) -> None:
+        write_line(self, rate)
+        if self.state.step == step and collectives.rank() == max(place, 0):
             os.kill(os.getpid() if place >= 0 else os.getppid(), number)
             while not notices[0].received:
                 time.sleep(0.001)
 
-    loop.Loop.run, loop.Loop._write_line = run_or_leave, write_and_tell
+    Loop.run, Record.write_line = run_with_known_notice, write_line_and_signal
 
 
 def first_example(argv: list[str], rank: int, size: int, step: int) -> int:
-    """That a rank reads for a step of the first epoch."""
+    """Return the first example that a rank reads for a step of the first epoch."""
     recipe = cli.parse_recipe(argv)[0]
-    order = sharding.permutation(recipe.data.train_examples, recipe.seed, 0)
-    worker = sharding.own_workers(recipe.k, rank, size)[0]
-    return int(sharding.worker_indices(order, step - 1, worker, recipe.k, recipe.n)[0])
+    examples = recipe.data.train_examples
+    order = permutation(examples, recipe.seed, 0)
+    worker = Share.of(recipe, rank, size).workers[0]
+    return int(Epoch.of(recipe, examples).indices(order, step - 1, worker)[0])
 
 
 def main(argv: list[str]) -> None:

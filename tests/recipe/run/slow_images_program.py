@@ -4,17 +4,19 @@ import time
 from collections.abc import Iterator
 
 from recipe import cli, train
+from recipe.data.element import Element
+from recipe.data.pipeline import TrainingExamples
 from recipe.ranks import collectives
-from recipe.run import loop
 
-batches = loop.train_batches
+elements = TrainingExamples.elements
 
 
-def late(*arguments: object) -> Iterator[tuple]:
-    for element in batches(*arguments):
-        time.sleep(0.3 * (collectives.rank() == 1))
+def late(training: TrainingExamples, first_step: int = 0) -> Iterator[Element]:
+    for element in elements(training, first_step):
+        if collectives.rank() == 1:
+            time.sleep(0.3)
         yield element
 
 
-loop.train_batches = late
+TrainingExamples.elements = late
 cli.run(train.main, train.VALUES)

@@ -20,8 +20,9 @@ import pytest
 
 from recipe.cli import parse_recipe
 from recipe.errors import RunError, UsageError
-from recipe.rules import sharding
+from recipe.rules.epoch import Epoch, permutation
 from recipe.run import checkpoint, runlog
+from recipe.run.resume import Mode, check_directory
 from recipe.system import checkpoint_file
 from recipe.system.arrays import digest
 from tests.ranks import command, environment
@@ -508,8 +509,10 @@ def test_a_loss_that_is_nan_on_one_worker_stops_all_ranks_with_its_examples(
     with Job(data, 2, tmp_path / "run", *options, fault=(fault, worker, step), **where) as job:
         status, text = job.end()
     assert status == 1, text
-    order = sharding.permutation(112, 0, 1)
-    examples = sharding.worker_indices(order, step - 1 - STEPS, worker, 4, 8).tolist()
+    order = permutation(112, seed=0, epoch=1)
+    examples = (
+        Epoch(112, k=4, n=8, remainder="short").indices(order, step - 1 - STEPS, worker).tolist()
+    )
     (sentence,) = [line for line in text.splitlines() if "error: the loss" in line]
     assert f"the loss is nan at step {step}, in epoch 1, on worker {worker}:" in sentence
     assert sentence.endswith(f"the training examples {', '.join(map(str, examples))}")
@@ -651,7 +654,7 @@ def test_a_changed_recipe_is_refused_with_its_fields(undisturbed_four):
     arguments = ["--config.optimizer.momentum=0.8", "--config.seed=5", "--config.run.log_every=7"]
     changed = parse_recipe([*TINY, *FOUR, *arguments])[0]
     with pytest.raises(UsageError) as raised:
-        runlog.check_run(undisturbed_four, changed, "yes")
+        check_directory(undisturbed_four, changed, Mode.YES)
     assert "config.optimizer.momentum=0.8 (was 0.9)" in str(raised.value)
     assert "config.seed=5 (was 0)" in str(raised.value)
     assert "--resume=force" in str(raised.value)
@@ -682,9 +685,8 @@ def test_another_minibatch_is_refused_within_an_epoch_and_the_run_can_go_on(
     folder = cut(undisturbed_four, tmp_path / "run", 2 * STEPS + 2)
     with Job(data, 2, folder, *WIDER, "--resume=force") as job:
         one_sentence(job, 2, "2 steps into an epoch of 4 steps", "2:", "an epoch's end")
-    runlog.check_run(
-        folder, parse_recipe([*TINY, *NATIVE])[0], "yes"
-    )  # the old recipe is still the run's
+    old_recipe = parse_recipe([*TINY, *NATIVE])[0]
+    check_directory(folder, old_recipe, Mode.YES)  # the old recipe is still the run's
 
 
 def test_another_minibatch_goes_on_by_force_at_an_epochs_end(data, undisturbed_four, tmp_path):

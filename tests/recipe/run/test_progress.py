@@ -14,12 +14,12 @@ from tests.ranks import command, environment
 
 BIG = """
 import time
-from recipe.data.work import Tally
+from recipe.system.progress import Tally
 from recipe.run.progress import Progress
 progress = Progress(steps=14040, steps_per_epoch=156)
 for step, speed in ((1, None), (2, 32000.0)):
     progress.step(step)
-    progress.line(step, {"loss": 6.912, "error": 0.999, "rate": 0.03012, "images_per_second": speed})
+    progress.show(step, {"loss": 6.912, "error": 0.999, "rate": 0.03012, "images_per_second": speed})
 progress.close()
 with Tally("verifying imagenet2012", 1281167) as tally:
     tally.add(1281167)
@@ -27,7 +27,7 @@ with Tally("verifying imagenet2012", 1281167) as tally:
 SLOW = """
 import time
 from recipe.system import ticking
-from recipe.data import work
+from recipe.system.progress import Tally
 from recipe.run.progress import Progress
 ticking.TERMINAL = ticking.LOG = 0.2
 progress = Progress(steps=6, steps_per_epoch=3)
@@ -39,7 +39,7 @@ time.sleep(1)
 progress.close()
 with ticking.ticking(lambda: "reading the heads"):
     time.sleep(1)
-with work.Tally("writing train", 10):
+with Tally("writing train", 10):
     time.sleep(1)
 """
 PROGRAM = """
@@ -47,7 +47,7 @@ from recipe.run.progress import Progress
 progress = Progress(steps=6, steps_per_epoch=3)
 for step in range(1, 7):
     progress.step(step)
-    progress.line(step, {"loss": 1.5, "error": 0.25, "rate": 0.1, "images_per_second": 1234.0})
+    progress.show(step, {"loss": 1.5, "error": 0.25, "rate": 0.1, "images_per_second": 1234.0})
 progress.say("finished")
 progress.close()
 """

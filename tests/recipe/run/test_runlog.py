@@ -9,6 +9,7 @@ import pytest
 from recipe.configs.quick import RECIPE
 from recipe.errors import RunError, UsageError
 from recipe.run import runlog
+from recipe.run.resume import Mode, check_directory, check_progress
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def test_an_odd_run_directory_is_one_sentence(tmp_path, kind, message, resume):
     if kind == "below a file" and resume == "force":
         message = "holds no run to resume"
     with pytest.raises(UsageError) as refused:
-        runlog.check_run(folder, RECIPE, resume)
+        check_directory(folder, RECIPE, Mode(resume))
         with runlog.owned(folder):
             pass
     assert message in str(refused.value) and str(folder) in str(refused.value)
@@ -122,9 +123,9 @@ def test_a_directory_with_others_files_is_no_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "disk").mkdir()
     (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
-    runlog.check_run(tmp_path, RECIPE, "no")
+    check_directory(tmp_path, RECIPE, Mode.NO)
     with runlog.owned(tmp_path):
-        runlog.begin_run(tmp_path, RECIPE, [("host", "a processor")])
+        runlog.begin_run(tmp_path, RECIPE, [runlog.RankHost("host", "a processor")])
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert runlog.read_processors(tmp_path) == ["a processor"]
 
@@ -153,7 +154,7 @@ def test_checkpoints_that_were_there_are_missed(tmp_path, lines, run):
     with pytest.raises(
         UsageError, match=r"checkpoints/ holds no checkpoint to go on from: bring .* --resume=force"
     ):
-        runlog.check_progress(lost(tmp_path, *lines, **run))
+        check_progress(lost(tmp_path, *lines, **run))
 
 
 @pytest.mark.parametrize(
@@ -170,14 +171,14 @@ def test_checkpoints_that_were_there_are_missed(tmp_path, lines, run):
     ],
 )
 def test_checkpoints_that_never_were_are_not(tmp_path, lines, run):
-    runlog.check_progress(lost(tmp_path, *lines, **run))
+    check_progress(lost(tmp_path, *lines, **run))
 
 
 def test_a_first_save_that_was_cut_off_is_no_loss(tmp_path):
     folder = lost(tmp_path, ("epoch", 4, 1))
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / ".step-00000004.npz.partial").write_bytes(b"half")
-    runlog.check_progress(folder)
+    check_progress(folder)
 
 
 def test_figures_of_an_old_run_are_kept_when_it_begins_anew(torn, capsys):

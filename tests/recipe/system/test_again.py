@@ -10,7 +10,7 @@ from recipe.system import again
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(again, "_command", "")
-    monkeypatch.setattr(again, "_saved", None)
+    monkeypatch.setattr(again, "_saved_step", None)
     monkeypatch.delenv(again.STARTED_AS, raising=False)
 
 

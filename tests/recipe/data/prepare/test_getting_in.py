@@ -1,4 +1,4 @@
-"""ImageNet from its tars: TFDS's examples, after a kill too; verification of good and damaged copies; re-encoding."""
+"""ImageNet from its tars: TFDS's examples, after a kill too; verification; re-encoding."""
 
 import fcntl
 import hashlib
@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ from tensorflow_datasets.core.utils import shard_utils
 from tensorflow_datasets.proto import tf_example_pb2
 
 from recipe.config import Data
-from recipe.data import decode, records, sources
+from recipe.data import datasets, decode, records, sources
+from recipe.data.decode import Cut, Filter
 from recipe.data.images import image_shape
-from recipe.data.prepare import builders, reencode, tars, verify
+from recipe.data.prepare import reencode, tars, verify
 from tests.recipe.data.conftest import photo, tar_of
 from tests.recipe.data.prepare import prepare_program
 
@@ -39,20 +41,20 @@ def converted(jpeg: bytes, mode: str, kind: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def images() -> dict[str, dict[str, bytes]]:
-    """File name: image, by synset; one is CMYK, one PNG."""
-    found = {}
+    """The images of each synset by file name. One is CMYK, one PNG."""
+    by_synset = {}
     for c, synset in enumerate(SYNSETS):
         names = [f"{synset}_{i}.JPEG" for i in range(prepare_program.CLASS_IMAGES)]
-        found[synset] = {
+        by_synset[synset] = {
             name: photo(90 + 10 * c, 120 + i, seed=100 * c + i) for i, name in enumerate(names)
         }
     for synset, name, mode, kind in (
         (SYNSETS[1], CMYK, "CMYK", "JPEG"),
         (SYNSETS[2], PNG, "RGB", "PNG"),
     ):
-        found[synset].popitem()
-        found[synset][name] = converted(photo(80, 80, seed=7), mode, kind)
-    return found
+        by_synset[synset].popitem()
+        by_synset[synset][name] = converted(photo(80, 80, seed=7), mode, kind)
+    return by_synset
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +100,20 @@ def run(*arguments: str | Path | float, **options: str) -> subprocess.CompletedP
     )
 
 
+class Prepared(NamedTuple):
+    """A prepared data set."""
+
+    data_dir: Path
+    printed: str  # by the command that finished the preparation
+
+    @property
+    def folder(self) -> Path:
+        return self.data_dir / "imagenet2012" / "5.1.0"
+
+
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, manual_dir: Path) -> tuple[Path, str]:
-    """A data folder that was killed among its files and then finished, and what the second command printed."""
+def prepared(tmp_path_factory: pytest.TempPathFactory, manual_dir: Path) -> Prepared:
+    """A data set whose preparation was killed among its files and then finished."""
     data_dir = tmp_path_factory.mktemp("prepared")
     unfinished = data_dir / "imagenet2012" / "unfinished.5.1.0"
     environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[4])}
@@ -108,79 +121,78 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, manual_dir: Path) -> tupl
         command(0.05, data_dir, manual_dir), stdout=subprocess.DEVNULL, env=environment
     )
     deadline = time.monotonic() + 120
-    while len(done := list(unfinished.glob("imagenet2012-*"))) < 2:
+    while len(list(unfinished.glob("imagenet2012-*"))) < 2:
         assert first.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not (unfinished.parent / "5.1.0").exists()
-    before = {path.name: path.stat().st_mtime_ns for path in done}
+    before = times(list(unfinished.glob("imagenet2012-*")))
     second = run(0, data_dir, manual_dir)
     assert second.returncode == 0, second.stderr
-    after = {path.name: path.stat().st_mtime_ns for path in (unfinished.parent / "5.1.0").iterdir()}
+    prepared = Prepared(data_dir, second.stdout)
+    after = times(list(prepared.folder.iterdir()))
     assert before.items() <= after.items()  # no finished file was written again
-    return data_dir, second.stdout
+    return prepared
+
+
+def times(paths: list[Path]) -> dict[str, int]:
+    """The times of files by their names."""
+    return {path.name: path.stat().st_mtime_ns for path in paths}
 
 
 def test_a_killed_preparation_goes_on_to_tfds_s_own_files(
-    prepared: tuple, expected: dict[str, bytes]
+    prepared: Prepared, expected: dict[str, bytes]
 ) -> None:
-    """To the byte, but for the order of the features within an example: TFDS leaves that to the process."""
-    data_dir, printed = prepared
-    assert [path.name for path in (data_dir / "imagenet2012").iterdir()] == ["5.1.0"]
-    found = {
-        path.name: path.read_bytes() for path in (data_dir / "imagenet2012" / "5.1.0").iterdir()
-    }
-    assert found.keys() - expected.keys() == {"records.npz", verify.SUMS}
+    """To the byte, but for the order of the features: TFDS leaves that to the process."""
+    assert [path.name for path in prepared.folder.parent.iterdir()] == ["5.1.0"]
+    files = {path.name: path.read_bytes() for path in prepared.folder.iterdir()}
+    assert files.keys() - expected.keys() == {"records.npz", verify.SUMS}
     for name, content in expected.items():
-        assert len(found[name]) == len(content)
-        assert (
-            examples(found[name]) == examples(content)
-            if "tfrecord" in name
-            else found[name] == content
-        )
-    assert " of 4 files are there already" in printed
-    assert "ILSVRC2012_img_train.tar" not in printed  # its heads were kept
+        assert len(files[name]) == len(content)
+        if "tfrecord" in name:
+            assert examples(files[name]) == examples(content)
+        else:
+            assert files[name] == content
+    assert " of 4 files are there already" in prepared.printed
+    assert "ILSVRC2012_img_train.tar" not in prepared.printed  # its heads were kept
 
 
 def examples(content: bytes) -> list[tf_example_pb2.Example]:
-    """Of a TFRecord file."""
-    found = []
+    """The examples of a TFRecord file."""
+    parsed = []
     while content:
         end = records.HEAD + records.length(content) + records.TAIL
-        found.append(tf_example_pb2.Example.FromString(records.content(content[:end])))
+        parsed.append(tf_example_pb2.Example.FromString(records.content(content[:end])))
         content = content[end:]
-    return found
+    return parsed
 
 
 def test_two_preparations_are_the_same_to_the_byte(
-    prepared: tuple, tmp_path: Path, manual_dir: Path
+    prepared: Prepared, tmp_path: Path, manual_dir: Path
 ) -> None:
-    """One was killed, another not, and has files of a tar that was damaged: the digests, by which copies are compared,
-    are equal."""
+    """The digests, by which copies are compared, are equal.
+
+    One preparation was killed. The other was not, and has files of a tar that was damaged.
+    """
     unfinished = tmp_path / "imagenet2012" / "unfinished.5.1.0"
     unfinished.mkdir(parents=True)
     for name in ("train.1.2.heads.npy", "imagenet2012-train.tfrecord-00001-of-00004"):
         (unfinished / name).touch()
     done = run(0, tmp_path, manual_dir)
     assert done.returncode == 0, done.stderr
-    one, other = (
-        folder / "imagenet2012" / "5.1.0" / verify.SUMS for folder in (prepared[0], tmp_path)
-    )
-    assert one.read_text() == other.read_text()
+    other = Prepared(tmp_path, done.stdout)
+    assert (prepared.folder / verify.SUMS).read_text() == (other.folder / verify.SUMS).read_text()
 
 
-def test_it_is_verified_at_the_end(prepared: tuple) -> None:
+def test_it_is_verified_at_the_end(prepared: Prepared) -> None:
     """TFDS has made RGB JPEGs of the CMYK and the PNG image."""
-    data_dir, printed = prepared
+    printed, folder = prepared.printed, prepared.folder
     assert "train: 36 good images in 3 classes of 12 to 12: 36 JPEG RGB; digest " in printed
     assert "validation: 6 good images in 6 classes of 1 to 1: 6 JPEG RGB" in printed
-    folder = data_dir / "imagenet2012" / "5.1.0"
-    assert (
-        f"digest of the files {hashlib.sha256((folder / verify.SUMS).read_bytes()).hexdigest()};"
-        in printed
-    )
+    digest = hashlib.sha256((folder / verify.SUMS).read_bytes()).hexdigest()
+    assert f"digest of the files {digest};" in printed
     subprocess.run(["sha256sum", "--check", "--quiet", verify.SUMS], cwd=folder, check=True)
 
 
@@ -198,7 +210,7 @@ def test_one_preparation_at_a_time(tmp_path: Path, manual_dir: Path) -> None:
 
 def test_too_small_a_disk_is_refused_before_it_starts(tmp_path: Path) -> None:
     """Tars of the real sizes (of holes), and a file system without any room."""
-    for name, size in builders.IMAGENET_TARS.items():
+    for name, size in datasets.IMAGENET_TARS.items():
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
     words = [
@@ -254,13 +266,17 @@ def shards(data_dir: Path) -> list[Path]:
 
 
 @pytest.fixture
-def copied(prepared: tuple, tmp_path: Path) -> Path:
-    shutil.copytree(prepared[0], tmp_path, dirs_exist_ok=True)
+def copied(prepared: Prepared, tmp_path: Path) -> Path:
+    """A copy of the data folder that a test may damage."""
+    shutil.copytree(prepared.data_dir, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
 def test_each_kind_of_damage_is_named_and_all_is_counted(copied: Path, manual_dir: Path) -> None:
-    """A flipped bit in an image, one in a record's length, a file cut off, a file gone; also without old digests."""
+    """A flipped bit in an image, one in a record's length, a file cut off, a file gone.
+
+    Also without old digests.
+    """
     (copied / "imagenet2012" / "5.1.0" / verify.SUMS).unlink()
     first, second, third, fourth = shards(copied)
     starts = [records.scan(str(path)).tolist() for path in shards(copied)]
@@ -308,8 +324,11 @@ CUT = photo(64, 64, seed=1)[:-900]
 
 @pytest.mark.parametrize("content", [b"", b"not an image", CUT, CUT + b"\xff\xd9"])
 def test_an_image_that_does_not_decode_is_bad(content: bytes) -> None:
-    """Also a cut one that has an end again, of which Pillow makes the rest grey: a run would end at it."""
-    for action in (verify.kind_of, lambda image: reencode.smaller(image, 32, 90)):
+    """Also a cut one that has an end again.
+
+    Pillow makes the rest of it grey, and a run would end at it.
+    """
+    for action in (verify.kind_of, lambda image: reencode.smaller(image, reencode.Form(32, 90))):
         with pytest.raises(ValueError, match=r"neither JPEG nor PNG|[Pp]remature end"):
             action(content)
 
@@ -325,11 +344,15 @@ def test_markers_without_a_length_are_passed_over() -> None:
 
 
 def test_what_a_run_reads_is_good_however_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow refuses more than 179 million pixels, and here more than 2,000; the run's decoder doesn't."""
+    """Pillow refuses more than 179 million pixels, and here more than 2,000.
+
+    The run's decoder doesn't.
+    """
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     large = photo(64, 64, seed=1)
-    box, out = np.array([[0.0, 0.0, 64.0, 64.0]]), np.empty((1, 8, 8, 3), dtype=np.uint8)
-    assert decode.decode([large], box, np.zeros(1, dtype=bool), 8, decode.BILINEAR, out) == {}
+    box = np.array([[0.0, 0.0, 64.0, 64.0]])
+    cut = Cut(box, np.zeros(1, dtype=bool), 8, Filter.BILINEAR)
+    assert decode.decode([large], cut, np.empty((1, 8, 8, 3), dtype=np.uint8)) == []
     assert verify.kind_of(large) == "JPEG RGB"
 
 
@@ -344,7 +367,7 @@ def test_deep_pixels_are_refused() -> None:
     """Pillow would make all brighter than 255 white."""
     out = io.BytesIO()
     Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(out, "PNG")
-    for action in (verify.kind_of, lambda png: reencode.smaller(png, 32, 90)):
+    for action in (verify.kind_of, lambda png: reencode.smaller(png, reencode.Form(32, 90))):
         with pytest.raises(ValueError, match=r"its pixels have more than 8 bits \(Pillow's mode I"):
             action(out.getvalue())
 
@@ -352,8 +375,11 @@ def test_deep_pixels_are_refused() -> None:
 def test_a_copy_of_smaller_images(
     copied: Path, manual_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the original's order, by a name that the recipe reads; an image that is small enough keeps its bytes. What a
-    killed process was writing is removed, and what it made of files that were here before."""
+    """It is in the original's order, by a name that the recipe reads.
+
+    An image that is small enough keeps its bytes. What a killed process was writing is removed, and
+    what it made of files that were here before.
+    """
     leftover = (
         copied
         / "imagenet2012_short90_q80"
@@ -369,7 +395,7 @@ def test_a_copy_of_smaller_images(
     assert done.returncode == 0, done.stderr
     assert not (copied / name / "5.1.0" / leftover.name).exists()
     assert f"--config.data.name={name}" in done.stdout
-    monkeypatch.setattr(builders, "IMAGENET_EXAMPLES", {"train": 36, "validation": 6})
+    monkeypatch.setattr(datasets, "IMAGENET_EXAMPLES", {"train": 36, "validation": 6})
     small = sources.open_source(Data(name=name, data_dir=str(copied)), "train")
     original = sources.open_source(Data(name="imagenet2012", data_dir=str(copied)), "train")
     (ours, labels), (theirs, their_labels) = (
@@ -387,14 +413,14 @@ def test_a_copy_of_smaller_images(
         )
         expected = np.asarray(before.resize(after.size, Image.Resampling.BICUBIC), dtype=int)
         assert np.abs(np.asarray(after, dtype=int) - expected).mean() < 8  # quality 80 on noise
-    info = builders.find_builder(Data(name=name, data_dir=str(copied))).info
+    info = datasets.find_builder(Data(name=name, data_dir=str(copied))).info
     assert "shorter side at most 90, JPEG quality 80" in info.description
     assert info.splits["train"].num_bytes == sum(
         p.stat().st_size - 16 * n for p, n in sizes(info.splits["train"])
     )
     assert (
         info.splits["train"].num_bytes
-        < builders.find_builder(Data(name="imagenet2012", data_dir=str(copied)))
+        < datasets.find_builder(Data(name="imagenet2012", data_dir=str(copied)))
         .info.splits["train"]
         .num_bytes
     )
@@ -416,7 +442,7 @@ def test_a_damaged_original_is_named(copied: Path, manual_dir: Path) -> None:
 def test_a_tar_that_shrinks_meanwhile_is_named(tmp_path: Path, manual_dir: Path) -> None:
     tar = tmp_path / "t.tar"
     shutil.copyfile(manual_dir / "ILSVRC2012_img_val.tar", tar)
-    images = np.array(list(tars._heads(tar)), dtype=tars.IMAGE)
+    images = np.array(list(tars._heads(tar)), dtype=tars.HEAD_TYPE)
     os.truncate(tar, 2000)
     with (
         tar.open("rb") as file,

@@ -7,13 +7,16 @@ import keras
 import numpy as np
 
 from recipe.config import Data, Model, Optimizer, Recipe, Run
+from recipe.data.element import Element
+from recipe.frameworks.keras import compute
 from recipe.frameworks.keras import replica as fit
 from recipe.frameworks.keras.dropout import ExampleDropout
 from recipe.frameworks.keras.step import Step, batch_statistics, moving_statistics
 from recipe.keras import state
 from recipe.keras.distributed import DistributedOptimizer
 from recipe.ranks import collectives
-from recipe.rules import augment, sharding
+from recipe.rules import augment
+from recipe.rules.epoch import Share
 from tests.ranks import report
 
 K, N = 4, 6
@@ -32,10 +35,10 @@ def recipe(together: int = 1) -> Recipe:
     )
 
 
-def elements(workers: range, together: int) -> list[tuple]:
+def elements(workers: range, together: int) -> list[Element]:
     """As the input pipeline gives them."""
     parts = [slice(w * N, (w + together) * N) for w in workers[::together]]
-    return [(IMAGES[p], LABELS[p], np.ones(together * N, np.float32)) for p in parts]
+    return [Element(IMAGES[p], LABELS[p], np.ones(together * N, np.float32)) for p in parts]
 
 
 def one_step(together: int) -> dict:
@@ -44,12 +47,12 @@ def one_step(together: int) -> dict:
     model = replica.model
     model.compile(optimizer=DistributedOptimizer(keras.optimizers.SGD(1.0)), jit_compile=False)
     state.broadcast_state(model)
-    workers = sharding.own_workers(K, collectives.rank(), collectives.size())
-    step = Step(model, K, workers, together, fit.signature(recipe(together)))
-    losses, hits, stop = step(
-        iter(elements(workers, together)), stop=collectives.rank() == collectives.size() - 1
-    )()
-    again = step(iter(elements(workers, together)), stop=False)()
+    share = Share.of(recipe(together), collectives.rank(), collectives.size())
+    step = Step(model, K, share, fit.signature(recipe(together)))
+    last_rank = collectives.size() - 1
+    own_elements = elements(share.workers, together)
+    losses, hits, stop = step(iter(own_elements), stop=collectives.rank() == last_rank)()
+    again = step(iter(own_elements), stop=False)()
     return {
         "weights": state.to_arrays(model),
         "losses": losses,
@@ -82,7 +85,7 @@ def by_hand() -> dict:
 def statistics() -> dict:
     """What batch_statistics finds, and the stem's by NumPy, from what the stem's convolution gives."""
     model = fit.KerasReplica(recipe(), 5).model
-    element = tuple(keras.ops.convert_to_tensor(part) for part in elements(range(1), 1)[0])
+    element = compute.on_device(elements(range(1), 1)[0])
     vector = batch_statistics(model, 0.9, fit.signature(recipe()))(*element)
     names = [v.path for v in moving_statistics(model)]
     stem = keras.Model(model.inputs, model.get_layer("stem_conv").output)

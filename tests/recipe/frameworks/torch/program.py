@@ -6,12 +6,13 @@ import numpy as np
 import torch
 
 from recipe.config import Data, Model, Optimizer, Recipe, Run, Schedule
+from recipe.data.element import Element
 from recipe.errors import RunError
-from recipe.frameworks.replica import of
+from recipe.frameworks.replica import load_framework
 from recipe.frameworks.torch.device import on_device
 from recipe.frameworks.torch.wire import packed
 from recipe.ranks import collectives
-from recipe.rules.sharding import own_workers
+from recipe.rules.epoch import Share
 from tests.ranks import report
 
 K, N, SIZE = 4, 8, 16
@@ -31,30 +32,31 @@ def recipe(run: dict | None = None, compression: str = "none", **model) -> Recip
 
 
 def replica(settings: Recipe) -> object:
-    made = of("torch").make_replica(settings, 10)
+    made = load_framework("torch").make_replica(settings, 10)
     made.begin(100)
+    made.begin_epoch(0)
     return made
 
 
-def elements(settings: Recipe, steps: int = 1) -> list[tuple]:
+def elements(settings: Recipe, steps: int = 1) -> list[Element]:
     """This rank's share of the same minibatches, whatever the number of ranks."""
     found, together = [], settings.run.workers_at_once
     for step in range(steps):
         draw = np.random.default_rng(step)
         images = draw.integers(0, 256, (K, N, SIZE, SIZE, 3), dtype=np.uint8)
         labels = draw.integers(0, 10, (K, N), dtype=np.int32)
-        mine = own_workers(K, collectives.rank(), collectives.size())
-        for first in mine[::together]:
+        own_workers = Share.of(settings, collectives.rank(), collectives.size()).workers
+        for first in own_workers[::together]:
             part = slice(first, first + together)
             flat = images[part].reshape(-1, SIZE, SIZE, 3), labels[part].ravel()
-            found.append((*flat, np.ones(N * together, np.float32)))
+            found.append(Element(*flat, np.ones(N * together, np.float32)))
     return found
 
 
 def trained(settings: Recipe) -> dict:
     """Figures and state of four steps."""
     made, source = replica(settings), iter(elements(settings, 4))
-    losses = [made.step(0, step, source, False)()[0] for step in range(4)]
+    losses = [made.step(step, source, False)()[0] for step in range(4)]
     with made.statistics_of(iter(elements(settings, 2))):
         logits = made.predict(
             torch.arange(2 * SIZE * SIZE * 3).reshape(2, SIZE, SIZE, 3).to(torch.uint8)
@@ -64,10 +66,10 @@ def trained(settings: Recipe) -> dict:
 
 def broadcast() -> dict:
     """Rank 1's weights differ before `begin`."""
-    made = of("torch").make_replica(recipe(), 10)
+    made = load_framework("torch").make_replica(recipe(), 10)
     with torch.no_grad():
-        for v in made._state().values():
-            v += collectives.rank()
+        for entry in made._state():
+            entry.tensor += collectives.rank()
     made.begin(100)
     return {"arrays": made.arrays()}
 
@@ -80,7 +82,7 @@ def overflow() -> dict:
         mine = elements(settings, step + 1)[-K // collectives.size() :]
         if step == 1 and collectives.rank() == collectives.size() - 1:
             mine = [(images, labels, weights * 1e30) for images, labels, weights in mine]
-        made.step(0, step, iter(mine), False)()
+        made.step(step, iter(mine), False)()
         found.append(made.arrays())
     return {"arrays": found}
 
@@ -91,7 +93,7 @@ def poisoned() -> dict:
     if collectives.rank() == 1:
         packed(made.network.layer1[0].conv2.weight).view(torch.int32)[5] ^= 1 << 10
     try:
-        made.step(0, 6, iter(elements(recipe())), False)
+        made.step(6, iter(elements(recipe())), False)
     except RunError as error:
         return {"error": str(error)}
     return {"error": ""}
@@ -116,10 +118,9 @@ def started() -> dict:
     """How many allreduces are under way when each of this rank's backward passes returns."""
     made, counts = replica(recipe()), []
     made.network.train()
-    for first, element in zip(
-        own_workers(K, collectives.rank(), collectives.size()), elements(recipe()), strict=True
-    ):
-        made._step._backward(first, *on_device(element))
+    own_workers = Share.of(recipe(), collectives.rank(), collectives.size()).workers
+    for first, element in zip(own_workers, elements(recipe()), strict=True):
+        made._step.backward(first, *on_device(element))
         counts.append(sum(handle is not None for handle, _ in made.optimizer._handles.values()))
     made.optimizer.synchronize()
     return {"counts": counts, "parameters": len(list(made.network.parameters()))}
@@ -137,7 +138,7 @@ def stopping() -> dict:
 
 
 def main() -> None:
-    of("torch").start(deterministic="deterministic" in sys.argv)
+    load_framework("torch").start(deterministic="deterministic" in sys.argv)
     found = {
         "plain": trained(recipe()),
         "at_once": trained(recipe(run={"workers_at_once": K // collectives.size()})),

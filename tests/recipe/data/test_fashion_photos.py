@@ -1,4 +1,4 @@
-"""The built-in data set: what is in it, that damage is noticed, that a failed preparation leaves nothing."""
+"""The built-in data set: its images, damage to them, and a preparation that fails."""
 
 import dataclasses
 import io
@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from recipe.config import Data
-from recipe.data import sources
-from recipe.data.prepare import builders, fashion_photos
+from recipe.data import datasets, fashion_photos, sources
+from recipe.data.prepare import builders
 from recipe.errors import RunError
 
 
@@ -22,7 +22,10 @@ def test_splits_have_every_class_equally_often(fashion: Data) -> None:
 
 
 def test_images_are_the_embedded_ones(fashion: Data) -> None:
-    """JPEG at quality 100 leaves a mean error below one grey level; each original is in one split, once."""
+    """Each original is in one split, once.
+
+    JPEG at quality 100 leaves a mean error below one grey level.
+    """
     originals, labels = fashion_photos.read_images(), fashion_photos.read_labels()
     assert originals.shape == (10_000, 28, 28)
     of_class = [np.flatnonzero(labels == label) for label in range(10)]
@@ -39,7 +42,7 @@ def test_images_are_the_embedded_ones(fashion: Data) -> None:
 
 
 def test_it_says_what_it_is(fashion: Data) -> None:
-    info = builders.find_builder(fashion).info
+    info = datasets.find_builder(fashion).info
     assert "small" in info.description
     assert "grey" in info.description
     assert info.splits["train"].num_shards >= 16
@@ -60,14 +63,14 @@ def test_a_failed_preparation_leaves_nothing_that_looks_finished(
     with monkeypatch.context() as patch:
         patch.setattr(fashion_photos, "IMAGES_MD5", "0" * 32)
         with pytest.raises(RunError, match=r"t10k-images-idx3-ubyte\.gz is damaged"):
-            sources.prepare(data)
+            builders.prepare(data)
     assert not list((tmp_path / "fashion_photos").rglob("*"))
     (tmp_path / "fashion_photos" / "incomplete.ABCDEF_1.0.0").mkdir()  # as a killed one leaves it
-    sources.prepare(data)
+    builders.prepare(data)
     assert [folder.name for folder in (tmp_path / "fashion_photos").iterdir()] == ["1.0.0"]
     assert len(sources.open_source(data, "train")) == 8000
 
 
 def test_preparing_again_does_nothing(fashion: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builders, "run_builder", lambda *_: pytest.fail("it was prepared"))
-    sources.prepare(fashion)
+    builders.prepare(fashion)

@@ -1,4 +1,7 @@
-"""The TFDS data set fashion_photos: 10,000 small, grey photographs of clothes, for a first run within minutes."""
+"""The TFDS data set fashion_photos: 10,000 small, grey photographs of clothes.
+
+They are for a first run within minutes.
+"""
 
 import gzip
 import hashlib
@@ -12,8 +15,10 @@ import tensorflow_datasets as tfds
 from recipe.errors import RunError
 from recipe.system import noise
 
-IMAGES, IMAGES_MD5 = "t10k-images-idx3-ubyte.gz", "f78720b4224f21cce2f2ccf2d7a94c9a"
-LABELS, LABELS_MD5 = "t10k-labels-idx1-ubyte.gz", "0d30e22e447f3c33dab9ed536400ac01"
+IMAGES = "t10k-images-idx3-ubyte.gz"
+IMAGES_MD5 = "f78720b4224f21cce2f2ccf2d7a94c9a"
+LABELS = "t10k-labels-idx1-ubyte.gz"
+LABELS_MD5 = "0d30e22e447f3c33dab9ed536400ac01"
 CLASSES = (
     "top",
     "trousers",
@@ -27,15 +32,21 @@ CLASSES = (
     "ankle boot",
 )
 TRAIN_PER_CLASS = 800  # of the 1000; the other 200 are for validation
-DESCRIPTION = """The test part of Fashion-MNIST as RGB JPEG images: 10,000 photographs of clothes in 10 classes, 8,000
-for training and 2,000 for validation, each class equally often. The images are small (28×28 pixels) and grey (their
-three channels are equal): enough to see a recipe learn within minutes, not to compare networks with."""
-CITATION = """@article{xiao2017fashion, title={Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
-Algorithms}, author={Xiao, Han and Rasul, Kashif and Vollgraf, Roland}, journal={arXiv:1708.07747}, year={2017}}"""
+DESCRIPTION = (
+    "The test part of Fashion-MNIST as RGB JPEG images: 10,000 photographs of clothes in 10 "
+    "classes, 8,000\nfor training and 2,000 for validation, each class equally often. The images "
+    "are small (28×28 pixels) and grey (their\nthree channels are equal): enough to see a recipe "
+    "learn within minutes, not to compare networks with."
+)
+CITATION = (
+    "@article{xiao2017fashion, title={Fashion-MNIST: a Novel Image Dataset for Benchmarking "
+    "Machine Learning\nAlgorithms}, author={Xiao, Han and Rasul, Kashif and Vollgraf, Roland}, "
+    "journal={arXiv:1708.07747}, year={2017}}"
+)
 
 
 class FashionPhotos(tfds.core.GeneratorBasedBuilder):
-    """Writes the embedded images as JPEG records; TFDS does the rest."""
+    """The builder. It writes the embedded images as JPEG records, and TFDS does the rest."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -67,8 +78,9 @@ class FashionPhotos(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray
     ) -> Iterator[tuple[int, dict[str, Any]]]:
+        # Imported here, as those who only read the data need none of it.
         with noise.filtered():
-            import tensorflow as tf  # here, as those who only read the data need none of it
+            import tensorflow as tf
 
         for i in chosen:
             rgb = np.repeat(images[i][:, :, None], 3, axis=2)
@@ -78,17 +90,23 @@ class FashionPhotos(tfds.core.GeneratorBasedBuilder):
 
 
 def read_images() -> np.ndarray:
-    """uint8[10000, 28, 28], the embedded photographs. Raises RunError when the file is not the published one."""
+    """Return the embedded photographs, uint8[10000, 28, 28].
+
+    Raise RunError when the file is not the published one.
+    """
     return np.frombuffer(_content(IMAGES, IMAGES_MD5), np.uint8, offset=16).reshape(-1, 28, 28)
 
 
 def read_labels() -> np.ndarray:
-    """uint8[10000], the class of each photograph. Raises RunError when the file is not the published one."""
+    """Return the class of each photograph, uint8[10000].
+
+    Raise RunError when the file is not the published one.
+    """
     return np.frombuffer(_content(LABELS, LABELS_MD5), np.uint8, offset=8)
 
 
 def in_first(labels: np.ndarray, count: int) -> np.ndarray:
-    """bool[b]: which examples are among the first `count` of their class."""
+    """Return which examples are among the first `count` of their class, bool[b]."""
     first = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         first[np.flatnonzero(labels == label)[:count]] = True
@@ -96,6 +114,7 @@ def in_first(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def _content(name: str, md5: str) -> bytes:
+    """Unpack an embedded file. Raise RunError when it is not the published one."""
     path = Path(__file__).parent / name
     packed = path.read_bytes()
     if hashlib.md5(packed, usedforsecurity=False).hexdigest() != md5:
