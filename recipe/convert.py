@@ -1,11 +1,12 @@
 """Takes a run over into the other framework: `python -m recipe.convert --run_dir=RUN --to=NEW`.
 
-NEW gets RUN's figures and its newest checkpoint, as Keras or native PyTorch would have written it: weights, moving
-statistics, velocities, loss scale. `python -m recipe.train --config=NEW/config.json --run_dir=NEW --resume` goes on.
+NEW gets RUN's figures and its newest checkpoint, as Keras or native PyTorch would have written it:
+weights, moving statistics, velocities, loss scale. `python -m recipe.train --config=NEW/config.json
+--run_dir=NEW --resume` goes on.
 
-In both the weights are written by Keras's names in Keras's layout. What differs is the velocity: Keras's v has the
-learning rate in it and is subtracted already (paper, eq. 10), PyTorch's u has not (eq. 9): v = −ηu, with η of the last
-step.
+In both the weights are written by Keras's names in Keras's layout. What differs is the velocity:
+Keras's v has the learning rate in it and is subtracted already (paper, eq. 10), PyTorch's u has not
+(eq. 9): v = −ηu, with η of the last step.
 """
 
 import contextlib
@@ -61,7 +62,8 @@ def main(argv: list[str]) -> None:
         shlex.quote(f"--run_dir={new}"),
     )
     print(
-        f"{new / runlog.CHECKPOINTS / path.name}: the state after step {meta['step']} for {recipe.framework}; "
+        f"{new / runlog.CHECKPOINTS / path.name}: the state after step {meta['step']} for "
+        f"{recipe.framework}; "
         f"to go on: python -m recipe.train {config_} {run_dir} --resume"
     )
 

@@ -1,10 +1,11 @@
 """Compares runs by their digests: `python -m recipe.fingerprint RUN…`, also of two people on two clusters.
 
-For each run two lines: the digests of its recipe, of its examples' order, of the first minibatch's images (as they
-entered the network) and of the initial weights; and those of the weights after each epoch, with their norm after the
-last. On the same ranks and one kind of processor, with --config.run.deterministic, all are equal. Elsewhere sums are
-rounded otherwise: the weights' digests then differ, and the norms agree in their first digits. Where two runs part and
-were on processors of other kinds, that is said.
+For each run two lines: the digests of its recipe, of its examples' order, of the first minibatch's
+images (as they entered the network) and of the initial weights; and those of the weights after each
+epoch, with their norm after the last. On the same ranks and one kind of processor, with
+--config.run.deterministic, all are equal. Elsewhere sums are rounded otherwise: the weights'
+digests then differ, and the norms agree in their first digits. Where two runs part and were on
+processors of other kinds, that is said.
 """
 
 import zlib
@@ -28,7 +29,8 @@ def main(argv: list[str]) -> None:
     for folder, (given, weights, norm) in runs.items():
         print(f"{folder}: " + "  ".join(f"{name} {digest}" for name, digest in given.items()))
         print(
-            f"  weights after epoch {', '.join(f'{e} {d}' for e, d in weights.items())}  norm {norm:.7g}"
+            f"  weights after epoch {', '.join(f'{e} {d}' for e, d in weights.items())}  norm "
+            f"{norm:.7g}"
         )
     first, *others = runs
     for other in others:

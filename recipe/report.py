@@ -1,4 +1,4 @@
-"""Reports finished runs as the paper does: `python -m recipe.report RUN…` prints errors and draws the curves."""
+"""Reports runs as the paper does: `python -m recipe.report RUN…` prints errors, draws curves."""
 
 import statistics
 from pathlib import Path
@@ -14,7 +14,8 @@ PICTURE = "report.png"  # written into the first run's directory
 def main(argv: list[str]) -> None:
     if not argv or argv[0].startswith("-"):
         raise UsageError(
-            "name one run directory or more, such as runs/quick-*; several are reported as mean ± std"
+            "name one run directory or more, such as runs/quick-*; several are reported as mean ± "
+            "std"
         )
     runs = {folder: runlog.read_epochs(Path(folder)) for folder in argv}
     results = [_print_run(folder, epochs) for folder, epochs in runs.items()]
@@ -67,7 +68,8 @@ def _print_run(folder: str, epochs: list[dict]) -> float:
     speeds = [line["images_per_second"] for line in epochs if line.get("images_per_second")]
     speed = f"; {statistics.median(speeds):,.0f} images/s" if speeds else ""
     print(
-        f"{folder}: top-1 error {final_error(errors):.2%}, median of the last {len(errors[-5:])} of "
+        f"{folder}: top-1 error {final_error(errors):.2%}, median of the last {len(errors[-5:])} "
+        "of "
         f"{len(epochs)} epochs{speed}"
     )
     return final_error(errors)

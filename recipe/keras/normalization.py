@@ -10,12 +10,15 @@ from recipe.keras import backend, names
 
 @keras.saving.register_keras_serializable("recipe")
 class SyncBatchNormalization(keras.layers.BatchNormalization):
-    """`keras.layers.BatchNormalization` whose mean and variance are those of all ranks' examples together.
+    """`keras.layers.BatchNormalization` with the mean and variance of all ranks' examples.
 
-    Ranks may hold different numbers of examples, and masks are respected. The variance is taken around the common
-    mean (a difference of squares would cancel), which costs a second small allreduce. Gradients flow through both.
+    Ranks may hold different numbers of examples, and masks are respected. The variance is taken
+    around the common mean (a difference of squares would cancel), which costs a second small
+    allreduce. Gradients flow through both.
 
-    All ranks must train the layer in the same steps. Raises ValueError for `fused=True`, as Horovod does."""
+    All ranks must train the layer in the same steps. Raises ValueError for `fused=True`, as Horovod
+    does.
+    """
 
     def __init__(self, *args: Any, fused: bool = False, **kwargs: Any) -> None:
         if fused in (True, None):

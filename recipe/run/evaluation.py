@@ -1,4 +1,4 @@
-"""Cross-entropy and top-1 error over the whole evaluation set: every example once, on any number of ranks."""
+"""Cross-entropy and top-1 error over the whole evaluation set: every example counts once."""
 
 import contextlib
 

@@ -106,7 +106,7 @@ class Loop:
         return leave
 
     def _settle(self) -> bool:
-        """Read the last step's result, if it wasn't yet, and return whether a rank wants to leave."""
+        """Read the last step's result, if it wasn't, and return whether a rank wants to leave."""
         if self._pending is None:
             return False
         result = self._pending()

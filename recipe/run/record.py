@@ -44,7 +44,7 @@ class Record:
             self._progress.close()
 
     def elements(self, elements: Iterator[Element]) -> Iterator[Element]:
-        """Yield the elements, measure how long each is waited for, and remember the run's first images."""
+        """Yield the elements, measure the time waited for each, remember the run's first images."""
         for element in self._epoch_meter.timed(elements):
             if self.state.step == 0:
                 self._first_images.add(element)
@@ -91,7 +91,8 @@ class Record:
     def write_epoch(self, figures: Figures) -> None:
         """Write the figures of an epoch, and say the errors. Rank 0 only."""
         self._write("epoch", figures)
-        text = f"epoch {figures['epoch']} of {self._recipe.epochs}: training error {figures['error']:.2%}"
+        text = f"epoch {figures['epoch']} of {self._recipe.epochs}: "
+        text += f"training error {figures['error']:.2%}"
         if "eval_error" in figures:
             text += f"  evaluation error {figures['eval_error']:.2%}"
         text += "  "
@@ -109,7 +110,7 @@ class Record:
             self._progress.doing(what)
 
     def say_waits(self) -> None:
-        """Say whether the images were the bottleneck: all ranks wait for the one that gets its last."""
+        """Say whether images were the bottleneck: all ranks wait for the one that gets its last."""
         share = statistics.median(self._waits)
         advice = ": docs/data.md says what makes them faster" if share > LONG_WAIT else ""
         self._say(f"images: {share:.1%} of the time of a step was spent waiting for them{advice}")

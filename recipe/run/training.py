@@ -1,4 +1,4 @@
-"""Opens what a run needs, then trains or evaluates. Collective: all ranks call these functions, in the same order."""
+"""Opens what a run needs, then trains or evaluates. All functions are collective."""
 
 import contextlib
 import socket
@@ -38,10 +38,10 @@ def train(
     notice: Notice,
     commits: Commits | None = None,
 ) -> list[float]:
-    """Run the recipe on all ranks, and return the top-1 error of each evaluated epoch, oldest first. Collective.
+    """Run the recipe, and return the top-1 error of each evaluated epoch, oldest first. Collective.
 
-    In an elastic run, `commits` takes precedence over checkpoints on disk. Raise UsageError, RunError or, when a
-    rank's `notice` tells it to leave, Preempted, on every rank.
+    In an elastic run, `commits` takes precedence over checkpoints on disk. Raise UsageError,
+    RunError or, when a rank's `notice` tells it to leave, Preempted, on every rank.
     """
     # Check what the user asks for, then open it.
     check_recipe(recipe)
@@ -129,7 +129,7 @@ def begin(
 
 
 def restore(replica: Replica, run_dir: Path) -> int:
-    """Bring the newest whole checkpoint to rank 0's replica, and return its finished epochs. Collective."""
+    """Bring the newest checkpoint to rank 0's replica, and return its epochs. Collective."""
 
     def restore_on_root() -> int:
         newest = checkpoint.newest(run_dir / runlog.CHECKPOINTS, output.warn)
@@ -142,7 +142,7 @@ def restore(replica: Replica, run_dir: Path) -> int:
 
 
 def prepare_data(recipe: Recipe) -> None:
-    """Prepare the examples on rank 0 where they are not, which may take hours: nobody watches. Collective."""
+    """Prepare the examples on rank 0, which may take hours: nobody watches. Collective."""
     collectives.on_root(lambda: prepare(recipe.data), "prepare")
 
 
