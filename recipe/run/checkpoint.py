@@ -24,6 +24,7 @@ def save(
     appears under its name only when it is complete and on the disk. Raise RunError when that fails.
     The older checkpoints are then untouched.
     """
+    # Write the new one, without what a kill has left of another.
     path = folder / name_of(step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,6 +36,8 @@ def save(
             f"cannot write the checkpoint {path}: {error.strerror}; free space or rights, then "
             "--resume"
         )
+
+    # Remove old ones.
     for old in checkpoints(folder)[:-keep]:
         is_kept_for_good = keep_every and step_of(old) % keep_every == 0
         if old != path and not is_kept_for_good:

@@ -38,6 +38,7 @@ def check_recipe(recipe: Recipe) -> None:
 
     The ranks would wait for each other, or train on other examples. The data's folders may differ.
     """
+    # Compare with rank 0's.
     fields = config.flatten(recipe)
     for folder in config.FOLDERS:
         del fields[folder]
@@ -45,6 +46,8 @@ def check_recipe(recipe: Recipe) -> None:
     for rank, theirs in enumerate(others, 1):
         if theirs == first:
             continue
+
+        # Name the fields.
         different = [
             f"config.{name}={value} instead of {first.get(name)}"
             for name, value in theirs.items()
@@ -68,6 +71,7 @@ def check_size(recipe: Recipe) -> None:
 
 def check_data(sources: Sources) -> None:
     """Raise RunError when a rank has other data, and warn when one decodes slowly. Collective."""
+    # Compare with rank 0's.
     shapes = [(len(source), source.num_classes) for source in sources]
     all_facts = collectives.gather(DataFacts(shapes, decode.why_slow()), "data")
     first = all_facts[0]
@@ -79,6 +83,8 @@ def check_data(sources: Sources) -> None:
                 f"{first.shapes} for training and evaluation: copy the data to its host again",
                 everywhere=True,
             )
+
+    # One warning is enough for all.
     slow = [
         f"rank {rank}: {facts.why_slow}" for rank, facts in enumerate(all_facts) if facts.why_slow
     ]

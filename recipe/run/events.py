@@ -52,6 +52,7 @@ class Events:
 
     def _write(self, event: "Event") -> None:
         """Write a record as a whole. If that fails, the next one takes its place."""
+        # Write behind the last whole record.
         data = record(event.SerializeToString())
         try:
             if self._descriptor < 0:
@@ -64,6 +65,8 @@ class Events:
             reason: str | None = "no room is left"
         except OSError as error:
             reason = error.strerror
+
+        # Say once what is lost.
         if not self._warned:
             self._warned = True
             warn(

@@ -44,11 +44,14 @@ class Loop:
 
     def run(self, notice: Notice) -> list[float]:
         """Train to the recipe's end, and return the top-1 error of each evaluated epoch."""
+        # Begin: the images are read ahead, and all ranks get rank 0's state.
         elements = self.record.elements(iter(self.data.training.elements(self.state.step)))
         self.replica.begin(self.epoch.steps)
         watchdog.beat("the first step's beginning")
         if self.state.step == 0:
             self.record.remember(self.replica.weights())
+
+        # Train, epoch by epoch. A resumed run may begin within one.
         try:
             self._commit()
             while self.state.epochs < self.recipe.epochs:
@@ -59,6 +62,8 @@ class Loop:
                     if self._step(elements, notice.received):
                         self._leave()
                 self._end_epoch()
+
+            # End: the replicas are compared.
             self.replica.end()
             self.record.say_waits()
             self.record.say_replaced(self.data.training.replaced)

@@ -90,6 +90,7 @@ def check_directory(run_dir: Path, recipe: Recipe, mode: Mode) -> None:
     Raise UsageError when the directory holds a run already and `mode` is NO, holds another recipe's
     and it isn't FORCE, holds none to resume, or can't be a run directory.
     """
+    # Look what is there.
     try:
         for folder in (run_dir, run_dir / runlog.CHECKPOINTS):
             _check_folder(folder)
@@ -104,12 +105,15 @@ def check_directory(run_dir: Path, recipe: Recipe, mode: Mode) -> None:
             f"--run_dir={run_dir} can't be used: {error.strerror}; name another directory"
         )
 
+    # A run is resumed only where the user asks for it, and only the same one.
     if holds_run and mode is Mode.NO:
         raise UsageError(
             f"--run_dir={run_dir} holds a run already; add --resume or choose another directory"
         )
     if holds_run and mode is Mode.YES:
         _refuse_other_recipe(config.identity(runlog.read_recipe(run_dir)), recipe, run_dir)
+
+    # Without a run nothing of one may be there, and nothing can be resumed.
     if not holds_run and remains:
         raise UsageError(
             f"--run_dir={run_dir} holds {' and '.join(remains)} of a run, and its {runlog.CONFIG} "
@@ -180,6 +184,8 @@ def check_progress(run_dir: Path) -> None:
     has_no_figures = not runlog.exists(run_dir / runlog.METRICS)
     if has_no_figures or checkpoint.unfinished(run_dir / runlog.CHECKPOINTS):
         return  # ended before the first one, or while it was written
+
+    # By their figures, should there be checkpoints?
     recipe = runlog.read_recipe(run_dir)
     epochs, steps = runlog.read_lines(run_dir, "epoch"), runlog.read_lines(run_dir, "step")
     if _saved_at_epoch(recipe, epochs) or _saved_at_step(recipe.run.checkpoint_steps, steps):

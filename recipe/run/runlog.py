@@ -182,6 +182,7 @@ class RunLog:
             line[name] = value if is_writable else None
             if is_writable and isinstance(value, int | float):
                 numbers[f"{kind}/{name}"] = value
+        # The file counts. TensorBoard gets what is a number.
         try:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
@@ -201,6 +202,8 @@ class RunLog:
                 if step:
                     warn(f"{self._path} is missing: it begins anew after step {step}")
                 return
+
+            # A run that begins anew leaves the figures of the old one to the user.
             texts = _whole_lines(self._path)
             lines = [json.loads(text) for text in texts]
             if not step and any(line["kind"] == "epoch" for line in lines):
@@ -208,6 +211,8 @@ class RunLog:
                 self._path.rename(aside)
                 warn(f"beginning at step 0: the old figures are in {aside}")
                 return
+
+            # A run that goes on keeps what was written before its checkpoint.
             remaining = [
                 text
                 for line, text in zip(lines, texts, strict=True)
