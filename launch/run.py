@@ -429,12 +429,12 @@ def _check_k(program: list[str], ranks: int, elastic: RankRange | None) -> None:
     if "recipe.train" not in program or {"-h", "--help"} & set(program):
         return
     from recipe import cli  # here, since the recipe's flags take half a second
-    from recipe.rules import sharding
+    from recipe.rules.epoch import check_size
 
     arguments = program[program.index("recipe.train") + 1 :]
     recipe, *_ = cli.parse_recipe(arguments)
     if elastic is None:
-        sharding.check_size(recipe.k, ranks, recipe.run.workers_at_once)
+        check_size(recipe, ranks)
     elif elastic.most > recipe.k:
         raise UsageError(
             f"--elastic up to {elastic.most} ranks: "

@@ -1,4 +1,4 @@
-"""The Recipe: every number that defines a training run, explained on its line and checked when built."""
+"""The Recipe: every number that defines a training run, explained and bounded where it stands."""
 
 import dataclasses
 import difflib
@@ -6,121 +6,159 @@ import hashlib
 import json
 import math
 import typing
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipe.errors import UsageError
+
+
+class Bounds(NamedTuple):
+    """The lowest and the highest value that a field may have, both included."""
+
+    low: float
+    high: float | None = None  # None: any finite number
+
+    def contain(self, value: float) -> bool:
+        is_low_enough = value < math.inf if self.high is None else value <= self.high
+        return value >= self.low and is_low_enough  # False for nan
+
+    def __str__(self) -> str:
+        return f"at least {self.low}" if self.high is None else f"from {self.low} to {self.high}"
+
+
+class Choices(tuple[str, ...]):
+    """The values that a field may have."""
+
+
+_CONSTRAINT = "constraint"  # a field's Bounds or Choices in its metadata
+
+
+def bounded(default: Any, low: float, high: float | None = None) -> Any:
+    """Return a field with this default, whose values are from `low` to `high`."""
+    return field(default=default, metadata={_CONSTRAINT: Bounds(low, high)})
+
+
+def one_of(*choices: str) -> Any:
+    """Return a field with one of these values; the first is the default."""
+    return field(default=choices[0], metadata={_CONSTRAINT: Choices(choices)})
 
 
 @dataclass(frozen=True)
 class Data:
     """Which images, and how they are cut."""
 
-    name: str = "imagenet2012"  # of TFDS, "fashion_photos" (built in), "folder" (train/CLASS/*.JPEG) or "synthetic"
-    data_dir: str = ""  # folder of the prepared data, or of train/; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
-    manual_dir: str = ""  # folder of the original ImageNet tars; "": DATA_DIR/downloads/manual
+    # a data set of TFDS, "fashion_photos" (built in), "folder" (train/CLASS/*.JPEG) or "synthetic"
+    name: str = "imagenet2012"
+    # folder of the prepared data, or of train/; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    data_dir: str = ""
+    # folder of the original ImageNet tars; "": DATA_DIR/downloads/manual
+    manual_dir: str = ""
     train_split: str = "train"  # TFDS split, or folder, to train on
-    eval_split: str = (
-        "validation"  # TFDS split, or folder (also named val), to measure the error on
-    )
-    image_size: int = 224  # pixels a side, for training and evaluation (paper, sec. 5.1)
-    min_area: float = 0.08  # smallest share of an image's area that a training crop keeps
-    remainder: str = "drop"  # last N mod kn examples of an epoch: "drop" (the paper's floor(N/kn)) or "short" minibatch
-    shuffle_block: int = 1  # neighbours on disk that stay together in the shuffle, for slow disks; 1: none (remark 4)
-    bad_images: str = "fail"  # training images that can't be decoded: "fail", or "replace" by another that is drawn
-    train_examples: int = 0  # use only the first so many training examples; 0: all
-    eval_examples: int = 0  # use only the first so many evaluation examples; 0: all
+    # TFDS split, or folder (also named val), to measure the error on
+    eval_split: str = "validation"
+    # pixels a side, for training and evaluation (paper, sec. 5.1)
+    image_size: int = bounded(224, 8)
+    # smallest share of an image's area that a training crop keeps
+    min_area: float = bounded(0.08, 0.01, 1.0)
+    # last N mod kn examples of an epoch: "drop" (the paper's floor(N/kn)) or "short" minibatch
+    remainder: str = one_of("drop", "short")
+    # neighbours on disk that stay together in the shuffle, for slow disks; 1: none (remark 4)
+    shuffle_block: int = bounded(1, 1)
+    # training images that can't be decoded: "fail", or "replace" by another that is drawn
+    bad_images: str = one_of("fail", "replace")
+    train_examples: int = bounded(0, 0)  # use only the first so many training examples; 0: all
+    eval_examples: int = bounded(0, 0)  # use only the first so many evaluation examples; 0: all
 
 
 @dataclass(frozen=True)
 class Model:
     """The residual network (paper, sec. 5.1)."""
 
-    blocks: tuple[int, ...] = (
-        3,
-        4,
-        6,
-        3,
-    )  # bottleneck blocks of each stage; (3, 4, 6, 3) is ResNet-50
-    width: int = (
-        64  # channels of the stem; stage i works with width·2^i and ends with four times that
-    )
-    stem: str = "imagenet"  # "imagenet": 7×7 stride 2 and max pooling; "small": 3×3 stride 1, for small images
-    zero_gamma: bool = (
-        True  # γ = 0 in the last BN of each block, so that it starts as the identity (sec. 5.1)
-    )
-    bn_momentum: float = 0.9  # share of the old moving statistics kept at each step
-    bn_epsilon: float = 1e-5  # added to the variance
-    precise_bn: int = (
-        0  # minibatches over which the statistics for evaluation are taken anew; 0: the moving ones
-    )
-    dropout: float = (
-        0.0  # share of the pooled features that a training example drops; the paper has none
-    )
-    data_format: str = "channels_last"  # memory layout: "channels_last" or "channels_first" (GPU only in TensorFlow)
-    precision: str = "float32"  # Keras dtype policy: "float32", "mixed_bfloat16" or "mixed_float16" (loss scaling)
+    # bottleneck blocks of each stage; (3, 4, 6, 3) is ResNet-50
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
+    # channels of the stem; stage i works with width·2^i and ends with four times that
+    width: int = bounded(64, 1)
+    # "imagenet": 7×7 stride 2 and max pooling; "small": 3×3 stride 1, for small images
+    stem: str = one_of("imagenet", "small")
+    # γ = 0 in the last BN of each block, so that it starts as the identity (sec. 5.1)
+    zero_gamma: bool = True
+    bn_momentum: float = bounded(0.9, 0.0, 1.0)  # share of the old moving statistics kept at a step
+    bn_epsilon: float = bounded(1e-5, 0.0)  # added to the variance
+    # minibatches over which the statistics for evaluation are taken anew; 0: the moving ones
+    precise_bn: int = bounded(0, 0)
+    # share of the pooled features that a training example drops; the paper has none
+    dropout: float = bounded(0.0, 0.0, 0.99)
+    # memory layout; "channels_first" on GPUs only in TensorFlow
+    data_format: str = one_of("channels_last", "channels_first")
+    # Keras dtype policy; "mixed_float16" has loss scaling
+    precision: str = one_of("float32", "mixed_bfloat16", "mixed_float16")
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """Minibatch SGD with Nesterov momentum (paper, sec. 5.1)."""
 
-    base_rate: float = 0.1  # η: the learning rate for a minibatch of 256
-    momentum: float = 0.9  # m
+    base_rate: float = bounded(0.1, 0.0)  # η: the learning rate for a minibatch of 256
+    momentum: float = bounded(0.9, 0.0, 1.0)  # m
     nesterov: bool = True
-    weight_decay: float = 1e-4  # λ, on convolution and FC kernels only; part of the loss (remark 1)
-    compression: str = "none"  # gradients on the wire: "none" or "fp16"
+    # λ, on convolution and FC kernels only; part of the loss (remark 1)
+    weight_decay: float = bounded(1e-4, 0.0)
+    compression: str = one_of("none", "fp16")  # gradients on the wire
 
 
 @dataclass(frozen=True)
 class Schedule:
     """η as a function of the epoch (paper, sec. 2.2 and 5.1)."""
 
-    warmup: str = "gradual"  # from η to kη: "gradual", "constant" (η, then kη) or "none"
-    warmup_epochs: float = 5.0  # epochs, may be a fraction
-    decay_epochs: tuple[float, ...] = (
-        30.0,
-        60.0,
-        80.0,
-    )  # epochs at which the rate is multiplied by decay_factor
-    decay_factor: float = 0.1
+    # from η to kη: "gradual", "constant" (η, then kη) or "none"
+    warmup: str = one_of("gradual", "constant", "none")
+    warmup_epochs: float = bounded(5.0, 0.0)  # epochs, may be a fraction
+    # epochs at which the rate is multiplied by decay_factor
+    decay_epochs: tuple[float, ...] = (30.0, 60.0, 80.0)
+    decay_factor: float = bounded(0.1, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Run:
-    """How the run is done and looked at. None of it changes what is computed, beyond the rounding."""
+    """How the run is done and looked at. None of it changes what is computed, beyond rounding."""
 
-    log_every: int = 50  # steps between lines of metrics.jsonl and of the log
-    eval_every: int = 1  # epochs between evaluations; the last epochs are always evaluated
-    checkpoint_every: int = 1  # epochs between checkpoints; the last epoch always has one
-    checkpoint_steps: int = 0  # steps between checkpoints within an epoch; 0: none
-    keep_checkpoints: int = 3  # the newest so many are kept
-    keep_every: int = (
-        0  # epochs; the checkpoints of every so many epochs are kept for good; 0: none
-    )
-    commit_steps: int = 10  # elastic runs: steps between copies in memory; a lost rank costs the steps since the last
-    replica_check_every: int = 500  # steps between comparisons of all ranks' weights; 0: never
+    log_every: int = bounded(50, 1)  # steps between lines of metrics.jsonl and of the log
+    # epochs between evaluations; the last epochs are always evaluated
+    eval_every: int = bounded(1, 1)
+    # epochs between checkpoints; the last epoch always has one
+    checkpoint_every: int = bounded(1, 1)
+    checkpoint_steps: int = bounded(0, 0)  # steps between checkpoints within an epoch; 0: none
+    keep_checkpoints: int = bounded(3, 1)  # the newest so many are kept
+    # epochs; the checkpoints of every so many epochs are kept for good; 0: none
+    keep_every: int = bounded(0, 0)
+    # elastic runs: steps between copies in memory; a lost rank costs the steps since the last
+    commit_steps: int = bounded(10, 1)
+    # steps between comparisons of all ranks' weights; 0: never
+    replica_check_every: int = bounded(500, 0)
     deterministic: bool = False  # the same bits again on the same ranks; may cost speed on GPUs
-    compile: bool = False  # native PyTorch only: torch.compile; gradients are then reduced after the backward pass
-    step_timeout: float = 600.0  # seconds without a step after which a rank leaves: a host or a link is gone; 0: never
-    workers_at_once: int = (
-        1  # of a rank's workers, so many share a forward pass: fills GPUs for which n is small
-    )
+    # native PyTorch only: torch.compile; gradients are then reduced after the backward pass
+    compile: bool = False
+    # seconds without a step after which a rank leaves: a host or a link is gone; 0: never
+    step_timeout: float = bounded(600.0, 0.0)
+    # of a rank's workers, so many share a forward pass: fills GPUs for which n is small
+    workers_at_once: int = bounded(1, 1)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run, whatever it runs on. Raises UsageError when a value or a combination is impossible."""
+    """One training run, whatever it runs on.
 
-    k: int = (
-        256  # workers: each computes the gradient and the BN statistics of n examples (sec. 2.3, 3)
-    )
-    n: int = 32  # examples per worker and step; the minibatch is kn
-    epochs: int = 90  # passes over the training set (sec. 5.1)
-    seed: int = 0  # with the recipe, the whole source of randomness
-    framework: str = (
-        "keras"  # "keras" (on the backend in $KERAS_BACKEND) or "torch" (native PyTorch)
-    )
+    Raise UsageError when a value or a combination is impossible.
+    """
+
+    # workers: each computes the gradient and the BN statistics of n examples (sec. 2.3, 3)
+    k: int = bounded(256, 1)
+    n: int = bounded(32, 1)  # examples per worker and step; the minibatch is kn
+    epochs: int = bounded(90, 1)  # passes over the training set (sec. 5.1)
+    seed: int = bounded(0, 0, 2**32 - 1)  # with the recipe, the whole source of randomness
+    # "keras" (on the backend in $KERAS_BACKEND) or "torch" (native PyTorch)
+    framework: str = one_of("keras", "torch")
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -130,7 +168,12 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_choices(self)
-        _check_ranges(self)
+        _check_bounds(self)
+        _check_data(self)
+        _check_optimizer(self)
+        _check_normalization(self)
+        _check_run(self)
+        _check_blocks(self)
         _check_schedule(self)
 
     @property
@@ -140,20 +183,9 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """The inverse of `dataclasses.asdict`; raises UsageError on unknown names."""
+        """Do the inverse of `dataclasses.asdict`. Raise UsageError for unknown names."""
         return _build(cls, values, "config")
 
-
-CHOICES = {
-    "framework": ("keras", "torch"),
-    "data.remainder": ("drop", "short"),
-    "data.bad_images": ("fail", "replace"),
-    "model.stem": ("imagenet", "small"),
-    "model.data_format": ("channels_last", "channels_first"),
-    "model.precision": ("float32", "mixed_bfloat16", "mixed_float16"),
-    "optimizer.compression": ("none", "fp16"),
-    "schedule.warmup": ("gradual", "constant", "none"),
-}
 
 FOLDERS = ("data.data_dir", "data.manual_dir")  # where things lie, not what they are
 
@@ -162,7 +194,10 @@ SYNONYMS = {
     "config.optimizer.base_rate": "lr learning_rate base_lr base_learning_rate eta rate",
     "config.optimizer.weight_decay": "wd l2 weight_decay_rate lambda",
     "config.optimizer.compression": "compress fp16_allreduce",
-    "config.n": "batch_size batch batchsize bs minibatch per_device_batch_size global_batch_size train_batch_size",
+    "config.n": (
+        "batch_size batch batchsize bs minibatch per_device_batch_size "
+        "global_batch_size train_batch_size"
+    ),
     "config.k": "workers num_workers world_size ranks np gpus num_gpus size",
     "config.epochs": "epoch num_epochs max_epochs n_epochs num_train_epochs",
     "config.seed": "random_seed rng_seed",
@@ -182,125 +217,128 @@ SYNONYMS = {
     "config.model.dropout": "dropout_rate drop drop_rate",
     "config.run.log_every": "log_interval log_freq print_freq print_every logging_steps log_steps",
     "config.run.eval_every": "eval_interval eval_freq val_every eval_steps",
-    "config.run.checkpoint_every": "save_every save_freq checkpoint_interval save_interval save_steps",
+    "config.run.checkpoint_every": (
+        "save_every save_freq checkpoint_interval save_interval save_steps"
+    ),
     "config.run.keep_checkpoints": "max_to_keep save_total_limit keep",
     "config.run.step_timeout": "timeout",
-    "run_dir": "output output_dir out_dir out log_dir logdir save_dir workdir work_dir checkpoint_dir model_dir dir",
+    "run_dir": (
+        "output output_dir out_dir out log_dir logdir save_dir workdir work_dir "
+        "checkpoint_dir model_dir dir"
+    ),
     "resume": "restore resume_from resume_from_checkpoint checkpoint ckpt load",
 }
 
-# field: (lowest, highest) allowed value, both included
-RANGES = {
-    "k": (1, None),
-    "n": (1, None),
-    "epochs": (1, None),
-    "seed": (0, 2**32 - 1),
-    "data.image_size": (8, None),
-    "data.shuffle_block": (1, None),
-    "data.min_area": (0.01, 1.0),
-    "data.train_examples": (0, None),
-    "data.eval_examples": (0, None),
-    "model.width": (1, None),
-    "model.bn_momentum": (0.0, 1.0),
-    "model.bn_epsilon": (0.0, None),
-    "model.precise_bn": (0, None),
-    "run.commit_steps": (1, None),
-    "run.step_timeout": (0.0, None),
-    "model.dropout": (0.0, 0.99),
-    "optimizer.base_rate": (0.0, None),
-    "optimizer.momentum": (0.0, 1.0),
-    "optimizer.weight_decay": (0.0, None),
-    "schedule.warmup_epochs": (0.0, None),
-    "schedule.decay_factor": (0.0, 1.0),
-    "run.log_every": (1, None),
-    "run.eval_every": (1, None),
-    "run.checkpoint_every": (1, None),
-    "run.checkpoint_steps": (0, None),
-    "run.keep_checkpoints": (1, None),
-    "run.keep_every": (0, None),
-    "run.replica_check_every": (0, None),
-    "run.workers_at_once": (1, None),
-}
+
+class _Leaf(NamedTuple):
+    """A field of a recipe that is no section."""
+
+    name: str  # dotted, such as "optimizer.base_rate"
+    value: Any
+    constraint: Bounds | Choices | None
+
+
+def flatten(section: Any) -> dict[str, Any]:
+    """Return {"optimizer.base_rate": 0.1, …}: a recipe's fields by their dotted names."""
+    return {leaf.name: leaf.value for leaf in _leaves(section)}
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """The fields that say what is computed, by their dotted names: all but those of `run` and the data's folders."""
-    fields = flatten(recipe).items()
+    """Return the fields that say what is computed, by their dotted names.
+
+    These are all but those of `run` and the data's folders.
+    """
     return {
-        name: value for name, value in fields if not name.startswith("run.") and name not in FOLDERS
+        name: value
+        for name, value in flatten(recipe).items()
+        if not name.startswith("run.") and name not in FOLDERS
     }
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """SHA-256 of `identity`, in hexadecimal: two recipes that compute the same have the same."""
-    return hashlib.sha256(json.dumps(identity(recipe), sort_keys=True).encode()).hexdigest()
+    """Return the SHA-256 of `identity`, in hexadecimal: the same for the same computation."""
+    text = json.dumps(identity(recipe), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """ "config.momentum=0.8 (was 0.9), …" for two recipes' `identity`; "" when they are the same."""
-    names = [name for name in new | old if _plain(new.get(name)) != _plain(old.get(name))]
-    return ", ".join(f"config.{name}={new.get(name)} (was {old.get(name)})" for name in names)
+    """Return how two recipes' `identity` differ; "" when they are the same.
+
+    For example "config.optimizer.momentum=0.8 (was 0.9), …".
+    """
+    changes = []
+    for name in new | old:
+        old_value, new_value = old.get(name), new.get(name)
+        if _as_json(new_value) != _as_json(old_value):
+            changes.append(f"config.{name}={new_value} (was {old_value})")
+    return ", ".join(changes)
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """The known name most like `name`; the first one when none is alike."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the known name most like `name`; the first one when none is alike."""
     known = list(known)
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.0)), known[0])
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return matches[0] if matches else known[0]
 
 
-def meant(name: str, known: typing.Iterable[str]) -> str:
-    """The field or flag that a person may have meant by a name that is none: by its last part, by a synonym of the
-    field, or else by its spelling."""
-    known, last = list(known), name.lower().replace("-", "_").rpartition(".")[2]
-    same = [one for one in known if one.rpartition(".")[2] == last]
-    synonyms = [one for one, others in SYNONYMS.items() if last in others.split() and one in known]
-    return nearest(name, same or synonyms or known)
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return the field or flag that a person may have meant by an unknown name.
+
+    It is found by the name's last part, by a synonym of the field, or else by its spelling.
+    """
+    known = list(known)
+    last = name.lower().replace("-", "_").rpartition(".")[2]
+    namesakes = [other for other in known if other.rpartition(".")[2] == last]
+    synonyms = [
+        other for other, words in SYNONYMS.items() if last in words.split() and other in known
+    ]
+    return nearest(name, namesakes or synonyms or known)
 
 
-def flatten(recipe: Any, prefix: str = "") -> dict[str, Any]:
-    """{"optimizer.base_rate": 0.1, …}: all leaves of a recipe by their dotted names."""
-    leaves = {}
-    for f in dataclasses.fields(recipe):
-        value = getattr(recipe, f.name)
+def _leaves(section: Any, prefix: str = "") -> Iterator[_Leaf]:
+    for each in dataclasses.fields(section):
+        value = getattr(section, each.name)
         if dataclasses.is_dataclass(value):
-            leaves |= flatten(value, f"{prefix}{f.name}.")
+            yield from _leaves(value, f"{prefix}{each.name}.")
         else:
-            leaves[prefix + f.name] = value
-    return leaves
+            yield _Leaf(prefix + each.name, value, each.metadata.get(_CONSTRAINT))
 
 
-def _plain(value: Any) -> Any:
-    """A tuple is a list once it has been JSON."""
+def _as_json(value: Any) -> Any:
+    """Return a value as it is once it has been JSON, in which a tuple is a list."""
     return list(value) if isinstance(value, tuple) else value
 
 
-def _build(cls: type, values: dict[str, Any], path: str) -> Any:
+def _build(cls: Any, values: dict[str, Any], path: str) -> Any:
+    """Return a section of this class from its values in JSON."""
     types = typing.get_type_hints(cls)
     if not isinstance(values, dict):
         raise UsageError(
             f"{path} must be a section with the fields {', '.join(types)}, not {values!r}"
         )
-    for name in values:
+    arguments = {}
+    for name, value in values.items():
         if name not in types:
-            known = [
-                *(f"{path}.{kind}" for kind in types),
-                *(f"config.{field}" for field in flatten(Recipe())),
-            ]
-            wrong = f"{path}.{name}"
-            raise UsageError(
-                f"{wrong} is not a field of the recipe; did you mean {meant(wrong, known)}?"
-            )
-    return cls(
-        **{name: _coerce(types[name], value, f"{path}.{name}") for name, value in values.items()}
-    )
+            _refuse_unknown(f"{path}.{name}", [f"{path}.{other}" for other in types])
+        arguments[name] = _coerce(types[name], value, f"{path}.{name}")
+    return cls(**arguments)
+
+
+def _refuse_unknown(name: str, neighbours: list[str]) -> typing.NoReturn:
+    known = neighbours + [f"config.{other}" for other in flatten(Recipe())]
+    raise UsageError(f"{name} is not a field of the recipe; did you mean {meant(name, known)}?")
 
 
 def _coerce(kind: Any, value: Any, path: str) -> Any:
-    """JSON and the command line have lists where a recipe has tuples, and write 5.0 as 5."""
+    """Return a value from JSON or the command line as the type that its field has.
+
+    They have lists where a recipe has tuples, and write 5.0 as 5.
+    """
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, path)
     if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        return tuple(_coerce(typing.get_args(kind)[0], v, path) for v in value)
+        element_kind = typing.get_args(kind)[0]
+        return tuple(_coerce(element_kind, element, path) for element in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value
@@ -312,89 +350,110 @@ def _check_types(section: Any, path: str = "config") -> None:
         if dataclasses.is_dataclass(kind):
             _check_types(value, f"{path}.{name}")
         elif typing.get_origin(kind) is tuple:
-            element = typing.get_args(kind)[0]
-            if not isinstance(value, tuple) or any(type(v) not in (element, int) for v in value):
+            element_kind = typing.get_args(kind)[0]
+            if not _is_tuple_of(element_kind, value):
                 raise UsageError(
-                    f"{path}.{name} must be a tuple of {element.__name__}s, not {value!r}"
+                    f"{path}.{name} must be a tuple of {element_kind.__name__}s, not {value!r}"
                 )
         elif type(value) is not kind and not (kind is float and type(value) is int):
             raise UsageError(f"{path}.{name} must be of type {kind.__name__}, not {value!r}")
 
 
+def _is_tuple_of(kind: type, value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(element) in (kind, int) for element in value)
+
+
 def _check_choices(recipe: Recipe) -> None:
-    values = flatten(recipe)
-    if values["optimizer.compression"] == "bf16":
+    if recipe.optimizer.compression == "bf16":
         raise UsageError(
-            "config.optimizer.compression='bf16' cannot be had: Horovod 0.28.1 has no bfloat16 on the wire; "
-            "use 'fp16' or 'none'"
+            "config.optimizer.compression='bf16' cannot be had: Horovod 0.28.1 has no bfloat16 on "
+            "the wire; use 'fp16' or 'none'"
         )
-    for name, choices in CHOICES.items():
-        if values[name] not in choices:
+    for name, value, constraint in _leaves(recipe):
+        if isinstance(constraint, Choices) and value not in constraint:
             raise UsageError(
-                f"config.{name}={values[name]!r} is not one of {', '.join(choices)}; "
-                f"did you mean {nearest(values[name], choices)!r}?"
+                f"config.{name}={value!r} is not one of {', '.join(constraint)}; "
+                f"did you mean {nearest(value, constraint)!r}?"
             )
 
 
-def _check_ranges(recipe: Recipe) -> None:
-    values = flatten(recipe)
-    for name, (low, high) in RANGES.items():
-        value = values[name]
-        if not value >= low or value == math.inf or (high is not None and value > high):
-            limit = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise UsageError(f"config.{name} must be {limit}, not {value}")
+def _check_bounds(recipe: Recipe) -> None:
+    for name, value, constraint in _leaves(recipe):
+        if isinstance(constraint, Bounds) and not constraint.contain(value):
+            raise UsageError(f"config.{name} must be {constraint}, not {value}")
+
+
+def _check_data(recipe: Recipe) -> None:
     if recipe.data.name == "folder" and recipe.data.shuffle_block > 1:
         raise UsageError(
-            "config.data.shuffle_block keeps neighbours together, and in a tree of files these are of one class: leave "
-            "it 1, or prepare the data set with TFDS, which mixes them"
+            "config.data.shuffle_block keeps neighbours together, and in a tree of files these are "
+            "of one class: leave it 1, or prepare the data set with TFDS, which mixes them"
         )
+
+
+def _check_optimizer(recipe: Recipe) -> None:
     if recipe.optimizer.momentum == 1:
         raise UsageError("config.optimizer.momentum=1 never forgets a gradient; the paper's is 0.9")
     if recipe.optimizer.nesterov and not recipe.optimizer.momentum:
         raise UsageError(
-            "config.optimizer.nesterov needs a momentum; set config.optimizer.nesterov=false or momentum=0.9"
+            "config.optimizer.nesterov needs a momentum; "
+            "set config.optimizer.nesterov=false or momentum=0.9"
         )
+
+
+def _check_normalization(recipe: Recipe) -> None:
     if recipe.model.precise_bn and recipe.model.bn_momentum == 1:
         raise UsageError(
-            "config.model.precise_bn needs config.model.bn_momentum below 1, such as the paper's 0.9"
+            "config.model.precise_bn needs config.model.bn_momentum below 1, "
+            "such as the paper's 0.9"
         )
+
+
+def _check_run(recipe: Recipe) -> None:
     if recipe.run.compile and recipe.framework != "torch":
         raise UsageError(
-            "config.run.compile=true is torch.compile; set config.framework='torch', or leave it false"
+            "config.run.compile=true is torch.compile; "
+            "set config.framework='torch', or leave it false"
         )
-    if recipe.k % recipe.run.workers_at_once:
+    workers_at_once = recipe.run.workers_at_once
+    if recipe.k % workers_at_once:
         raise UsageError(
-            f"config.run.workers_at_once={recipe.run.workers_at_once} must divide config.k={recipe.k}"
+            f"config.run.workers_at_once={workers_at_once} must divide config.k={recipe.k}"
         )
-    if recipe.run.workers_at_once > 1 and recipe.data.remainder == "short":
+    if workers_at_once > 1 and recipe.data.remainder == "short":
         raise UsageError(
-            "config.run.workers_at_once needs batches of one size; set config.data.remainder='drop', or leave it 1"
+            "config.run.workers_at_once needs batches of one size; "
+            "set config.data.remainder='drop', or leave it 1"
         )
-    if not recipe.model.blocks or min(recipe.model.blocks) < 1:
+
+
+def _check_blocks(recipe: Recipe) -> None:
+    blocks = recipe.model.blocks
+    if not blocks or min(blocks) < 1:
         raise UsageError(
-            f"config.model.blocks={recipe.model.blocks} must name at least one block for each stage, "
+            f"config.model.blocks={blocks} must name at least one block for each stage, "
             "such as (3, 4, 6, 3)"
         )
 
 
 def _check_schedule(recipe: Recipe) -> None:
-    schedule = recipe.schedule
-    if list(schedule.decay_epochs) != sorted(set(schedule.decay_epochs)):
+    decay_epochs = recipe.schedule.decay_epochs
+    rising = tuple(sorted(set(decay_epochs)))
+    if decay_epochs != rising:
         raise UsageError(
-            f"config.schedule.decay_epochs={schedule.decay_epochs} must rise; "
-            f"did you mean {tuple(sorted(set(schedule.decay_epochs)))}?"
+            f"config.schedule.decay_epochs={decay_epochs} must rise; did you mean {rising}?"
         )
-    if schedule.decay_epochs and schedule.decay_epochs[0] <= 0:
+    if decay_epochs and decay_epochs[0] <= 0:
+        raise UsageError(f"config.schedule.decay_epochs={decay_epochs} must be later than epoch 0")
+
+    warmup_epochs = recipe.schedule.warmup_epochs if recipe.schedule.warmup != "none" else 0.0
+    if decay_epochs and warmup_epochs > decay_epochs[0]:
         raise UsageError(
-            f"config.schedule.decay_epochs={schedule.decay_epochs} must be later than epoch 0"
+            f"config.schedule.warmup_epochs={warmup_epochs} ends after the first decay at epoch "
+            f"{decay_epochs[0]}; the warmup must be over by then"
         )
-    warmup_end = schedule.warmup_epochs if schedule.warmup != "none" else 0.0
-    if schedule.decay_epochs and warmup_end > schedule.decay_epochs[0]:
+    if warmup_epochs > recipe.epochs:
         raise UsageError(
-            f"config.schedule.warmup_epochs={warmup_end} ends after the first decay at epoch "
-            f"{schedule.decay_epochs[0]}; the warmup must be over by then"
-        )
-    if warmup_end > recipe.epochs:
-        raise UsageError(
-            f"config.schedule.warmup_epochs={warmup_end} is longer than the run of {recipe.epochs} epochs"
+            f"config.schedule.warmup_epochs={warmup_epochs} is longer than the run of "
+            f"{recipe.epochs} epochs"
         )

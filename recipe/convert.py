@@ -1,11 +1,12 @@
 """Takes a run over into the other framework: `python -m recipe.convert --run_dir=RUN --to=NEW`.
 
-NEW gets RUN's figures and its newest checkpoint, as Keras or native PyTorch would have written it: weights, moving
-statistics, velocities, loss scale. `python -m recipe.train --config=NEW/config.json --run_dir=NEW --resume` goes on.
+NEW gets RUN's figures and its newest checkpoint, as Keras or native PyTorch would have written it:
+weights, moving statistics, velocities, loss scale.
+`python -m recipe.train --config=NEW/config.json --run_dir=NEW --resume` goes on.
 
-In both the weights are written by Keras's names in Keras's layout. What differs is the velocity: Keras's v has the
-learning rate in it and is subtracted already (paper, eq. 10), PyTorch's u has not (eq. 9): v = −ηu, with η of the last
-step.
+In both frameworks the weights are written by Keras's names in Keras's layout. What differs is the
+velocity. Keras's v has the learning rate in it and is subtracted already (paper, eq. 10). PyTorch's
+u has not (eq. 9). So v = −ηu, with η of the last step.
 """
 
 import contextlib
@@ -26,16 +27,17 @@ from recipe.config import Recipe
 from recipe.errors import RunError, UsageError
 from recipe.run import checkpoint, runlog
 from recipe.system import noise, output
+from recipe.system.arrays import Arrays
+from recipe.system.checkpoint_file import Checkpoint
 
 VALUES = flags.FlagValues()
 flags.DEFINE_string("run_dir", "", "a run directory of recipe.train", flag_values=VALUES)
 flags.DEFINE_string("to", "", "the new run directory", flag_values=VALUES)
 
-Arrays = dict[str, np.ndarray]
-
-# The last part of a Keras variable's path, the name in a checkpoint of native PyTorch.
+# The last part of a Keras variable's path, and the name in a checkpoint of native PyTorch.
 _LOSS_SCALE = {"dynamic_scale": "optimizer/loss_scale", "step_counter": "optimizer/finite_steps"}
 _RATE = "optimizer/rate"
+_KERAS_RATE = "/sgd/learning_rate"  # how the name of Keras's rate ends
 
 
 def main(argv: list[str]) -> None:
@@ -47,29 +49,34 @@ def main(argv: list[str]) -> None:
     old, new = Path(VALUES.run_dir), Path(VALUES.to)
     if os.path.lexists(new):
         raise UsageError(f"--to={new} exists; name a new directory")
-    recipe = other(runlog.read_recipe(old))
-    found = checkpoint.newest(old / runlog.CHECKPOINTS, output.warn)
-    if found is None:
+
+    # Convert the newest checkpoint.
+    recipe = for_other_framework(runlog.read_recipe(old))
+    newest = checkpoint.newest(old / runlog.CHECKPOINTS, output.warn)
+    if newest is None:
         raise RunError(f"{old / runlog.CHECKPOINTS} holds no checkpoint")
-    arrays, meta = converted(*found, recipe)
-    with made(new) as folder:
+    arrays, meta = convert(newest, recipe)
+    step = meta["step"]
+
+    # Write the new run directory.
+    with new_folder(new) as folder:
         runlog.copy_run(old, folder)
         runlog.write_recipe(folder, recipe)
-        path = checkpoint.save(folder / runlog.CHECKPOINTS, meta["step"], arrays, meta, keep=1)
-    config_, run_dir = (
-        shlex.quote(f"--config={new / runlog.CONFIG}"),
-        shlex.quote(f"--run_dir={new}"),
-    )
+        path = checkpoint.save(folder / runlog.CHECKPOINTS, step, arrays, meta, keep=1)
+
+    arguments = shlex.join([f"--config={new / runlog.CONFIG}", f"--run_dir={new}"])
     print(
-        f"{new / runlog.CHECKPOINTS / path.name}: the state after step {meta['step']} for {recipe.framework}; "
-        f"to go on: python -m recipe.train {config_} {run_dir} --resume"
+        f"{new / runlog.CHECKPOINTS / path.name}: the state after step {step} for "
+        f"{recipe.framework}; to go on: python -m recipe.train {arguments} --resume"
     )
 
 
 @contextlib.contextmanager
-def made(new: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when all is in it; nothing of it stays otherwise. Raises UsageError when it
-    can't be written."""
+def new_folder(new: Path) -> Iterator[Path]:
+    """Create a folder to fill, which gets its name when all is in it.
+
+    After an error nothing of it stays. Raise UsageError when it can't be written.
+    """
     folder = new.with_name(f".{new.name}-{secrets.token_hex(4)}")
     try:
         folder.mkdir(parents=True)
@@ -83,70 +90,80 @@ def made(new: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def other(recipe: Recipe) -> Recipe:
-    """The same recipe in the other framework."""
+def for_other_framework(recipe: Recipe) -> Recipe:
+    """Return the same recipe in the other framework."""
     framework = "keras" if recipe.framework == "torch" else "torch"
     return replace(recipe, framework=framework, run=replace(recipe.run, compile=False))
 
 
-def converted(
-    arrays: Arrays, meta: dict[str, Any], recipe: Recipe
-) -> tuple[Arrays, dict[str, Any]]:
-    """(arrays, description) of a checkpoint, for a recipe that differs in its framework."""
+def convert(old: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """Return a checkpoint for a recipe that differs in its framework."""
     if recipe.framework == "torch":
-        arrays = to_torch(arrays)
+        arrays = to_torch(old.arrays)
     else:
         with noise.filtered():
-            from recipe.frameworks.keras import replica as fit
-        arrays = to_keras(arrays, fit.compiled(recipe, len(arrays["model/fc/bias"])), meta["step"])
-    return arrays, meta | {
-        "recipe": config.identity(recipe),
-        "fingerprint": config.fingerprint(recipe),
-    }
+            from recipe.frameworks.keras import replica
+        num_classes = len(old.arrays["model/fc/bias"])
+        arrays = to_keras(old.arrays, replica.compiled(recipe, num_classes), old.meta["step"])
+    description = {"recipe": config.identity(recipe), "fingerprint": config.fingerprint(recipe)}
+    return Checkpoint(arrays, old.meta | description)
 
 
-def to_torch(arrays: Arrays) -> Arrays:
-    """What native PyTorch would have written for a Keras checkpoint's state."""
-    (rate,) = (array for name, array in arrays.items() if name.endswith("/sgd/learning_rate"))
-    found = {_RATE: rate}
-    for name, array in arrays.items():
-        last = name.rpartition("/")[2]
+def to_torch(keras_arrays: Arrays) -> Arrays:
+    """Return what native PyTorch would have written for a Keras checkpoint's state."""
+    (rate,) = (array for name, array in keras_arrays.items() if name.endswith(_KERAS_RATE))
+    arrays = {_RATE: rate}
+    for name, array in keras_arrays.items():
+        last_part = name.rpartition("/")[2]
+        weight = _weight_of_velocity(last_part)
         if name.startswith("model/"):
-            found[name] = array
-        elif path := _slot(last):
-            # At η = 0, of which there is no way back up, no velocity matters any more.
-            found[f"optimizer/velocity/{path}"] = -array / rate if rate else np.zeros_like(array)
-        elif last in _LOSS_SCALE:
-            found[_LOSS_SCALE[last]] = array
-    return found
+            arrays[name] = array
+        elif weight:
+            # At η = 0, which never rises again, no velocity matters any more.
+            velocity = -array / rate if rate else np.zeros_like(array)
+            arrays[f"optimizer/velocity/{weight}"] = velocity
+        elif last_part in _LOSS_SCALE:
+            arrays[_LOSS_SCALE[last_part]] = array
+    return arrays
 
 
-def to_keras(arrays: Arrays, model: Any, step: int) -> Arrays:
-    """What Keras would have written for a native PyTorch checkpoint's state after `step` steps. `model`: the Keras
-    network with its optimizer, for names and order."""
+def to_keras(torch_arrays: Arrays, model: Any, step: int) -> Arrays:
+    """Return what Keras would have written for a native PyTorch checkpoint's state.
+
+    `model` is the Keras network with its optimizer, for names and order. The state is that after
+    `step` steps.
+    """
     from recipe.keras import state
 
-    rate, found = np.float32(arrays[_RATE]), {}
+    rate = np.float32(torch_arrays[_RATE])
+    arrays = {}
     for name, template in state.to_arrays(model).items():
-        array, last = template, name.rpartition("/")[2]
+        last_part = name.rpartition("/")[2]
+        weight = _weight_of_velocity(last_part)
+        value: Any = template
         if name.startswith("model/"):
-            array = arrays[name]
-        elif path := _slot(last):
-            array = -rate * arrays[f"optimizer/velocity/{path}"]
-        elif last in _LOSS_SCALE:
-            array = arrays[_LOSS_SCALE[last]]
-        elif name.endswith("/sgd/learning_rate"):
-            array = rate
-        elif last == "iteration":
-            array = np.int64(step)
-        found[name] = np.asarray(array, dtype=template.dtype)
-    return found
+            value = torch_arrays[name]
+        elif weight:
+            value = -rate * torch_arrays[f"optimizer/velocity/{weight}"]
+        elif last_part in _LOSS_SCALE:
+            value = torch_arrays[_LOSS_SCALE[last_part]]
+        elif name.endswith(_KERAS_RATE):
+            value = rate
+        elif last_part == "iteration":
+            value = np.int64(step)
+        arrays[name] = np.asarray(value, dtype=template.dtype)
+    return arrays
 
 
-def _slot(name: str) -> str:
-    """ "stem_conv/kernel" for Keras's velocity "stem_conv_kernel_momentum", "" for other variables."""
+def _weight_of_velocity(name: str) -> str:
+    """Return "stem_conv/kernel" for Keras's velocity "stem_conv_kernel_momentum".
+
+    Return "" for other variables.
+    """
+    if not name.endswith("_momentum"):
+        return ""
     layer, _, kind = name.removesuffix("_momentum").rpartition("_")
-    return f"{layer}/{kind}" if name.endswith("_momentum") else ""
+    return f"{layer}/{kind}"
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
-"""What ends a program with one sentence instead of a traceback."""
+"""Errors that end a program with one sentence instead of a traceback."""
 
 
 class _Sentence(Exception):
     def __init__(self, sentence: str, everywhere: bool = False) -> None:
+        """`everywhere`: all ranks raise it together, so that it is enough if one says it."""
         super().__init__(sentence)
-        self.everywhere = (
-            everywhere  # all ranks raise it together, so that one of them is enough to say it
-        )
+        self.everywhere = everywhere
 
     def __reduce__(self) -> tuple:
         return type(self), (str(self), self.everywhere)
 
 
 class UsageError(_Sentence):
-    """The user asked for something impossible: the sentence names the field or file and the fix. Exit status 2."""
+    """The user asked for something impossible. The sentence names the field or file and the fix.
+
+    Exit status 2.
+    """
 
 
 class RunError(_Sentence):
@@ -21,4 +23,7 @@ class RunError(_Sentence):
 
 
 class Preempted(_Sentence):
-    """The run was told to leave, has saved its state, and can be resumed. Exit status 75 (EX_TEMPFAIL)."""
+    """The run was told to leave, has saved its state, and can be resumed.
+
+    Exit status 75 (EX_TEMPFAIL).
+    """

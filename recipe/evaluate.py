@@ -1,4 +1,4 @@
-"""Top-1 error of a run's last checkpoint, by any number of ranks: `python -m recipe.evaluate --run_dir=RUN`."""
+"""Prints a run's top-1 error, by any number of ranks: `python -m recipe.evaluate --run_dir=RUN`."""
 
 from pathlib import Path
 

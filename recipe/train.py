@@ -1,7 +1,8 @@
-"""Trains a recipe: `mpirun -np 2 python -m recipe.train --config=quick`, or the same under horovodrun or srun.
+"""Trains a recipe, as in `mpirun -np 2 python -m recipe.train --config=quick`.
 
---config names a preset of recipe/configs or a run's config.json; --config.SECTION.FIELD=VALUE changes one field:
---config.k=4 --config.optimizer.base_rate=0.05 "--config.schedule.decay_epochs=(8,9)". recipe/config.py explains all.
+--config names a preset of recipe/configs or a run's config.json; --config.SECTION.FIELD=VALUE
+changes one field: --config.k=4 --config.optimizer.base_rate=0.05
+"--config.schedule.decay_epochs=(8,9)". recipe/config.py explains all.
 """
 
 import shlex
@@ -24,7 +25,8 @@ flags.DEFINE_enum(
     "resume",
     "no",
     ["no", "yes", "force"],
-    "continue the run in --run_dir after its last checkpoint; --resume=force: though the recipe has changed",
+    "continue the run in --run_dir after its last checkpoint; --resume=force: though the recipe "
+    "has changed",
     flag_values=VALUES,
 )
 

@@ -1,6 +1,9 @@
-"""For all tests: examples are the same in every run, and pytest told to leave by SIGTERM cleans up as after Ctrl-C.
+"""For all tests: examples are the same in every run, and pytest told to leave by SIGTERM cleans up
+as after Ctrl-C.
 
-A shell's background jobs ignore SIGINT, and so would the programs that tests interrupt: here it is heeded."""
+A shell's background jobs ignore SIGINT, and so would the programs that tests interrupt: here it is
+heeded.
+"""
 
 import signal
 

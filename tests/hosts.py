@@ -1,4 +1,6 @@
-"""Several hosts on one machine: network namespaces with their own name, address and sshd, on one bridge."""
+"""Several hosts on one machine: network namespaces with their own name, address and sshd, on one
+bridge.
+"""
 
 import contextlib
 import os
@@ -51,7 +53,9 @@ needs_names = pytest.mark.skipif(
 
 
 class Hosts:
-    """`names`: h1, h2, … unless given, at 10.213.0.1, .2, …; from each, `ssh` reaches every other by its name."""
+    """`names`: h1, h2, … unless given, at 10.213.0.1, .2, …; from each, `ssh` reaches every other
+    by its name.
+    """
 
     def __init__(self, folder: Path, count: int, names: list[str] | None = None) -> None:
         self.folder, self.names = folder, names or [f"h{i + 1}" for i in range(count)]
@@ -109,7 +113,9 @@ class Hosts:
     def run(
         self, host: str, command: list[str], timeout: float = 120, **extra: str
     ) -> subprocess.CompletedProcess:
-        """Runs a command on a host to its end, in the environment of a rank; stdout and stderr together."""
+        """Runs a command on a host to its end, in the environment of a rank; stdout and stderr
+        together.
+        """
         return self._run(host, command, timeout, env=environment(**extra))
 
     def cut(self, host: str) -> None:
@@ -134,11 +140,15 @@ class Hosts:
         }
 
     def settle(self) -> None:
-        """Waits until nothing but sshd runs: daemons and shells of other hosts end a moment after their launcher."""
+        """Waits until nothing but sshd runs: daemons and shells of other hosts end a moment after
+        their launcher.
+        """
         _until(lambda: not any(self.commands(host) for host in self.names), "all processes gone", 5)
 
     def kill(self, host: str) -> None:
-        """All of the host's processes but its sshd end at once; some may have ended by the others' death."""
+        """All of the host's processes but its sshd end at once; some may have ended by the others'
+        death.
+        """
         for pid in self.commands(host):
             _kill(pid)
 
@@ -196,7 +206,9 @@ class Hosts:
             subprocess.run(command, check=True)
 
     def _etc(self, host: str) -> None:
-        """The host's own /etc/hosts and /etc/ssh: its ssh trusts the key that all hosts have, and shows the user's."""
+        """The host's own /etc/hosts and /etc/ssh: its ssh trusts the key that all hosts have, and
+        shows the user's.
+        """
         etc = NETNS / self.namespace(host)
         (etc / "ssh").mkdir(parents=True)
         lines = [
@@ -212,7 +224,8 @@ class Hosts:
         )
         (etc / "ssh" / "ssh_config").write_text("IdentityFile /etc/ssh/user\nUpdateHostKeys no\n")
         (etc / "ssh" / "sshd_config").write_text(
-            "HostKey /etc/ssh/host\nAuthorizedKeysFile /etc/ssh/user.pub\nUsePAM no\nStrictModes no\n"
+            "HostKey /etc/ssh/host\nAuthorizedKeysFile /etc/ssh/user.pub\nUsePAM no\nStrictModes "
+            "no\n"
             "PermitRootLogin prohibit-password\nPidFile none\nMaxStartups 64\n"
         )
 

@@ -13,7 +13,9 @@ BIN = Path(sys.executable).parent
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a rank: the project importable, one CPU thread, MPI willing to run as root in a container."""
+    """The environment of a rank: the project importable, one CPU thread, MPI willing to run as root
+    in a container.
+    """
     values = os.environ | {
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(
@@ -29,7 +31,9 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def command(size: int, program: list[str], launcher: str = "mpirun") -> list[str]:
-    """The command line that starts `program` on `size` ranks of this machine: "mpirun", "gloo" or "horovodrun-mpi"."""
+    """The command line that starts `program` on `size` ranks of this machine: "mpirun", "gloo" or
+    "horovodrun-mpi".
+    """
     python = [sys.executable, *program]
     if launcher == "mpirun":
         return [

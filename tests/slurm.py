@@ -81,7 +81,9 @@ needs_slurm = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
 class Slurm:
-    """Nodes n1 and n2 of 8 CPUs and 8 GPUs, by their word; partitions low, the default, and high, which preempts."""
+    """Nodes n1 and n2 of 8 CPUs and 8 GPUs, by their word; partitions low, the default, and high,
+    which preempts.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,7 +92,9 @@ class Slurm:
         self._daemons: list[subprocess.Popen] = []
 
     def preempt_with(self, signal: str) -> None:
-        """USR1 to the batch shell, as its --signal asks for, or TERM to the steps, as Slurm does unless told."""
+        """USR1 to the batch shell, as its --signal asks for, or TERM to the steps, as Slurm does
+        unless told.
+        """
         self._write(signal)
         assert self.run("scontrol", "reconfigure").returncode == 0
 

@@ -182,8 +182,8 @@ def compare_replicas() -> None:
     replica = fit.KerasReplica(recipe, source.num_classes)
     replica.begin(steps=1)
     replica.begin_epoch(0)
-    share = Share(range(hvd.rank(), hvd.rank() + 1))
-    examples = TrainingExamples(source, recipe, share, binding.cores())
+    own_worker = Share(range(hvd.rank(), hvd.rank() + 1))
+    examples = TrainingExamples(source, recipe, own_worker, binding.cores())
     elements = iter(examples.elements())
     replica.step(0, elements, stop=False)()  # traced
 

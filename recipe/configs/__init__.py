@@ -1,1 +1,1 @@
-"""Presets, one small file each: only the differences from the paper's defaults in recipe/config.py."""
+"""Presets: small files with the differences from the paper's defaults in recipe/config.py."""

@@ -1,4 +1,4 @@
-"""The paper's baseline: 8 workers, minibatch 256, η = 0.1 (sec. 5.1). It needs no warmup: kη is η."""
+"""The paper's baseline: 8 workers, minibatch 256, η = 0.1 (sec. 5.1). Without warmup: kη is η."""
 
 from recipe.config import Recipe, Schedule
 

@@ -1,4 +1,4 @@
-"""Minutes on two CPU cores: 8,000 small photographs, a shallow ResNet, and the whole recipe switched on."""
+"""Minutes on two CPU cores: 8,000 small photographs, a shallow ResNet, and the whole recipe."""
 
 from recipe.config import Data, Model, Optimizer, Recipe, Run, Schedule
 

@@ -20,15 +20,16 @@ class Replica(Protocol):
     """A rank's network, optimizer and schedule."""
 
     def begin(self, steps: int) -> None:
-        """Bring rank 0's state to all ranks, before the first step of `steps` an epoch. Collective."""
+        """Bring rank 0's state to all ranks. An epoch has so many steps. Collective."""
 
     def begin_epoch(self, epoch: int) -> None:
-        """Prepare for the steps of an epoch, counted from 0, of which the first ones may be done already."""
+        """Prepare for an epoch, counted from 0. Its first steps may be done already."""
 
     def step(self, step: int, elements: Iterator[Element], stop: bool) -> Callable[[], StepResult]:
         """Draw this rank's elements for a step of the epoch, and update. Collective.
 
-        `stop` is this rank's wish to leave. The function that comes back waits for the step and returns its result.
+        `stop` is this rank's wish to leave. The function that comes back waits for the step and
+        returns its result.
         """
 
     def end(self) -> None:
@@ -41,7 +42,7 @@ class Replica(Protocol):
         """Return logits [b, classes] of uint8 images [b, s, s, 3]."""
 
     def statistics_of(self, elements: Iterator[Element]) -> AbstractContextManager[None]:
-        """Return a context in which `predict` normalises by the mean statistics of all ranks' elements. Collective."""
+        """Return a context in which `predict` uses the elements' mean statistics. Collective."""
 
     def arrays(self) -> Arrays:
         """Return all state, the same on all ranks, by unique names."""
@@ -72,5 +73,5 @@ def load_framework(name: str) -> Framework:
 
 
 def gradient_groups(recipe: Recipe, parameters: int) -> int | None:
-    """Return into how many fixed groups a deterministic run fuses the gradients of so many parameters."""
+    """Return into how many fixed groups a deterministic run fuses its gradients."""
     return max(1, 4 * parameters // GROUP) if recipe.run.deterministic else None

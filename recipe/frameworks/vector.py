@@ -18,10 +18,10 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True)
 class StepVector:
-    """The layout of float32[length]: batch normalisation's statistics, the workers' losses and hits, and `stop`.
+    """The layout of float32[length]: statistics, the workers' losses and hits, and `stop`.
 
-    Each worker has a place of its own for its loss and its hits. The sum over ranks then adds zeros to them, and
-    gives the same numbers for any number of ranks.
+    Each worker has a place of its own for its loss and its hits. The sum over ranks then adds zeros
+    to them, and gives the same numbers for any number of ranks.
     """
 
     statistics_length: int  # of all means and variances together

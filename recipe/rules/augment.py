@@ -101,7 +101,8 @@ def eval_boxes(shapes: np.ndarray, image_size: int) -> np.ndarray:
 
 def _crop_draws(indices: np.ndarray, seed: int, epoch: int) -> _CropDraws:
     u = uniforms(indices, seed, epoch, 2 * ATTEMPTS + 3)
-    area, aspect, (y, x, flip) = u[:, :ATTEMPTS], u[:, ATTEMPTS:-3], u[:, -3:].T
+    area, aspect = u[:, :ATTEMPTS], u[:, ATTEMPTS : 2 * ATTEMPTS]
+    y, x, flip = u[:, 2 * ATTEMPTS :].T
     return _CropDraws(area, aspect, y, x, flip)
 
 
@@ -115,10 +116,12 @@ def _crop_sizes(
     h = np.round(np.sqrt(area / aspect))
     w = np.round(np.sqrt(area * aspect))
 
-    is_inside = (h >= 1) & (w >= 1) & (h <= height[:, None]) & (w <= width[:, None])
-    first = (np.arange(len(is_inside)), is_inside.argmax(axis=1))
-    fits = is_inside.any(axis=1)
-    return h[first] * fits, w[first] * fits
+    h_fits = (h >= 1) & (h <= height[:, None])
+    w_fits = (w >= 1) & (w <= width[:, None])
+    fits = h_fits & w_fits
+    first = (np.arange(len(fits)), fits.argmax(axis=1))
+    any_fits = fits.any(axis=1)
+    return h[first] * any_fits, w[first] * any_fits
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

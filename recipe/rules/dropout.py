@@ -13,8 +13,8 @@ def kept(keys: Any, counters: Any, rate: float, ops: ModuleType) -> Any:
     """Return bool[b, units]: the features that are not dropped.
 
     `keys`: int64[b], the bits of `augment.keys`. `counters`: int64[units] from `counters()`, as a
-    tensor. `ops`: `keras.ops` or `torch`. A feature is dropped where `augment.uniforms` has a number
-    below `rate`. Integers are compared, so that no framework rounds in its own way.
+    tensor. `ops`: `keras.ops` or `torch`. A feature is dropped where `augment.uniforms` has a
+    number below `rate`. Integers are compared, so that no framework rounds in its own way.
     """
     words = _mix(ops.bitwise_xor(keys[:, None], counters[None]), ops)
     return ops.greater_equal(_shift_right(words, 11, ops), _signed(math.ceil(rate * 2.0**53)))

@@ -1,4 +1,4 @@
-"""How an epoch is divided into steps, minibatches and the workers' batches. Pure functions, NumPy only."""
+"""How an epoch is divided into steps, minibatches and the workers' batches. NumPy only."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The division of an epoch of so many examples into minibatches of kn, and of these into the workers' batches.
+    """The division of an epoch into minibatches of kn, and of these into the workers' batches.
 
     Raise UsageError when the epoch has no step.
     """
@@ -43,9 +43,9 @@ class Epoch:
     def steps(self) -> int:
         """The steps of an epoch.
 
-        "drop" is the paper's floor(N/kn): the N mod kn examples that come last in an epoch's order are left out of
-        that epoch. "short" gives them a last, short minibatch, unless they are fewer than the k workers: a worker
-        never gets an empty batch.
+        "drop" is the paper's floor(N/kn): the N mod kn examples that come last in an epoch's order
+        are left out of that epoch. "short" gives them a last, short minibatch, unless they are
+        fewer than the k workers: a worker never gets an empty batch.
         """
         steps, rest = divmod(self.examples, self.k * self.n)
         has_short_minibatch = self.remainder == "short" and rest >= self.k
@@ -56,18 +56,19 @@ class Epoch:
         return min(self.k * self.n, self.examples - step * self.k * self.n)
 
     def indices(self, order: np.ndarray, step: int, worker: int) -> np.ndarray:
-        """Return int64[n_j]: the examples of worker j in a step of an epoch with this order (paper, remark 4).
+        """Return int64[n_j]: worker j's examples in a step of this order (paper, remark 4).
 
-        A minibatch is kn examples in a row of the order, a worker's batch n in a row of these. The last, short
-        minibatch is divided so that the workers' n_j differ by one at most, the larger ones first.
+        A minibatch is kn examples in a row of the order, a worker's batch n in a row of these. The
+        last, short minibatch is divided so that the workers' n_j differ by one at most, the larger
+        ones first.
         """
         return order[self._batch(step, worker)]
 
     def weight(self, step: int, worker: int) -> float:
-        """Return k·n_j/M, the factor of worker j's mean loss in the loss of the minibatch (paper, remark 3).
+        """Return k·n_j/M, the factor of worker j's mean loss (paper, remark 3).
 
-        With it the mean over k workers is the mean over the minibatch's M examples. It is exactly 1.0 for a full
-        minibatch.
+        With it the mean over k workers is the mean over the minibatch's M examples. It is exactly
+        1.0 for a full minibatch.
         """
         batch = self._batch(step, worker)
         return self.k * (batch.stop - batch.start) / self.minibatch(step)
@@ -77,7 +78,8 @@ class Epoch:
         minibatch = self.minibatch(step)
         if not (0 <= worker < self.k and step >= 0 and minibatch >= self.k):
             raise IndexError(
-                f"worker {worker} of {self.k} has no examples in step {step} of an epoch of {self.examples}"
+                f"worker {worker} of {self.k} has no examples in step {step} of an epoch of "
+                f"{self.examples}"
             )
         # The first `larger` workers have one example more than the others.
         smaller, larger = divmod(minibatch, self.k)
@@ -110,31 +112,33 @@ class Share:
 
 
 def check_size(recipe: "Recipe", size: int) -> None:
-    """Raise UsageError when `size` ranks can't share the k workers evenly, so many of them in a forward pass."""
+    """Raise UsageError when `size` ranks can't share the k workers evenly."""
     k, workers_at_once = recipe.k, recipe.run.workers_at_once
     if k % size:
         possible = ", ".join(str(ranks) for ranks in range(1, k + 1) if k % ranks == 0)
         raise UsageError(
-            f"config.k={k} workers can't be shared evenly by {size} ranks: start as many ranks as divide k "
+            f"config.k={k} workers can't be shared evenly by {size} ranks: start as many ranks as "
+            "divide k "
             f"({possible}), or change config.k, and with it the minibatch and kη",
             everywhere=True,
         )
     if k // size % workers_at_once:
         raise UsageError(
-            f"config.run.workers_at_once={workers_at_once} doesn't divide the {k // size} workers of each of {size} "
+            f"config.run.workers_at_once={workers_at_once} doesn't divide the {k // size} workers "
+            f"of each of {size} "
             "ranks; set it to a number that does",
             everywhere=True,
         )
 
 
 def permutation(examples: int, seed: int, epoch: int, block: int = 1) -> np.ndarray:
-    """Return int64[examples]: one random order of the whole training set for one epoch (paper, remark 4).
+    """Return int64[examples]: a random order of the training set (paper, remark 4).
 
-    It ranks the raw 64-bit words of Philox with the key (seed, epoch). NumPy promises that stream for ever. It does
-    not promise that Generator.permutation stays as it is.
+    It ranks the raw 64-bit words of Philox with the key (seed, epoch). NumPy promises that stream
+    for ever. It does not promise that Generator.permutation stays as it is.
 
-    Deviation with `block` > 1, for slow disks: so many examples that follow one another stay together, and only the
-    blocks are shuffled. Where they begin is drawn anew for each epoch.
+    Deviation with `block` > 1, for slow disks: so many examples that follow one another stay
+    together, and only the blocks are shuffled. Where they begin is drawn anew for each epoch.
     """
     key = np.array([seed, epoch], dtype=np.uint64)
     words = np.random.Philox(key=key).random_raw(examples // block + 3)
@@ -153,7 +157,7 @@ def permutation(examples: int, seed: int, epoch: int, block: int = 1) -> np.ndar
 def eval_indices(examples: int, rank: int, size: int) -> np.ndarray:
     """Return int64: this rank's block of 0 … examples−1.
 
-    Every example is in exactly one rank's block, also when size does not divide the examples. With fewer examples
-    than ranks some blocks are empty.
+    Every example is in exactly one rank's block, also when size does not divide the examples. With
+    fewer examples than ranks some blocks are empty.
     """
     return np.arange(examples * rank // size, examples * (rank + 1) // size, dtype=np.int64)

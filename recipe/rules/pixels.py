@@ -1,4 +1,4 @@
-"""The mean and the standard deviation of ImageNet's training pixels, which the networks subtract and divide by.
+"""Mean and standard deviation of ImageNet's training pixels.
 
 For red, green and blue, in pixel values from 0 to 255 (paper, sec. 5.1).
 """

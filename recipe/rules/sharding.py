@@ -1,4 +1,7 @@
-"""How arrays and batches that people bring are divided over the ranks. Pure functions, NumPy only."""
+"""How arrays and batches that people bring are divided over the ranks.
+
+Pure functions, NumPy only.
+"""
 
 from typing import NamedTuple
 
@@ -51,9 +54,11 @@ def shares(left: int, rank: int, size: int) -> list[Cut]:
     The shares of all ranks, one after another, are all of the batches. A batch of n is cut at
     ⌊start·n/size⌋.
     """
-    begin, end = rank * left, (rank + 1) * left  # in parts of a batch, of which each has `size`
-    cuts = [
-        Cut(batch, max(begin - batch * size, 0), min(end - batch * size, size))
-        for batch in range(left)
-    ]
-    return [cut for cut in cuts if cut.start < cut.stop]
+    share = []
+    for batch in range(left):
+        # A batch has `size` parts. This rank has the parts from rank·left to (rank + 1)·left.
+        start = max(rank * left - batch * size, 0)
+        stop = min((rank + 1) * left - batch * size, size)
+        if start < stop:
+            share.append(Cut(batch, start, stop))
+    return share

@@ -24,6 +24,7 @@ def save(
     appears under its name only when it is complete and on the disk. Raise RunError when that fails.
     The older checkpoints are then untouched.
     """
+    # Write the new one, without what a kill has left of another.
     path = folder / name_of(step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,8 +33,11 @@ def save(
         checkpoint_file.write(path, arrays, meta)
     except OSError as error:
         raise RunError(
-            f"cannot write the checkpoint {path}: {error.strerror}; free space or rights, then --resume"
+            f"cannot write the checkpoint {path}: {error.strerror}; free space or rights, then "
+            "--resume"
         )
+
+    # Remove old ones.
     for old in checkpoints(folder)[:-keep]:
         is_kept_for_good = keep_every and step_of(old) % keep_every == 0
         if old != path and not is_kept_for_good:
@@ -54,13 +58,14 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
             warn(f"{error}; falling back to the checkpoint before it")
     if paths:
         raise RunError(
-            f"no checkpoint in {folder} is whole; restore one from a copy, or train in a new directory"
+            f"no checkpoint in {folder} is whole; restore one from a copy, or train in a new "
+            "directory"
         )
     return None
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, oldest first: files of the very names that `save` writes."""
+    """Return the checkpoints in a folder, oldest first, by the names that `save` gives."""
     paths = [path for path in _files(folder, _NAME) if path.name == name_of(step_of(path))]
     return sorted(paths, key=step_of)
 
@@ -71,7 +76,7 @@ def unfinished(folder: Path) -> list[Path]:
 
 
 def set_aside(paths: Iterable[Path]) -> None:
-    """Rename checkpoints to aside-step-SSSSSSSS.npz: out of the way of the run, but left to the user.
+    """Rename checkpoints to aside-step-SSSSSSSS.npz: no longer the run's, left to the user.
 
     Raise RunError when one can't be renamed.
     """

@@ -1,4 +1,4 @@
-"""What must be so before and while a run goes on: the same recipe and data on all ranks, finite figures."""
+"""What a run needs: the same recipe and data on all ranks, and finite figures."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,10 +34,11 @@ class DataFacts(NamedTuple):
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise UsageError when a rank has another recipe, from another copy of its file, say. Collective.
+    """Raise UsageError when a rank has another recipe, from an older file, say. Collective.
 
     The ranks would wait for each other, or train on other examples. The data's folders may differ.
     """
+    # Compare with rank 0's.
     fields = config.flatten(recipe)
     for folder in config.FOLDERS:
         del fields[folder]
@@ -45,13 +46,16 @@ def check_recipe(recipe: Recipe) -> None:
     for rank, theirs in enumerate(others, 1):
         if theirs == first:
             continue
+
+        # Name the fields.
         different = [
             f"config.{name}={value} instead of {first.get(name)}"
             for name, value in theirs.items()
             if value != first.get(name)
         ]
         raise UsageError(
-            f"rank {rank} has another recipe than rank 0: {', '.join(different)}; give all ranks the same command "
+            f"rank {rank} has another recipe than rank 0: {', '.join(different)}; give all ranks "
+            "the same command "
             "and the same files",
             everywhere=True,
         )
@@ -67,16 +71,20 @@ def check_size(recipe: Recipe) -> None:
 
 def check_data(sources: Sources) -> None:
     """Raise RunError when a rank has other data, and warn when one decodes slowly. Collective."""
+    # Compare with rank 0's.
     shapes = [(len(source), source.num_classes) for source in sources]
     all_facts = collectives.gather(DataFacts(shapes, decode.why_slow()), "data")
     first = all_facts[0]
     for rank, facts in enumerate(all_facts):
         if facts.shapes != first.shapes:
             raise RunError(
-                f"rank {rank} has other data than rank 0: (examples, classes) {facts.shapes} instead of "
+                f"rank {rank} has other data than rank 0: (examples, classes) {facts.shapes} "
+                "instead of "
                 f"{first.shapes} for training and evaluation: copy the data to its host again",
                 everywhere=True,
             )
+
+    # One warning is enough for all.
     slow = [
         f"rank {rank}: {facts.why_slow}" for rank, facts in enumerate(all_facts) if facts.why_slow
     ]
@@ -99,7 +107,8 @@ def check_losses(
     epoch_number, step_in_epoch = divmod(step, epoch.steps)
     examples = epoch.indices(order(epoch_number), step_in_epoch, worker).tolist()
     raise RunError(
-        f"the loss is {losses[worker]} at step {step + 1}, in epoch {epoch_number}, on worker {worker}{others}: "
+        f"the loss is {losses[worker]} at step {step + 1}, in epoch {epoch_number}, on worker "
+        f"{worker}{others}: "
         f"training has diverged ({DIVERGED}) or the worker's batch is bad: the training examples "
         f"{', '.join(map(str, examples))}",
         everywhere=True,
@@ -107,9 +116,10 @@ def check_losses(
 
 
 def check_evaluation(sums: Sums, epochs: int) -> None:
-    """Raise RunError when the weights are no good. All ranks have the same sums, and raise it together."""
+    """Raise RunError when the loss is not finite. All ranks raise it together."""
     if not np.isfinite(sums.loss):
         raise RunError(
-            f"the evaluation's loss is {sums.mean_loss} after {epochs} epochs: training has diverged; {DIVERGED}",
+            f"the evaluation's loss is {sums.mean_loss} after {epochs} epochs: training has "
+            f"diverged; {DIVERGED}",
             everywhere=True,
         )

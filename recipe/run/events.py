@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written in the caller's own thread: a convenience that never ends or delays a run."""
+"""TensorBoard's event files: a convenience that never ends or delays a run."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Events:
-    """Scalars for TensorBoard in FOLDER. What can't be written is left out, with one warning in all."""
+    """Scalars for TensorBoard. What can't be written is left out, with one warning in all."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         """Open a new file. TensorBoard forgets what it was told of the steps beyond `step`."""
@@ -23,7 +23,8 @@ class Events:
 
         self._new_event = Event
         self._folder = folder
-        # TensorBoard reads files in the order of their names. Two starts in one second need two names.
+        # TensorBoard reads files in the order of their names. Two starts in one second need two
+        # names.
         self._path = folder / f"events.out.tfevents.{time.time():020.9f}.{socket.gethostname()}"
         self._descriptor = -1  # of the open file
         self._end = 0  # of the last whole record
@@ -51,6 +52,7 @@ class Events:
 
     def _write(self, event: "Event") -> None:
         """Write a record as a whole. If that fails, the next one takes its place."""
+        # Write behind the last whole record.
         data = record(event.SerializeToString())
         try:
             if self._descriptor < 0:
@@ -63,8 +65,11 @@ class Events:
             reason: str | None = "no room is left"
         except OSError as error:
             reason = error.strerror
+
+        # Say once what is lost.
         if not self._warned:
             self._warned = True
             warn(
-                f"{self._path} can't be written ({reason}): TensorBoard will lack figures, and training goes on"
+                f"{self._path} can't be written ({reason}): TensorBoard will lack figures, and "
+                "training goes on"
             )

@@ -8,24 +8,20 @@ import numpy as np
 
 from recipe.config import Recipe
 from recipe.data.element import Element
-from recipe.data.pipeline import TrainingExamples
 from recipe.errors import Preempted
 from recipe.frameworks.replica import Replica
 from recipe.frameworks.vector import StepResult
-from recipe.ranks import binding, collectives
+from recipe.ranks import collectives
 from recipe.ranks.preemption import Notice
-from recipe.rules.epoch import Epoch, Share
 from recipe.rules.sums import Sums
 from recipe.run import state
-from recipe.run.checks import Sources, check_evaluation, check_losses
+from recipe.run.checks import check_evaluation, check_losses
 from recipe.run.commits import Commits
-from recipe.run.evaluation import evaluate
-from recipe.run.record import Record
-from recipe.run.reproduction import norm, order_digest
+from recipe.run.evaluation import RunData, evaluate
+from recipe.run.record import Record, evaluation_figures, is_due
 from recipe.run.runlog import Figures
 from recipe.run.state import RunState
 from recipe.system import again, watchdog
-from recipe.system.arrays import digest
 
 
 class Loop:
@@ -36,26 +32,26 @@ class Loop:
         recipe: Recipe,
         run_dir: Path,
         replica: Replica,
-        sources: Sources,
+        data: RunData,
         run_state: RunState,
         commits: Commits | None,
     ) -> None:
         self.recipe, self.run_dir, self.replica = recipe, run_dir, replica
+        self.data, self.epoch = data, data.training.division
         self.state, self.commits = run_state, commits
-        self.epoch = Epoch.of(recipe, len(sources.training))
-        share = Share.of(recipe, collectives.rank(), collectives.size())
-        self.training = TrainingExamples(sources.training, recipe, share, binding.cores())
-        self.evaluation = sources.evaluation
         self.record = Record(run_dir, recipe, self.epoch, run_state)
         self._pending: Callable[[], StepResult] | None = None  # gives the last step's result
 
     def run(self, notice: Notice) -> list[float]:
         """Train to the recipe's end, and return the top-1 error of each evaluated epoch."""
-        elements = self.record.elements(iter(self.training.elements(self.state.step)))
+        # Begin: the images are read ahead, and all ranks get rank 0's state.
+        elements = self.record.elements(iter(self.data.training.elements(self.state.step)))
         self.replica.begin(self.epoch.steps)
         watchdog.beat("the first step's beginning")
         if self.state.step == 0:
-            self._initial_weights = digest(self.replica.weights())
+            self.record.remember(self.replica.weights())
+
+        # Train, epoch by epoch. A resumed run may begin within one.
         try:
             self._commit()
             while self.state.epochs < self.recipe.epochs:
@@ -66,10 +62,11 @@ class Loop:
                     if self._step(elements, notice.received):
                         self._leave()
                 self._end_epoch()
+
+            # End: the replicas are compared.
             self.replica.end()
             self.record.say_waits()
-            if self.recipe.data.bad_images == "replace":
-                self.record.say_replaced(self.training.replaced)
+            self.record.say_replaced(self.data.training.replaced)
         finally:
             self.record.close()
         return self.state.errors
@@ -95,7 +92,7 @@ class Loop:
             leave = self._settle() or leave
 
         if steps == 1:
-            self.record.write_start(self._initial_weights)
+            self.record.write_start()
         if line_due:
             self.record.write_line(self.replica.rate())
         # An epoch's end is saved after its evaluation. Who leaves saves too.
@@ -106,14 +103,14 @@ class Loop:
         return leave
 
     def _settle(self) -> bool:
-        """Read the last step's result, if it wasn't yet, and return whether a rank wants to leave."""
+        """Read the last step's result, if it wasn't, and return whether a rank wants to leave."""
         if self._pending is None:
             return False
         result = self._pending()
         self._pending = None
         step = self.state.step - 1  # counted from 0
         watchdog.beat(f"step {step + 1} of {self.recipe.epochs * self.epoch.steps}")
-        check_losses(result.losses, step, self.epoch, self.training.order)
+        check_losses(result.losses, step, self.epoch, self.data.training.order)
         loss, hits = result.losses.sum(dtype=np.float64), result.hits.sum(dtype=np.float64)
         examples = self.epoch.minibatch(step % self.epoch.steps)
         self.record.settled(step + 1, Sums(float(loss), float(hits), examples))
@@ -128,14 +125,12 @@ class Loop:
         # The run's result is the median of the last five epochs, so that these always count.
         if is_due(epochs, self.recipe.run.eval_every) or epochs > self.recipe.epochs - 5:
             self.record.doing(f"the evaluation after epoch {epochs}")
-            sums = evaluate(self.recipe, self.replica, self.training, self.evaluation, epochs)
+            sums = evaluate(self.recipe, self.replica, self.data, epochs)
             check_evaluation(sums, epochs)
             self.state.errors.append(sums.error)
-            figures |= {"eval_loss": sums.mean_loss, "eval_error": sums.error}
-            figures |= {"eval_examples": int(sums.count)}
+            figures |= evaluation_figures(sums)
         self.state.epoch_sums = Sums()
 
-        # The record comes before the checkpoint that relies on it.
         self.record.doing(f"the record of epoch {epochs}")
         if collectives.on_root(lambda: self._record_epoch(figures), "loop"):
             again.saved(self.state.step)
@@ -146,9 +141,7 @@ class Loop:
         """Do rank 0's part of an epoch's end, and return whether there is a checkpoint of it."""
         epochs, weights = self.state.epochs, self.replica.weights()
         state.check_finite(weights, self.state.step)
-        order = order_digest(self.training.order(epochs - 1))
-        digests: Figures = {"order": order, "weights": digest(weights), "norm": norm(weights)}
-        self.record.write_epoch(figures | digests)
+        self.record.write_epoch(figures, weights, self.data.training.order(epochs - 1))
         save_due = is_due(epochs, self.recipe.run.checkpoint_every) or epochs == self.recipe.epochs
         if save_due:
             self._write_checkpoint()
@@ -177,8 +170,3 @@ class Loop:
             "goes on from there",
             everywhere=True,
         )
-
-
-def is_due(count: int, every: int) -> bool:
-    """Return whether something is due that happens every so many steps or epochs; 0: never."""
-    return every > 0 and count % every == 0

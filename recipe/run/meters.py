@@ -7,7 +7,7 @@ from recipe.data.element import Element
 
 
 class Meter:
-    """Counts examples, and the time that was spent waiting for their images, since it was made or restarted."""
+    """Counts examples and the time spent waiting for their images, since the last restart."""
 
     def __init__(self) -> None:
         self.restart()

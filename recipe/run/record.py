@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from recipe.config import Recipe
 from recipe.data.element import Element
 from recipe.ranks import collectives
@@ -14,9 +16,10 @@ from recipe.rules.epoch import Epoch
 from recipe.rules.sums import Sums
 from recipe.run.meters import Meter
 from recipe.run.progress import Progress
-from recipe.run.reproduction import FirstImages
+from recipe.run.reproduction import FirstImages, norm, order_digest
 from recipe.run.runlog import Figures, RunLog
 from recipe.run.state import RunState
+from recipe.system.arrays import Arrays, digest
 
 # Share of the time spent waiting for images above which the run's end advises what to do.
 LONG_WAIT = 0.05
@@ -44,7 +47,7 @@ class Record:
             self._progress.close()
 
     def elements(self, elements: Iterator[Element]) -> Iterator[Element]:
-        """Yield the elements, measure how long each is waited for, and remember the run's first images."""
+        """Yield the elements, measure the time waited for each, remember the run's first images."""
         for element in self._epoch_meter.timed(elements):
             if self.state.step == 0:
                 self._first_images.add(element)
@@ -63,10 +66,14 @@ class Record:
             self._first_step_settled = True
             self._restart_meters()
 
-    def write_start(self, initial_weights: str) -> None:
+    def remember(self, initial_weights: Arrays) -> None:
+        """Take the digest of what the run begins with."""
+        self._initial_weights = digest(initial_weights)
+
+    def write_start(self) -> None:
         """Write the digests of what the run began with. Collective."""
-        digests: Figures = {"first_images": self._first_images.digest()}
-        digests["initial_weights"] = initial_weights
+        images = self._first_images.digest()
+        digests: Figures = {"first_images": images, "initial_weights": self._initial_weights}
         if self._log:
             self._log.write("start", 0, digests)
 
@@ -88,10 +95,12 @@ class Record:
         self._waits.append(longest)
         return figures | {"data_wait": longest}
 
-    def write_epoch(self, figures: Figures) -> None:
-        """Write the figures of an epoch, and say the errors. Rank 0 only."""
-        self._write("epoch", figures)
-        text = f"epoch {figures['epoch']} of {self._recipe.epochs}: training error {figures['error']:.2%}"
+    def write_epoch(self, figures: Figures, weights: Arrays, order: np.ndarray) -> None:
+        """Write the figures and digests of an epoch, and say the errors. Rank 0 only."""
+        digests: Figures = {"order": order_digest(order), "weights": digest(weights)}
+        self._write("epoch", figures | digests | {"norm": norm(weights)})
+        text = f"epoch {figures['epoch']} of {self._recipe.epochs}: "
+        text += f"training error {figures['error']:.2%}"
         if "eval_error" in figures:
             text += f"  evaluation error {figures['eval_error']:.2%}"
         text += "  "
@@ -109,13 +118,15 @@ class Record:
             self._progress.doing(what)
 
     def say_waits(self) -> None:
-        """Say whether the images were the bottleneck: all ranks wait for the one that gets its last."""
+        """Say whether images were the bottleneck: all ranks wait for the one that gets its last."""
         share = statistics.median(self._waits)
         advice = ": docs/data.md says what makes them faster" if share > LONG_WAIT else ""
         self._say(f"images: {share:.1%} of the time of a step was spent waiting for them{advice}")
 
     def say_replaced(self, own_names: set[str]) -> None:
         """Say how many different training images were bad, on all ranks. Collective."""
+        if self._recipe.data.bad_images != "replace":
+            return
         names = set().union(*collectives.gather(own_names, "replaced"))
         if names:
             self._say(f"images: {len(names)} could not be decoded, and others took their place")
@@ -131,6 +142,17 @@ class Record:
     def _restart_meters(self) -> None:
         self._epoch_meter.restart()
         self._line_meter.restart()
+
+
+def evaluation_figures(sums: Sums) -> Figures:
+    """Return the figures of an evaluation."""
+    figures: Figures = {"eval_loss": sums.mean_loss, "eval_error": sums.error}
+    return figures | {"eval_examples": int(sums.count)}
+
+
+def is_due(count: int, every: int) -> bool:
+    """Return whether something is due that happens every so many steps or epochs; 0: never."""
+    return every > 0 and count % every == 0
 
 
 def _figures(sums: Sums, rate: float, meter: Meter) -> Figures:

@@ -1,4 +1,4 @@
-"""What `recipe.fingerprint` compares of two runs: digests of the order, the images and the weights."""
+"""What `recipe.fingerprint` compares: digests of the order, the images and the weights."""
 
 import math
 import zlib

@@ -40,8 +40,9 @@ class Plan:
 def decide(run_dir: Path, recipe: Recipe, epoch: Epoch, mode: Mode) -> Plan:
     """Return where a run begins, by what lies in its directory. One rank.
 
-    Without a checkpoint the run begins anew. Raise UsageError when the directory can't be this run's or, unless
-    forced, when the state is another recipe's, of other data or gone; RunError when all checkpoints are damaged.
+    Without a checkpoint the run begins anew. Raise UsageError when the directory can't be this
+    run's or, unless forced, when the state is another recipe's, of other data or gone; RunError
+    when all checkpoints are damaged.
     """
     check_directory(run_dir, recipe, mode)
     if mode is Mode.NO:
@@ -86,9 +87,10 @@ def carry_out(
 def check_directory(run_dir: Path, recipe: Recipe, mode: Mode) -> None:
     """Make sure that a run may be written into the directory, and change nothing. One rank.
 
-    Raise UsageError when the directory holds a run already and `mode` is NO, holds another recipe's and it isn't
-    FORCE, holds none to resume, or can't be a run directory.
+    Raise UsageError when the directory holds a run already and `mode` is NO, holds another recipe's
+    and it isn't FORCE, holds none to resume, or can't be a run directory.
     """
+    # Look what is there.
     try:
         for folder in (run_dir, run_dir / runlog.CHECKPOINTS):
             _check_folder(folder)
@@ -103,15 +105,19 @@ def check_directory(run_dir: Path, recipe: Recipe, mode: Mode) -> None:
             f"--run_dir={run_dir} can't be used: {error.strerror}; name another directory"
         )
 
+    # A run is resumed only where the user asks for it, and only the same one.
     if holds_run and mode is Mode.NO:
         raise UsageError(
             f"--run_dir={run_dir} holds a run already; add --resume or choose another directory"
         )
     if holds_run and mode is Mode.YES:
         _refuse_other_recipe(config.identity(runlog.read_recipe(run_dir)), recipe, run_dir)
+
+    # Without a run nothing of one may be there, and nothing can be resumed.
     if not holds_run and remains:
         raise UsageError(
-            f"--run_dir={run_dir} holds {' and '.join(remains)} of a run, and its {runlog.CONFIG} is missing: "
+            f"--run_dir={run_dir} holds {' and '.join(remains)} of a run, and its {runlog.CONFIG} "
+            "is missing: "
             "bring that back, or choose another directory"
         )
     if not holds_run and mode is not Mode.NO:
@@ -130,10 +136,11 @@ def _check_folder(path: Path) -> None:
 
 
 def _refuse_other_recipe(old: dict[str, Any], recipe: Recipe, run_dir: Path) -> None:
-    """Raise UsageError, naming the fields, when `recipe` is not the one whose `identity` is `old`."""
+    """Raise UsageError, naming the fields, when `old` is the identity of another recipe."""
     if changes := config.differences(old, config.identity(recipe)):
         raise UsageError(
-            f"--run_dir={run_dir} was started with another recipe: {changes}; resume with the old values, or with "
+            f"--run_dir={run_dir} was started with another recipe: {changes}; resume with the old "
+            "values, or with "
             "--resume=force"
         )
 
@@ -142,7 +149,8 @@ def _refuse_other_data(examples: int, recipe: Recipe, epoch: Epoch, run_dir: Pat
     if examples != epoch.examples:
         raise UsageError(
             f"--run_dir={run_dir} was trained on {examples} examples, and config.data.name="
-            f"{recipe.data.name!r} has {epoch.examples} now; bring back the old data, or --resume=force"
+            f"{recipe.data.name!r} has {epoch.examples} now; bring back the old data, or "
+            "--resume=force"
         )
 
 
@@ -158,13 +166,15 @@ def _warn_of_other_versions(old: dict[str, str]) -> None:
 
 
 def _step(meta: dict[str, Any], epoch: Epoch) -> int:
-    """Return the step to go on from. After --resume=force an epoch may have another number of steps than it had."""
+    """Return the step to go on from. By force an epoch may have another number of steps now."""
     old_steps = meta["steps_per_epoch"]
     inside = meta["step"] - meta["epochs"] * old_steps
     if inside and epoch.steps != old_steps:
         raise UsageError(
-            f"the newest checkpoint is {inside} steps into an epoch of {old_steps} steps, which the changed recipe "
-            f"divides into {epoch.steps}: resume from a checkpoint at an epoch's end (delete the newer ones)"
+            f"the newest checkpoint is {inside} steps into an epoch of {old_steps} steps, which "
+            "the changed recipe "
+            f"divides into {epoch.steps}: resume from a checkpoint at an epoch's end (delete the "
+            "newer ones)"
         )
     return meta["epochs"] * epoch.steps + inside
 
@@ -174,13 +184,17 @@ def check_progress(run_dir: Path) -> None:
     has_no_figures = not runlog.exists(run_dir / runlog.METRICS)
     if has_no_figures or checkpoint.unfinished(run_dir / runlog.CHECKPOINTS):
         return  # ended before the first one, or while it was written
+
+    # By their figures, should there be checkpoints?
     recipe = runlog.read_recipe(run_dir)
     epochs, steps = runlog.read_lines(run_dir, "epoch"), runlog.read_lines(run_dir, "step")
     if _saved_at_epoch(recipe, epochs) or _saved_at_step(recipe.run.checkpoint_steps, steps):
         progress = f"{len(epochs)} finished epochs" if epochs else f"{steps[-1]['step']} steps"
         raise UsageError(
-            f"--run_dir={run_dir}: its {runlog.METRICS} has {progress}, and its {runlog.CHECKPOINTS}/ holds no "
-            "checkpoint to go on from: bring the checkpoints back, or begin at step 0 in another directory, or here "
+            f"--run_dir={run_dir}: its {runlog.METRICS} has {progress}, and its "
+            f"{runlog.CHECKPOINTS}/ holds no "
+            "checkpoint to go on from: bring the checkpoints back, or begin at step 0 in another "
+            "directory, or here "
             "with --resume=force"
         )
 
@@ -193,7 +207,7 @@ def _saved_at_epoch(recipe: Recipe, lines: list[dict[str, Any]]) -> bool:
 
 
 def _saved_at_step(every: int, lines: list[dict[str, Any]]) -> bool:
-    """Return whether a run with these lines of steps has had a checkpoint within an epoch, before the last line."""
+    """Return whether a run with these lines has had a checkpoint within an epoch."""
     if not every or not lines or not lines[-1].get("epoch"):
         return False
     steps_per_epoch = round(lines[-1]["step"] / lines[-1]["epoch"])

@@ -1,4 +1,4 @@
-"""The run directory: what ran, where, with which versions, and its figures as JSON lines and TensorBoard events."""
+"""The run directory: what ran, where, with which versions, and its figures."""
 
 import contextlib
 import errno
@@ -87,7 +87,7 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def copy_run(old: Path, new: Path) -> None:
-    """Copy what is in a run directory, but for its checkpoints and the files of a process that writes there.
+    """Copy a run directory, but for its checkpoints and the files of a process at work.
 
     Raise OSError or shutil.Error.
     """
@@ -101,7 +101,7 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def read_epochs(folder: Path) -> list[dict[str, Any]]:
-    """Return the epoch lines of a run's metrics.jsonl, in order. Raise UsageError when there are none."""
+    """Return the epoch lines of a run, in order. Raise UsageError when there are none."""
     if not (epochs := read_lines(folder, "epoch")):
         raise UsageError(f"{folder / METRICS} has no finished epoch yet")
     return epochs
@@ -122,7 +122,7 @@ def read_lines(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def environment(ranks: list[RankHost]) -> dict[str, Any]:
-    """Return what a figure needs to be believed: hosts, processors, versions, source revision, command line."""
+    """Return what a figure needs to be believed: hosts, processors, versions, command line."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
@@ -171,7 +171,7 @@ class RunLog:
         self._events = Events(folder / EVENTS, step)
 
     def write(self, kind: str, step: int, values: Figures) -> None:
-        """Write one line: kind ("start", "step" or "epoch"), the number of finished steps, and the figures.
+        """Write one line: kind ("start", "step" or "epoch"), the finished steps, the figures.
 
         JSON has no NaN and no infinity: they become null.
         """
@@ -182,6 +182,7 @@ class RunLog:
             line[name] = value if is_writable else None
             if is_writable and isinstance(value, int | float):
                 numbers[f"{kind}/{name}"] = value
+        # The file counts. TensorBoard gets what is a number.
         try:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
@@ -195,12 +196,14 @@ class RunLog:
         self._events.close()
 
     def _drop_lines_beyond(self, step: int, epochs: int) -> None:
-        """Keep what was written before the run's new beginning; the figures of an old run are set aside."""
+        """Keep the lines up to the run's new beginning. An old run's figures are set aside."""
         try:
             if not exists(self._path):
                 if step:
                     warn(f"{self._path} is missing: it begins anew after step {step}")
                 return
+
+            # A run that begins anew leaves the figures of the old one to the user.
             texts = _whole_lines(self._path)
             lines = [json.loads(text) for text in texts]
             if not step and any(line["kind"] == "epoch" for line in lines):
@@ -208,6 +211,8 @@ class RunLog:
                 self._path.rename(aside)
                 warn(f"beginning at step 0: the old figures are in {aside}")
                 return
+
+            # A run that goes on keeps what was written before its checkpoint.
             remaining = [
                 text
                 for line, text in zip(lines, texts, strict=True)
@@ -266,7 +271,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file that is whole at any time. Raise OSError when it can't be, and leave nothing behind."""
+    """Write a file that is whole at any time. Raise OSError when that fails."""
     with whole_file(path, path.with_suffix(".partial")) as file:
         file.write(text.encode())
 

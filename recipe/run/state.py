@@ -38,7 +38,7 @@ class RunState:
 
     @classmethod
     def from_meta(cls, meta: dict[str, Any], step: int) -> "RunState":
-        """Return the state of a checkpoint's description; `step`: by the epochs of the present recipe."""
+        """Return the state that a checkpoint describes, but with `step` of the present recipe."""
         return cls(
             step=step,
             epochs=meta["epochs"],
@@ -51,7 +51,8 @@ class RunState:
 def save(state: RunState, replica: Replica, run_dir: Path, recipe: Recipe, epoch: Epoch) -> Path:
     """Write the checkpoint of a run. One rank.
 
-    Raise RunError when the state is not finite or the disk is full. The older checkpoints are then untouched.
+    Raise RunError when the state is not finite or the disk is full. The older checkpoints are then
+    untouched.
     """
     arrays = replica.arrays()
     check_finite(arrays, state.step)
@@ -78,6 +79,8 @@ def check_finite(arrays: Arrays, step: int) -> None:
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise RunError(
-                f"{name} has values that are no finite numbers after step {step}: training has diverged, and this "
-                "state is not kept; lower config.optimizer.base_rate or lengthen config.schedule.warmup_epochs"
+                f"{name} has values that are no finite numbers after step {step}: training has "
+                "diverged, and this "
+                "state is not kept; lower config.optimizer.base_rate or lengthen "
+                "config.schedule.warmup_epochs"
             )

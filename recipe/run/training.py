@@ -1,4 +1,4 @@
-"""Opens what a run needs, then trains or evaluates. Collective: all ranks call these functions, in the same order."""
+"""Opens what a run needs, then trains or evaluates. All functions are collective."""
 
 import contextlib
 import socket
@@ -7,19 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from recipe.config import Recipe
-from recipe.data.pipeline import TrainingExamples
 from recipe.data.prepare.builders import prepare
 from recipe.data.sources import open_source
 from recipe.errors import RunError
 from recipe.frameworks.replica import Replica
-from recipe.ranks import binding, collectives
+from recipe.ranks import collectives
 from recipe.ranks.preemption import Notice
-from recipe.rules.epoch import Epoch, Share
+from recipe.rules.epoch import Epoch
 from recipe.rules.sums import Sums
 from recipe.run import checkpoint, resume, runlog
 from recipe.run.checks import Sources, check_data, check_evaluation, check_recipe, check_size
 from recipe.run.commits import Commits
-from recipe.run.evaluation import evaluate
+from recipe.run.evaluation import RunData, evaluate
 from recipe.run.loop import Loop
 from recipe.run.runlog import RankHost
 from recipe.run.state import RunState
@@ -38,10 +37,10 @@ def train(
     notice: Notice,
     commits: Commits | None = None,
 ) -> list[float]:
-    """Run the recipe on all ranks, and return the top-1 error of each evaluated epoch, oldest first. Collective.
+    """Run the recipe, and return the top-1 error of each evaluated epoch, oldest first. Collective.
 
-    In an elastic run, `commits` takes precedence over checkpoints on disk. Raise UsageError, RunError or, when a
-    rank's `notice` tells it to leave, Preempted, on every rank.
+    In an elastic run, `commits` takes precedence over checkpoints on disk. Raise UsageError,
+    RunError or, when a rank's `notice` tells it to leave, Preempted, on every rank.
     """
     # Check what the user asks for, then open it.
     check_recipe(recipe)
@@ -61,7 +60,8 @@ def train(
         again.saved(state.step)
         if state.epochs >= recipe.epochs:  # more, after --resume=force
             return state.errors
-        return Loop(recipe, run_dir, replica, sources, state, commits).run(notice)
+        data = RunData.of(recipe, sources)
+        return Loop(recipe, run_dir, replica, data, state, commits).run(notice)
 
 
 def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Sums:
@@ -75,10 +75,8 @@ def evaluate_run(recipe: Recipe, run_dir: Path, make_replica: MakeReplica) -> Su
         replica = make_replica(recipe, sources.training.num_classes)
         epochs = restore(replica, run_dir)
         replica.begin(steps=1)
-        share = Share.of(recipe, collectives.rank(), collectives.size())
-        training = TrainingExamples(sources.training, recipe, share, binding.cores())
         with telling("evaluating"):
-            sums = evaluate(recipe, replica, training, sources.evaluation, epochs)
+            sums = evaluate(recipe, replica, RunData.of(recipe, sources), epochs)
         check_evaluation(sums, epochs)
         return sums
 
@@ -129,7 +127,7 @@ def begin(
 
 
 def restore(replica: Replica, run_dir: Path) -> int:
-    """Bring the newest whole checkpoint to rank 0's replica, and return its finished epochs. Collective."""
+    """Bring the newest checkpoint to rank 0's replica, and return its epochs. Collective."""
 
     def restore_on_root() -> int:
         newest = checkpoint.newest(run_dir / runlog.CHECKPOINTS, output.warn)
@@ -142,7 +140,7 @@ def restore(replica: Replica, run_dir: Path) -> int:
 
 
 def prepare_data(recipe: Recipe) -> None:
-    """Prepare the examples on rank 0 where they are not, which may take hours: nobody watches. Collective."""
+    """Prepare the examples on rank 0, which may take hours: nobody watches. Collective."""
     collectives.on_root(lambda: prepare(recipe.data), "prepare")
 
 

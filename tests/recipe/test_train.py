@@ -1,4 +1,6 @@
-"""Whole runs of recipe.train on real ranks: run directory, launchers, resume, failures, exact evaluation."""
+"""Whole runs of recipe.train on real ranks: run directory, launchers, resume, failures, exact
+evaluation.
+"""
 
 import contextlib
 import json
@@ -156,7 +158,9 @@ def test_the_torch_backend_runs_the_recipe_too(tmp_path, data_dir):
 
 
 def test_the_imagenet_preset_in_mixed_precision_on_synthetic_data(tmp_path):
-    """The 16 layers of stages and the stem of imagenet_8gpu, thin; float16 with loss scaling, and on the wire."""
+    """The 16 layers of stages and the stem of imagenet_8gpu, thin; float16 with loss scaling, and
+    on the wire.
+    """
     done = launch(2, [*MIXED, f"--run_dir={tmp_path / 'run'}"])
     assert done.returncode == 0, done.stdout[-4000:]
     (epoch,) = lines(tmp_path / "run", "epoch")
@@ -183,7 +187,9 @@ def test_evaluation_does_not_depend_on_the_ranks(finished, data_dir, size):
 def killed_after_epoch(
     folder: Path, epoch: int, data_dir: str, launcher: str, *arguments: str
 ) -> tuple[float, int, str]:
-    """Starts a run, kills rank 1 once an epoch has its checkpoint: (seconds to the job's end, status, output)."""
+    """Starts a run, kills rank 1 once an epoch has its checkpoint: (seconds to the job's end,
+    status, output).
+    """
     job = subprocess.Popen(
         command(2, [*SMALL, f"--run_dir={folder}", *arguments], launcher),
         stdout=subprocess.PIPE,
@@ -237,7 +243,9 @@ def test_one_rank_without_data_ends_the_run_with_its_message(tmp_path, data_dir)
 
 
 def test_one_rank_that_fails_before_horovod_starts_says_why(finished, tmp_path):
-    """The directory isn't on its host: rank 0 waits for it in Horovod's start, and has nothing to say."""
+    """The directory isn't on its host: rank 0 waits for it in Horovod's start, and has nothing to
+    say.
+    """
     program = [sys.executable, "-m", "recipe.evaluate"]
     done = two_ranks([*program, f"--run_dir={finished[0]}"], [*program, f"--run_dir={tmp_path}"])
     refused(done, 2, "rank 1 on ", str(tmp_path), "config.json")
@@ -442,7 +450,9 @@ NATIVE = [*SMALL, "--config.framework=torch", "--config.n=32"]
 
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_an_epoch_whose_last_update_diverges_is_not_kept(tmp_path, data_dir, epochs):
-    """The loss of each step is that before its update: the last one's effect is seen by the evaluation only."""
+    """The loss of each step is that before its update: the last one's effect is seen by the
+    evaluation only.
+    """
     folder = tmp_path / "run"
     options = [
         "--config.data.train_examples=128",

@@ -29,7 +29,7 @@ def on_device(element: Sequence[np.ndarray | None]) -> tuple[tf.Tensor, ...]:
 
 
 def _tensor(array: np.ndarray) -> tf.Tensor:
-    """Share an array's memory where it lies as TensorFlow's own: images are copied neither here nor in a step."""
+    """Share the array's memory where it lies as TensorFlow's own, so that images are not copied."""
     is_numpy = isinstance(array, np.ndarray) and array.size > 0
     if is_numpy and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
         return tf.experimental.dlpack.from_dlpack(array.__dlpack__())

@@ -1,4 +1,4 @@
-"""Dropout that is a function of (seed, epoch, example index), whatever the rank, the restart or the framework."""
+"""Dropout that is a function of (seed, epoch, example index), the same in every framework."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from recipe.rules import dropout
 
 @keras.saving.register_keras_serializable("recipe")
 class ExampleDropout(keras.layers.Layer):
-    """Sets each of an example's features to 0 with probability `rate` in training, and scales the others.
+    """Sets each of an example's features to 0 with probability `rate` in training.
 
-    Their factor is 1/(1 − rate). Inputs: features [b, units] and keys int64[b], the bits of
-    `recipe.rules.augment.keys`. `recipe.rules.dropout` decides.
+    The others are multiplied by 1/(1 − rate). Inputs: features [b, units] and keys int64[b], the
+    bits of `recipe.rules.augment.keys`. `recipe.rules.dropout` decides.
     """
 
     def __init__(self, rate: float, **kwargs: Any) -> None:

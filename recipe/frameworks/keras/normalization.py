@@ -8,7 +8,7 @@ from keras import ops
 
 @keras.saving.register_keras_serializable("recipe")
 class WorkerBatchNormalization(keras.layers.BatchNormalization):
-    """`keras.layers.BatchNormalization` of a batch that is several workers' batches, each normalised by itself.
+    """`keras.layers.BatchNormalization` that normalises each worker's part of a batch by itself.
 
     In training the batch is divided into `workers` equal parts, in order. The moving statistics
     move by the mean of the parts' statistics. Masks and renormalisation are not supported.
@@ -21,7 +21,8 @@ class WorkerBatchNormalization(keras.layers.BatchNormalization):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         if not training or self.workers == 1:
             return super().call(inputs, training=training)
-        # Put the workers on an axis of their own, and take the moments over all others but the channels.
+        # Put the workers on an axis of their own, and take the moments over all others but the
+        # channels.
         x = ops.reshape(ops.cast(inputs, "float32"), (self.workers, -1, *inputs.shape[1:]))
         channel = self.axis % len(inputs.shape) + 1
         axes = [axis for axis in range(1, len(x.shape)) if axis != channel]

@@ -1,4 +1,4 @@
-"""The recipe's replica in Keras 3: the network, its distributed optimizer and the recipe's callbacks."""
+"""The recipe's replica in Keras 3: network, distributed optimizer and the recipe's callbacks."""
 
 import contextlib
 import math
@@ -31,7 +31,7 @@ from recipe.system.arrays import Arrays
 
 
 def start(deterministic: bool = False) -> None:
-    """Start Horovod, and take this rank's share of its host: one GPU, or a part of the CPU's cores."""
+    """Start Horovod, and take this rank's share of its host: one GPU, or some CPU cores."""
     host_share = binding.start(backend.FRAMEWORK, deterministic)
     compute.use_local_device(host_share.local_rank, host_share.threads, deterministic)
 

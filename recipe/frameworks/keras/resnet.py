@@ -1,4 +1,4 @@
-"""The paper's ResNet in Keras (sec. 5.1): bottleneck blocks, stride 2 on the 3×3, γ = 0 at each block's end."""
+"""The paper's ResNet in Keras (sec. 5.1): stride 2 on the 3×3, γ = 0 at each block's end."""
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ from recipe.rules.pixels import MEAN, STD
 
 
 class Normal(keras.initializers.Initializer):
-    """Normal weights that depend on (seed, name) only, the same in every framework: `recipe.rules.initial.normal`."""
+    """Normal weights that depend on (seed, name) only: `recipe.rules.initial.normal`."""
 
     def __init__(self, seed: int, name: str, std: float | None = None) -> None:
         self.seed, self.name, self.std = seed, name, std
@@ -29,9 +29,10 @@ class Normal(keras.initializers.Initializer):
 def build(recipe: Recipe, num_classes: int) -> keras.Model:
     """Return the recipe's network.
 
-    uint8 images [b, s, s, 3] go in, with dropout also keys int64[b]; float32 logits [b, num_classes]
-    come out. ResNet-50 has 25,557,032 parameters at 1000 classes. Weight decay λ is the L2 term
-    λ/2·‖w‖² of convolution and FC kernels, so that its gradient λw takes part in momentum (remark 1).
+    uint8 images [b, s, s, 3] go in, with dropout also keys int64[b]; float32 logits [b,
+    num_classes] come out. ResNet-50 has 25,557,032 parameters at 1000 classes. Weight decay λ is
+    the L2 term λ/2·‖w‖² of convolution and FC kernels, so that its gradient λw takes part in
+    momentum (remark 1).
     """
     net = _Layers(recipe)
     size = recipe.data.image_size
@@ -52,7 +53,7 @@ def build(recipe: Recipe, num_classes: int) -> keras.Model:
 
 
 def _normalised(images: keras.KerasTensor, model: Model) -> keras.KerasTensor:
-    """Normalise by per-channel mean and standard deviation (sec. 5.1), on the device, in float32."""
+    """Normalise by mean and standard deviation of each channel (sec. 5.1), in float32."""
     std = np.asarray(STD, dtype=np.float32)
     offset = -np.asarray(MEAN, dtype=np.float32) / std
     x = layers.Rescaling(1 / std, offset, dtype="float32", name="normalise")(images)

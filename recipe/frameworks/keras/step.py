@@ -1,4 +1,4 @@
-"""One step of one rank in Keras: forward and backward of its workers, one round of allreduces, one update."""
+"""One step of one rank in Keras: forward and backward, one round of allreduces, one update."""
 
 import itertools
 import math
@@ -23,15 +23,17 @@ NUMBER = ("int32", ())
 
 
 class Step:
-    """The step of a rank. Gradients add up over its forward passes, and are reduced while the last one's backward
-    pass is still running. Then the optimizer, a DistributedOptimizer, updates.
+    """The step of a rank.
 
-    A StepVector goes with the gradients. Its statistics are the moving ones after this step, averaged over all k
-    workers, so that they are equal on all ranks at any time.
+    Gradients add up over its forward passes, and are reduced while the last one's backward pass is
+    still running. Then the optimizer, a DistributedOptimizer, updates.
+
+    A StepVector goes with the gradients. Its statistics are the moving ones after this step,
+    averaged over all k workers, so that they are equal on all ranks at any time.
     """
 
     def __init__(self, model: keras.Model, k: int, share: Share, signature: Signature) -> None:
-        """Take the model, whose optimizer must be built, and the part of the k workers that this rank plays."""
+        """Take the model, whose optimizer must be built, and this rank's share of the k workers."""
         self.model, self.k, self.share = model, k, share
         self.moving = moving_statistics(model)
         self.layout = StepVector(_size(self.moving), k)
@@ -102,7 +104,7 @@ class Step:
     def _backward(
         self, first_worker: Any, images: Any, labels: Any, weights: Any, *keys: Any
     ) -> tuple[list[Any], Any]:
-        """Return the gradients of the mean loss of one pass's workers, and their part of the vector."""
+        """Return the gradients of one pass's mean loss, and the pass's part of the vector."""
         share_of_k = self.share.workers_at_once / self.k
 
         def forward() -> tuple[Any, Any]:
@@ -113,7 +115,8 @@ class Step:
             predictions = ops.argmax(logits, axis=-1)
             hits = ops.cast(ops.equal(predictions, ops.cast(labels, "int32")), "float32")
 
-            # The paper's remarks 1 and 3: weight decay is part of the loss; the mean is over all kn examples.
+            # The paper's remarks 1 and 3: weight decay is part of the loss; the mean is over all kn
+            # examples.
             loss = self.model.optimizer.scale_loss(ops.mean(losses * weights) + penalties)
 
             moved = [ops.convert_to_tensor(scope.get_current_value(v)) for v in self.moving]
@@ -150,7 +153,8 @@ def batch_statistics(
 ) -> Callable[..., Any]:
     """Return a function of an element that gives the statistics of this one batch, as one vector.
 
-    They are in the order of `moving_statistics`: what these become from zero, divided by 1 − momentum.
+    They are in the order of `moving_statistics`: what these become from zero, divided by 1 −
+    momentum.
     """
     moving = moving_statistics(model)
 

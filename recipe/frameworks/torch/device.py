@@ -1,4 +1,4 @@
-"""The device of a rank that computes in PyTorch: its GPU or its share of the CPU, and the way of the input to it."""
+"""The device of a rank in PyTorch, its GPU or its share of the CPU, and the input's way to it."""
 
 import os
 from collections.abc import Sequence

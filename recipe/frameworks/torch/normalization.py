@@ -1,4 +1,4 @@
-"""Batch normalisation over one worker's examples (paper, sec. 2.3), which leaves its statistics to the step."""
+"""Batch normalisation over one worker's examples (paper, sec. 2.3)."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Normalised(NamedTuple):
 
 
 class WorkerBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` of a batch that is several workers' batches, each normalised by itself, in order.
+    """`nn.BatchNorm2d` that normalises each worker's part of a batch by itself, in order.
 
     In training the running statistics stay: the step moves them, by the mean over all k workers.
     The last batch's are in `batch_mean` and `batch_variance`, float32[channels], averaged over this
@@ -60,7 +60,7 @@ class WorkerBatchNorm2d(nn.BatchNorm2d):
 
 
 def moving_statistics(network: nn.Module) -> torch.Tensor:
-    """Return all moving means and variances as one vector, on which the layers' buffers are views from now on."""
+    """Return all moving statistics as one vector; the layers' buffers become views of it."""
     norms = _norms(network)
     names = ("running_mean", "running_var")
     buffers = [norm.get_buffer(name) for norm in norms for name in names]

@@ -1,4 +1,4 @@
-"""The recipe's replica in native PyTorch: the network, Horovod's optimizer and the state of both."""
+"""The recipe's replica in native PyTorch: network, Horovod's optimizer and the state of both."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class StateTensor:
 
 
 def start(deterministic: bool = False) -> None:
-    """Start Horovod, and take this rank's share of its host: one GPU, or a part of the CPU's cores."""
+    """Start Horovod, and take this rank's share of its host: one GPU, or some CPU cores."""
     host_share = binding.start("torch", deterministic)
     device.use_local_device(host_share.local_rank, host_share.threads, deterministic)
 
@@ -148,7 +148,7 @@ class TorchReplica:
         collectives.check_equal(named, self._steps_done)
 
     def _state(self) -> list[StateTensor]:
-        """Return all that training changes, but for η and the loss scale: the state dict and the velocities."""
+        """Return all that training changes, but for η and the loss scale."""
         entries = []
         for name, tensor in self.network.state_dict().items():
             if path := keras_path(name):
@@ -164,7 +164,8 @@ class TorchReplica:
 def sgd(recipe: Recipe, network: torch.nn.Module) -> torch.optim.SGD:
     """Return SGD with weight decay λw, part of the gradient, on the kernels only (remark 1).
 
-    Its velocity u ← mu + g is free of η (paper, eq. 9), so that no change of η needs a correction (remark 2).
+    Its velocity u ← mu + g is free of η (paper, eq. 9), so that no change of η needs a correction
+    (remark 2).
     """
     settings = recipe.optimizer
     kernels = [p for p in network.parameters() if p.ndim > 1]

@@ -1,4 +1,4 @@
-"""The paper's ResNet in PyTorch (sec. 5.1), under torchvision's names: its ResNet-50 state dicts load as they are."""
+"""The paper's ResNet in PyTorch (sec. 5.1), under torchvision's names, whose state dicts load."""
 
 from collections.abc import Callable
 
@@ -16,17 +16,18 @@ Norm = Callable[[int], WorkerBatchNorm2d]  # of the number of channels
 
 
 def build(recipe: Recipe, num_classes: int) -> "ResNet":
-    """Return the recipe's network with its initial weights, the same as in Keras (recipe.frameworks.keras.resnet)."""
+    """Return the recipe's network with its initial weights, the same as in Keras."""
     network = ResNet(recipe, num_classes)
     _initialise(network, recipe)
     return network.to(memory_format=network.layout)  # type: ignore[call-overload]
 
 
 class ResNet(nn.Module):
-    """uint8 images [b, s, s, 3] in, to train with dropout also keys int64[b]; float32 logits [b, num_classes] out.
+    """The network.
 
-    ResNet-50 has 25,557,032 parameters at 1000 classes. Under autocast the FC layer stays in
-    float32, as the logits and the softmax after them need the range.
+    uint8 images [b, s, s, 3] go in, to train with dropout also keys int64[b]. float32 logits [b,
+    num_classes] come out. ResNet-50 has 25,557,032 parameters at 1000 classes. Under autocast the
+    FC layer stays in float32, as the logits and the softmax after them need the range.
     """
 
     counters: torch.Tensor
@@ -91,7 +92,10 @@ class ResNet(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3, 1×1 with a shortcut; stride 2 is on the 3×3, not on the 1×1 as in the first ResNet paper (sec. 5.1)."""
+    """1×1, 3×3, 1×1 with a shortcut (sec. 5.1).
+
+    Stride 2 is on the 3×3, not on the 1×1 as in the first ResNet paper.
+    """
 
     def __init__(self, norm: Norm, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -117,9 +121,10 @@ def _conv(inputs: int, outputs: int, size: int, stride: int) -> nn.Conv2d:
 
 @torch.no_grad()
 def _initialise(network: ResNet, recipe: Recipe) -> None:
-    """Draw He weights for convolutions, 0.01 for the FC layer; set γ = 0 in the last BN of each block.
+    """Draw the weights, and set γ = 0 in the last BN of each block.
 
-    They are drawn in Keras's shapes under Keras's names.
+    Convolutions have He's, the FC layer has a standard deviation of 0.01. They are drawn in Keras's
+    shapes under Keras's names.
     """
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

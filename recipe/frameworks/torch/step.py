@@ -1,4 +1,4 @@
-"""One step of one rank in PyTorch: forward and backward of its workers, one round of allreduces, one update."""
+"""One step of one rank in PyTorch: forward and backward, one round of allreduces, one update."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,11 +20,14 @@ AUTOCAST = {"float32": None, "mixed_bfloat16": torch.bfloat16, "mixed_float16": 
 
 
 class Step:
-    """The step of a rank. Gradients add up over its forward passes, and Horovod's hooks reduce them while the last
-    one's backward pass is still running. Then the optimizer updates.
+    """The step of a rank.
 
-    A StepVector goes with the gradients. Its statistics are the batches' own, summed over the workers. The moving
-    ones move by their mean over all k, so that they are equal on all ranks at any time.
+    Gradients add up over its forward passes, and Horovod's hooks reduce them while the last one's
+    backward pass is still running. Then the optimizer updates.
+
+    A StepVector goes with the gradients. Its statistics are the batches' own, summed over the
+    workers. The moving ones move by their mean over all k, so that they are equal on all ranks at
+    any time.
     """
 
     def __init__(
@@ -90,7 +93,8 @@ class Step:
         with self.autocast():
             logits = self._forward(images, *keys)
         losses = functional.cross_entropy(logits, labels.long(), reduction="none")
-        # The paper's remark 3: the mean is over all kn examples. Weight decay (remark 1) is the optimizer's.
+        # The paper's remark 3: the mean is over all kn examples. Weight decay (remark 1) is the
+        # optimizer's.
         self.scaler.scale((losses * weights).mean() / self._mean_passes).backward()
 
         with torch.no_grad():

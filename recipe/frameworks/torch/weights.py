@@ -1,4 +1,4 @@
-"""One weight, two names and layouts: PyTorch's (torchvision's ResNet) and Keras's, in which checkpoints are written."""
+"""Names and layouts of weights: torchvision's, and Keras's, in which checkpoints are written."""
 
 import re
 
@@ -14,7 +14,7 @@ _UNKNOWN_TO_KERAS = "num_batches_tracked"  # PyTorch's count, which only momentu
 
 
 def keras_path(name: str) -> str | None:
-    """Return the Keras path of an entry of the state dict; None for the count of batches, which Keras lacks.
+    """Return the Keras path of an entry of the state dict; None for what Keras lacks.
 
     It is "stage1_block1_conv1/kernel" for "layer1.0.conv1.weight".
     """

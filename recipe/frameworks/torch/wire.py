@@ -1,4 +1,4 @@
-"""Tensors on Horovod's wire, which takes contiguous ones only: channels_last travels in the order of its memory."""
+"""Tensors on Horovod's wire: it takes contiguous ones only, so others go as their memory lies."""
 
 from typing import Any
 

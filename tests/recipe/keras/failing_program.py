@@ -56,7 +56,8 @@ def main():
         )
     except KeyError:
         time.sleep(100)  # a script that goes on with something else
-    print("rank", rank, "has ended", flush=True)
+    sys.stdout.write(f"rank {rank} has ended\n")  # in one piece: both ranks share the output
+    sys.stdout.flush()
 
 
 def starts_keras_own(and_sets: bool):

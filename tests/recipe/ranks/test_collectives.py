@@ -1,4 +1,4 @@
-"""What is known of the job before Horovod has started, and compared with what it says."""
+"""What the environment tells of the job before Horovod starts, compared with what Horovod says."""
 
 import shutil
 import socket
@@ -46,15 +46,12 @@ def test_mpich_is_among_the_launchers():
 
 
 def step(**more: str) -> dict[str, str]:
-    """Slurm's words in a task of `srun -n 2`."""
+    """Return Slurm's variables in a task of `srun -n 2`, and others."""
     return {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"} | more
 
 
 BATCH = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}  # of a batch script, and of salloc's shell
-PMI2 = {
-    "PMI_RANK": "0",
-    "PMI_SIZE": "2",
-}  # of srun --mpi=pmi2, which Open MPI's wheel does not speak
+PMI2 = {"PMI_RANK": "0", "PMI_SIZE": "2"}  # of srun --mpi=pmi2; Open MPI's wheel ignores it
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
 
 
@@ -70,23 +67,17 @@ TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
         ({"PMI_SIZE": "", "OMPI_COMM_WORLD_SIZE": "x"}, "", 1),
         (step(), "SLURM_STEP_NUM_TASKS", 2),
         (step(PMI_SIZE="2"), "SLURM_STEP_NUM_TASKS", 2),  # srun --mpi=pmi2
-        (
-            step(SLURM_STEP_NUM_TASKS="1", PMI_SIZE="2"),
-            "PMI_SIZE",
-            2,
-        ),  # mpiexec in an interactive shell
-        (
-            step(OMPI_COMM_WORLD_SIZE="1"),
-            "OMPI_COMM_WORLD_SIZE",
-            1,
-        ),  # mpirun -np 1, whose daemon srun has started
+        # mpiexec in an interactive shell
+        (step(SLURM_STEP_NUM_TASKS="1", PMI_SIZE="2"), "PMI_SIZE", 2),
+        # mpirun -np 1, whose daemon srun has started
+        (step(OMPI_COMM_WORLD_SIZE="1"), "OMPI_COMM_WORLD_SIZE", 1),
         (step(HOROVOD_SIZE="1", OMPI_COMM_WORLD_SIZE="4"), "HOROVOD_SIZE", 1),
         ({"PMI_SIZE": "2"}, "PMI_SIZE", 2),
         (TORCHRUN, "WORLD_SIZE", 2),
         (TORCHRUN | {"OMPI_COMM_WORLD_SIZE": "1"}, "OMPI_COMM_WORLD_SIZE", 1),
     ],
 )
-def test_the_nearest_launcher_has_the_word(monkeypatch, variables, variable, processes):
+def test_the_nearest_launcher_counts(monkeypatch, variables, variable, processes):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -95,16 +86,12 @@ def test_the_nearest_launcher_has_the_word(monkeypatch, variables, variable, pro
 
 
 def alone(*words: str, **variables: str) -> subprocess.CompletedProcess:
-    """A process that believes in no launcher but that of `variables`."""
-    kept = {
-        name: value
-        for name, value in environment(**variables).items()
-        if name in variables or name not in VARIABLES
-    }
+    """Run Python in a process that sees no launcher but that of `variables`."""
+    others = {name: value for name, value in environment().items() if name not in VARIABLES}
     return subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,
-        env=kept,
+        env=others | variables,
         capture_output=True,
         text=True,
         timeout=120,
@@ -117,7 +104,7 @@ def alone(*words: str, **variables: str) -> subprocess.CompletedProcess:
     shutil.which("mpiexec.hydra") is None, reason="MPICH (mpiexec.hydra) is not installed"
 )
 def test_ranks_of_another_mpis_mpiexec_refuse_to_train_alone(tmp_path):
-    """Each says so: MPICH's mpiexec ends no rank when another has failed."""
+    """Each rank says so, because MPICH's mpiexec ends no rank when another has failed."""
     command = ["mpiexec.hydra", "-n", "2", sys.executable, *TRAIN, f"--run_dir={tmp_path / 'run'}"]
     done = subprocess.run(
         command,
@@ -129,12 +116,8 @@ def test_ranks_of_another_mpis_mpiexec_refuse_to_train_alone(tmp_path):
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert (
-        done.stderr.count(
-            "Horovod has 1 rank, but another MPI's mpiexec started 2 processes (PMI_SIZE)"
-        )
-        == 2
-    )
+    message = "Horovod has 1 rank, but another MPI's mpiexec started 2 processes (PMI_SIZE)"
+    assert done.stderr.count(message) == 2
     assert f"error: rank 1 on {socket.gethostname()}: Horovod has" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -143,32 +126,35 @@ def test_ranks_of_another_mpis_mpiexec_refuse_to_train_alone(tmp_path):
 @pytest.mark.parametrize("variables", [step(**PMI2), TORCHRUN], ids=["srun", "torchrun"])
 def test_a_rank_that_finds_no_other_refuses_to_train_alone(tmp_path, variables):
     done = alone(*TRAIN, f"--run_dir={tmp_path / 'run'}", **variables)
-    assert done.returncode == 2 and "started 2 processes" in done.stderr, done.stderr
-    assert (
-        "python -m launch.run --launcher=srun-gloo" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2, done.stderr
+    assert "started 2 processes" in done.stderr, done.stderr
+    assert "python -m launch.run --launcher=srun-gloo" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.ranks
 def test_a_script_of_a_users_ends_where_it_is_certain_and_is_warned_elsewhere():
     program = "import recipe.keras as hvd; hvd.init(); print('went on', hvd.size())"
+
     certain = alone("-c", program, PMI_SIZE="2", PMI_RANK="0")
-    assert (
-        certain.returncode == 1
-        and "RunError: Horovod has 1 rank, but another MPI's" in certain.stderr
-    )
+    assert certain.returncode == 1
+    assert "RunError: Horovod has 1 rank, but another MPI's" in certain.stderr
+
     warned = alone("-c", program, **step(**PMI2))
-    assert (warned.returncode, warned.stdout) == (0, "went on 1\n"), warned.stderr
+    assert warned.returncode == 0, warned.stderr
+    assert warned.stdout == "went on 1\n"
     assert "RuntimeWarning: Horovod has 1 rank, but srun started 2 processes" in warned.stderr
+
     silent = alone("-c", program, **BATCH)
-    assert (silent.returncode, "Horovod has" in silent.stderr) == (0, False)
+    assert silent.returncode == 0
+    assert "Horovod has" not in silent.stderr
+
+    # A group of its own for each rank is what the user asked for.
     own = program.replace("init()", "init(comm=[int(os.environ['OMPI_COMM_WORLD_RANK'])])")
     groups = launch(2, ["-c", f"import os; {own}"])
-    assert groups.stdout.count("went on 1") == 2 and "Horovod has" not in groups.stdout, (
-        groups.stdout
-    )
+    assert groups.stdout.count("went on 1") == 2, groups.stdout
+    assert "Horovod has" not in groups.stdout, groups.stdout
 
 
 # --- Gloo
@@ -191,14 +177,13 @@ GLOO = "from recipe.ranks import binding; print('rank', binding.init('torch').ra
 def test_a_machine_whose_name_gloo_can_not_use_is_told_before_it_dies(tmp_path, line, starts):
     command = [str(BIN / "horovodrun"), "--gloo", "-np", "2", sys.executable, "-c", GLOO]
     done = named(tmp_path, "odd-host", line, *command)
-    said = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     if starts:
-        assert done.returncode == 0 and "rank 1" in said, said
+        assert done.returncode == 0, output
+        assert "rank 1" in output, output
     else:
-        assert (
-            "UsageError: the name of this machine, odd-host, does not resolve to an address of its own"
-            in said
-        ), said
+        message = "UsageError: the name of this machine, odd-host, does not resolve to an address"
+        assert f"{message} of its own" in output, output
 
 
 @pytest.mark.ranks
@@ -206,7 +191,6 @@ def test_a_machine_whose_name_gloo_can_not_use_is_told_before_it_dies(tmp_path, 
 def test_an_interface_that_gloo_would_die_of_is_told(interface):
     program = f"import os; os.environ['HOROVOD_GLOO_IFACE'] = {interface!r}; {GLOO}"
     done = launch(1, ["-c", program], "gloo")
-    assert (
-        f"UsageError: HOROVOD_GLOO_IFACE={interface} is no network interface of" in done.stdout
-    ), done.stdout
+    message = f"UsageError: HOROVOD_GLOO_IFACE={interface} is no network interface of"
+    assert message in done.stdout, done.stdout
     assert "with an address: name one of lo" in done.stdout

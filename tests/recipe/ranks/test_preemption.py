@@ -1,4 +1,4 @@
-"""Ctrl-C asks for a save; once more, it leaves at once. Where it is meant for others, it is not heard."""
+"""Ctrl-C asks for a save, and once more leaves at once. Background jobs ignore it."""
 
 import signal
 import subprocess

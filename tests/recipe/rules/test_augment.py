@@ -1,4 +1,4 @@
-"""Crops and flips: the distribution against a scalar reference, the bounds, and what they depend on."""
+"""Crops and flips: their distribution against a scalar reference, bounds, and what decides."""
 
 import math
 import random
@@ -16,7 +16,7 @@ SAMPLES = 20_000
 def reference_crop(
     height: int, width: int, min_area: float, rng: random.Random
 ) -> tuple[int, int, int, int]:
-    """One box, written down from the reference's description, a draw at a time."""
+    """Return one box, written down from the reference's description, a draw at a time."""
     for _ in range(10):
         area = height * width * rng.uniform(min_area, 1.0)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -34,12 +34,11 @@ def crops(
 
 
 def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest distance between two samples' cumulative distributions."""
+    """Return the largest distance between two samples' cumulative distributions."""
     values = np.sort(np.concatenate([a, b]))
-    below = [
-        np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in (a, b)
-    ]
-    return np.abs(below[0] - below[1]).max()
+    share_a = np.searchsorted(np.sort(a), values, side="right") / len(a)
+    share_b = np.searchsorted(np.sort(b), values, side="right") / len(b)
+    return np.abs(share_a - share_b).max()
 
 
 @pytest.mark.parametrize(
@@ -47,8 +46,9 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
     [(375, 500, 0.08), (500, 333, 0.08), (28, 28, 0.08), (100, 900, 0.08), (28, 28, 0.5)],
 )
 def test_distribution_is_the_reference_samplers(height: int, width: int, min_area: float) -> None:
-    """Two equal distributions are farther apart than this in one test of a million (Smirnov's bound)."""
+    # Two equal distributions are farther apart in one test of a million (Smirnov's bound).
     bound = math.sqrt(-math.log(1e-6 / 2) / 2) * math.sqrt(2 / SAMPLES)
+
     shapes = np.tile((height, width), (SAMPLES, 1))
     boxes, _ = augment.crop_boxes(shapes, np.arange(SAMPLES), 0, 0, min_area)
     rng = random.Random(0)
@@ -83,16 +83,17 @@ def test_boxes_are_inside_the_image(height: int, width: int, seed: int, epoch: i
 
 
 def test_only_the_example_decides() -> None:
-    """Law 1, and trap 10: (seed, epoch, index) gives the same crop in any batch, and another epoch or seed another."""
+    """An example's crop is the same in any batch, and another one in another epoch or seed."""
     shapes = np.random.default_rng(1).integers(20, 600, (64, 2))
     indices = np.random.default_rng(2).permutation(10_000)[:64]
     boxes, flips = augment.crop_boxes(shapes, indices, 7, 3)
     for part in (slice(0, 1), slice(5, 20), slice(None, None, -1)):
-        again = augment.crop_boxes(shapes[part], indices[part], 7, 3)
-        assert np.array_equal(again[0], boxes[part])
-        assert np.array_equal(again[1], flips[part])
+        part_boxes, part_flips = augment.crop_boxes(shapes[part], indices[part], 7, 3)
+        assert np.array_equal(part_boxes, boxes[part])
+        assert np.array_equal(part_flips, flips[part])
     for seed, epoch in ((7, 4), (8, 3), (3, 7)):
-        assert not np.array_equal(augment.crop_boxes(shapes, indices, seed, epoch)[0], boxes)
+        other_boxes, _ = augment.crop_boxes(shapes, indices, seed, epoch)
+        assert not np.array_equal(other_boxes, boxes)
 
 
 def test_boxes_are_golden() -> None:
@@ -103,16 +104,16 @@ def test_boxes_are_golden() -> None:
 
 def test_uniforms_are_uniform_over_neighbouring_indices_epochs_and_seeds() -> None:
     count = 4096
+    example = np.array([5])
     along = {
         "indices": augment.uniforms(np.arange(count), 0, 0, 1)[:, 0],
-        "epochs": np.array([augment.uniforms(np.array([5]), 0, e, 1)[0, 0] for e in range(count)]),
-        "seeds": np.array([augment.uniforms(np.array([5]), s, 0, 1)[0, 0] for s in range(count)]),
-        "counters": augment.uniforms(np.array([5]), 0, 0, count)[0],
+        "counters": augment.uniforms(example, 0, 0, count)[0],
+        "epochs": np.array([augment.uniforms(example, 0, e, 1)[0, 0] for e in range(count)]),
+        "seeds": np.array([augment.uniforms(example, s, 0, 1)[0, 0] for s in range(count)]),
     }
+    even = (np.arange(count) + 0.5) / count
     for name, values in along.items():
-        assert kolmogorov_smirnov(values, (np.arange(count) + 0.5) / count) < 2.7 / math.sqrt(
-            count
-        ), name
+        assert kolmogorov_smirnov(values, even) < 2.7 / math.sqrt(count), name
         assert abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 5 / math.sqrt(count), name
 
 

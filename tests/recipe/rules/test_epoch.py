@@ -1,4 +1,6 @@
-"""Order and division of an epoch: against a plain-Python model, and golden values."""
+"""Order and division of an epoch's examples: against a plain-Python model, and golden values."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,18 +16,21 @@ workers = st.integers(1, 9)
 batch = st.integers(1, 12)
 remainder = st.sampled_from(["drop", "short"])
 
+Step = list[list[int]]  # [worker] → the indices of its examples
 
-def epoch_slices(count: int, k: int, n: int, rest: str) -> list[list[list[int]]]:
-    """[step][worker] → indices, by the functions under test."""
-    order, epoch = permutation(count, 3, 1), Epoch(count, k, n, rest)
+
+def divided(count: int, k: int, n: int, rest: str) -> list[Step]:
+    """Divide an epoch by the functions under test."""
+    epoch = Epoch(count, k, n, rest)
+    order = permutation(count, 3, 1)
     return [
         [epoch.indices(order, step, worker).tolist() for worker in range(k)]
         for step in range(epoch.steps)
     ]
 
 
-def model(order: list[int], k: int, n: int, rest: str) -> list[list[list[int]]]:
-    """The same, dealt out card by card."""
+def model(order: list[int], k: int, n: int, rest: str) -> list[Step]:
+    """Divide an epoch by dealing the examples out card by card."""
     steps = []
     while len(order) >= k * n:
         minibatch, order = order[: k * n], order[k * n :]
@@ -54,54 +59,63 @@ def test_permutation_has_each_example_once(count: int, seed: int, epoch: int, bl
 
 
 def test_a_block_stays_together_but_begins_elsewhere_in_each_epoch() -> None:
-    """1000 examples in blocks of 8: 125 places of a jump at most, or 126 where the ends are short; 999 without."""
+    """1000 examples in blocks of 8 have 125 jumps at most, or 126 where the ends are short.
+
+    Without blocks there would be 999.
+    """
     orders = [permutation(1000, 0, epoch, 8) for epoch in range(20)]
-    jumps = [set(order[1:][np.diff(order) != 1] % 8) for order in orders]
+    beginnings = set()
     for order in orders:
-        assert 80 < np.count_nonzero(np.diff(order) != 1) <= 125
-    assert all(len(jump - {0}) <= 1 for jump in jumps), (
-        "blocks begin at one remainder, the first one at 0"
-    )
-    assert len(set().union(*jumps)) > 4
-    firsts = {int(order[0]) for order in orders}
-    assert len(firsts) > 15, "the blocks are shuffled"
+        jumps = np.diff(order) != 1
+        assert 80 < np.count_nonzero(jumps) <= 125
+        # The blocks of an epoch begin at one remainder, only the first one at 0.
+        remainders = set(order[1:][jumps] % 8)
+        assert len(remainders - {0}) <= 1
+        beginnings |= remainders
+    assert len(beginnings) > 4
+    first_examples = {int(order[0]) for order in orders}
+    assert len(first_examples) > 15, "the blocks are shuffled"
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     """Neither another epoch nor seed + 1 repeats an order."""
-    orders = {tuple(permutation(50, seed, epoch)) for seed in range(10) for epoch in range(10)}
+    orders = set()
+    for seed in range(10):
+        orders |= {tuple(permutation(50, seed, epoch)) for epoch in range(10)}
     assert len(orders) == 100
 
 
 @given(examples, workers, batch, remainder)
 def test_division_follows_the_model(count: int, k: int, n: int, rest: str) -> None:
     expected = model(permutation(count, 3, 1).tolist(), k, n, rest)
-    if not expected:
-        with pytest.raises(
-            UsageError, match=rf"{count} training examples .*config\.k={k}.*config\.n={n}"
-        ):
-            Epoch(count, k, n, rest)
+    if expected:
+        assert divided(count, k, n, rest) == expected
         return
-    assert epoch_slices(count, k, n, rest) == expected
+    message = rf"{count} training examples .*config\.k={k}.*config\.n={n}"
+    with pytest.raises(UsageError, match=message):
+        Epoch(count, k, n, rest)
 
 
 @given(examples, workers, batch, remainder)
 def test_each_example_at_most_once_an_epoch(count: int, k: int, n: int, rest: str) -> None:
     if count < k * n:
         return
-    seen = [i for step in epoch_slices(count, k, n, rest) for share in step for i in share]
+    dealt = []
+    for step in divided(count, k, n, rest):
+        for own_batch in step:
+            dealt += own_batch
     left = count % (k * n)
     missing = left if rest == "drop" or left < k else 0
-    assert len(seen) == len(set(seen)) == count - missing
+    assert len(dealt) == len(set(dealt)) == count - missing
 
 
 @given(examples, workers, batch, remainder)
 def test_no_worker_is_ever_without_examples(count: int, k: int, n: int, rest: str) -> None:
-    """A worker with fewer batches, or an empty one, would leave the others waiting in an allreduce."""
+    """A worker without a batch, or with an empty one, would leave the others in an allreduce."""
     if count < k * n:
         return
-    for shares in epoch_slices(count, k, n, rest):
-        sizes = [len(share) for share in shares]
+    for step in divided(count, k, n, rest):
+        sizes = [len(own_batch) for own_batch in step]
         assert len(sizes) == k
         assert min(sizes) >= 1
         assert max(sizes) - min(sizes) <= 1
@@ -109,29 +123,32 @@ def test_no_worker_is_ever_without_examples(count: int, k: int, n: int, rest: st
 
 @given(examples, workers, batch)
 def test_weighted_means_are_the_mean_over_the_minibatch(count: int, k: int, n: int) -> None:
-    """Remark 3: k·n_j/M is not rounded to whole numbers."""
+    """The paper's remark 3; k·n_j/M is not rounded to whole numbers."""
     if count < k:
         return
-    losses, epoch = np.random.default_rng(0).normal(size=count), Epoch(count, k, n, "short")
-    for step, shares in enumerate(epoch_slices(count, k, n, "short")):
+    epoch = Epoch(count, k, n, "short")
+    losses = np.random.default_rng(0).normal(size=count)
+    for step, batches in enumerate(divided(count, k, n, "short")):
         weights = [epoch.weight(step, worker) for worker in range(k)]
-        means = [w * losses[share].mean() for w, share in zip(weights, shares, strict=True)]
-        everyone = losses[[i for share in shares for i in share]].mean()
-        assert np.mean(means) == pytest.approx(everyone, rel=1e-12, abs=1e-12)
-        if sum(len(share) for share in shares) == k * n:
+        batch_means = np.array([losses[own_batch].mean() for own_batch in batches])
+        minibatch = np.concatenate(batches)
+        expected = losses[minibatch].mean()
+        assert np.mean(weights * batch_means) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+        assert len(minibatch) == epoch.minibatch(step)
+        if len(minibatch) == k * n:
             assert weights == [1.0] * k
 
 
 def test_outside_of_the_epoch_there_is_nothing() -> None:
-    order, epoch = np.arange(10), Epoch(10, k=2, n=2)
+    epoch = Epoch(10, 2, 2)
     for step, worker in ((3, 0), (0, 2), (0, -1), (-1, 0)):
         with pytest.raises(IndexError, match=f"worker {worker} of 2"):
-            epoch.indices(order, step, worker)
+            epoch.indices(np.arange(10), step, worker)
 
 
 @given(st.integers(1, 16), st.integers(1, 300))
 def test_ranks_share_the_workers_in_order(size: int, each: int) -> None:
-    recipe = Recipe(k=size * each)
+    recipe = replace(Recipe(), k=size * each)
     shares = [Share.of(recipe, rank, size).workers for rank in range(size)]
     assert [worker for share in shares for worker in share] == list(range(size * each))
     assert {len(share) for share in shares} == {each}
@@ -142,7 +159,8 @@ def test_evaluation_counts_every_example_once(count: int, size: int) -> None:
     """No remainder is dropped or counted twice, whatever divides what."""
     blocks = [eval_indices(count, rank, size) for rank in range(size)]
     assert np.concatenate(blocks).tolist() == list(range(count))
-    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
+    sizes = [len(block) for block in blocks]
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_paper_counts() -> None:

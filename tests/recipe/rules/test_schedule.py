@@ -1,4 +1,4 @@
-"""η of both ImageNet presets and of `quick`, at every boundary, written from the paper's formula."""
+"""η of the presets, at every boundary of their schedules, written from the paper's formula."""
 
 import itertools
 import math
@@ -16,7 +16,8 @@ def at(preset: str, steps_per_epoch: int, step: int) -> float:
     return recipe_rate(load_recipe(preset))(step / steps_per_epoch)
 
 
-# 1,281,167 // 8192 = 156 steps an epoch. 0.1 → 3.2 in 5·156 = 780 equal increments (paper, sec. 2.2, 5.1).
+# 1,281,167 // 8192 = 156 steps an epoch.
+# 0.1 → 3.2 in 5·156 = 780 equal increments (paper, sec. 2.2, 5.1).
 IMAGENET_1HR = {
     0: 0.1,
     1: 0.1 + 3.1 / 780,
@@ -57,13 +58,13 @@ def test_imagenet_8gpu(step, rate):
 
 
 def test_scaling_is_not_integer_division():
-    """Trap 9: 0.1·(kn // 256)."""
+    """The rate is not 0.1·(kn // 256)."""
     assert scaled_rate(0.1, 384) == pytest.approx(0.15)
     assert scaled_rate(0.1, 128) == pytest.approx(0.05)
 
 
 def test_step_decay_is_a_power_of_the_number_of_decays_passed():
-    """Trap 2: a multiplier that is applied again each epoch, and resets at the next boundary."""
+    """No multiplier is applied again each epoch, or reset at the next boundary."""
     rate = Rate(3.2, 3.2, warmup="none")
     assert [rate(e) for e in (29, 31, 35, 59)] == pytest.approx([3.2, 0.32, 0.32, 0.32])
     assert [rate(e) for e in (61, 79, 81, 89)] == pytest.approx([0.032, 0.032, 0.0032, 0.0032])
@@ -71,16 +72,15 @@ def test_step_decay_is_a_power_of_the_number_of_decays_passed():
 
 @given(st.integers(2, 400), st.floats(0.05, 8), st.integers(1, 64))
 def test_warmup_rises_by_a_constant_amount_and_ends_exactly_at_the_peak(steps, warmup_epochs, k):
-    """Trap 5, also for a warmup of a fraction of an epoch: no overshoot, no increment left out."""
+    """No overshoot, no increment left out, also in a warmup of a fraction of an epoch."""
     rate = Rate(0.1, 0.1 * k, warmup_epochs=warmup_epochs)
     ramp = [rate(t / steps) for t in range(math.ceil(warmup_epochs * steps) + 2)]
     assert ramp[0] == 0.1
     assert ramp[-1] == ramp[-2] == 0.1 * k
     increments = [b - a for a, b in itertools.pairwise(ramp[:-2])]
     expected = (0.1 * k - 0.1) / (warmup_epochs * steps)
-    assert increments == pytest.approx(
-        [expected] * len(increments), abs=1e-12
-    )  # float64 rounding of rates below 8
+    # 1e-12: float64 rounding of rates below 8.
+    assert increments == pytest.approx([expected] * len(increments), abs=1e-12)
 
 
 def test_warmup_ends_exactly_at_its_last_iteration_when_it_is_a_fraction_of_an_epoch():
@@ -90,7 +90,8 @@ def test_warmup_ends_exactly_at_its_last_iteration_when_it_is_a_fraction_of_an_e
 
 
 def test_a_resumed_run_is_in_the_middle_of_the_ramp():
-    whole, resumed = (recipe_rate(load_recipe("imagenet_1hr")) for _ in range(2))
+    whole = recipe_rate(load_recipe("imagenet_1hr"))
+    resumed = recipe_rate(load_recipe("imagenet_1hr"))
     for step in range(300):
         whole(step / 156)
     assert resumed(300 / 156) == whole(300 / 156)

@@ -1,8 +1,11 @@
-"""recipe.train with one fault: interruption_program.py FAULT PLACE STEP, then recipe.train's own arguments.
+"""recipe.train with one fault: interruption_program.py FAULT PLACE STEP, then recipe.train's own
+arguments.
 
-FAULT at step STEP, counted from 1: "nan", in Keras, or "native nan": the loss of worker PLACE is NaN; "error": rank
-PLACE raises an ordinary exception; "unreadable": rank PLACE can't read an example of its first worker; "SIGTERM" or
-"SIGUSR1": rank PLACE, or for -1 rank 0's launcher, gets the signal when the line of the step is written."""
+FAULT at step STEP, counted from 1: "nan", in Keras, or "native nan": the loss of worker PLACE is
+NaN; "error": rank PLACE raises an ordinary exception; "unreadable": rank PLACE can't read an
+example of its first worker; "SIGTERM" or "SIGUSR1": rank PLACE, or for -1 rank 0's launcher, gets
+the signal when the line of the step is written.
+"""
 
 import os
 import signal

@@ -1,4 +1,6 @@
-"""Elastic runs of recipe.train under the real launcher: a rank joins, rank 0 is killed, the losses stay the same."""
+"""Elastic runs of recipe.train under the real launcher: a rank joins, rank 0 is killed, the losses
+stay the same.
+"""
 
 import os
 import re
@@ -36,8 +38,8 @@ RUN = [
     "--config.run.log_every=1",
     f"--config.run.commit_steps={COMMIT}",
 ]
-# Other ranks sum in another order, a rounding of 6e-8 that 300 steps amplify. Measured: see LOSS_BOUND's test; a factor
-# of ten for other processors.
+# Other ranks sum in another order, a rounding of 6e-8 that 300 steps amplify. Measured: see
+# LOSS_BOUND's test; a factor of ten for other processors.
 LOSS_BOUND = 1e-3
 
 

@@ -1,4 +1,6 @@
-"""Runs on real ranks that are killed, preempted, damaged or changed: what they say, and that nothing is lost."""
+"""Runs on real ranks that are killed, preempted, damaged or changed: what they say, and that
+nothing is lost.
+"""
 
 import contextlib
 import json
@@ -52,12 +54,13 @@ FAULTS = str(Path(__file__).parent / "interruption_program.py")
 LAUNCHER = -1  # who gets a signal
 SEED = 1706  # of the moments at which the run is killed
 
-# Ranks of another number add the same float32 numbers in another order. Measured after the 16 steps here, relative to
-# a tensor's largest value: two undisturbed runs of Keras were 4e-6 apart, seventy roundings of 6e-8; two of native
-# PyTorch not at all on 2 and 4 ranks, but 1.7e-4 on 1 and 2 (a single rank has two threads), in the velocities of β's,
-# whose terms cancel. The losses: 5e-8 in both. Resumed runs were no further apart. The bounds leave a factor of 18 or
-# more for other processors. A lost step, the last and smallest of all, is 0.24; an epoch is 3e-4 of the evaluation's
-# loss.
+# Ranks of another number add the same float32 numbers in another order. Measured after the 16 steps
+# here, relative to a tensor's largest value: two undisturbed runs of Keras were 4e-6 apart, seventy
+# roundings of 6e-8; two of native PyTorch not at all on 2 and 4 ranks, but 1.7e-4 on 1 and 2 (a
+# single rank has two threads), in the velocities of β's, whose terms cancel. The losses: 5e-8 in
+# both. Resumed runs were no further apart. The bounds leave a factor of 18 or more for other
+# processors. A lost step, the last and smallest of all, is 0.24; an epoch is 3e-4 of the
+# evaluation's loss.
 WEIGHTS_BOUND, NATIVE_WEIGHTS_BOUND = 1e-4, 3e-3
 LOSSES_BOUND = 1e-6
 
@@ -149,7 +152,9 @@ class Job:
 
 
 def figures(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl without the speed and the time spent waiting, which is all that may differ."""
+    """The lines of metrics.jsonl without the speed and the time spent waiting, which is all that
+    may differ.
+    """
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -164,7 +169,9 @@ def saved(folder: Path) -> list[Path]:
 
 
 def same_run(folder: Path, reference: Path) -> None:
-    """Bit for bit the same figures and, at each of its steps, the same state; and nothing left of what was killed."""
+    """Bit for bit the same figures and, at each of its steps, the same state; and nothing left of
+    what was killed.
+    """
     assert figures(folder) == figures(reference)
     assert saved(folder)[-1].name == saved(reference)[-1].name
     for path in saved(folder):
@@ -176,7 +183,9 @@ def same_run(folder: Path, reference: Path) -> None:
 
 
 def cut(reference: Path, folder: Path, step: int) -> Path:
-    """A copy of a run as a kill after so many steps would have left it, but that figures have gone on."""
+    """A copy of a run as a kill after so many steps would have left it, but that figures have gone
+    on.
+    """
     shutil.copytree(reference, folder)
     for path in saved(folder):
         if checkpoint.step_of(path) > step:
@@ -238,7 +247,9 @@ def alone(tmp_path_factory, data, undisturbed) -> Path:
 
 
 def test_the_last_checkpoints_and_those_of_every_second_epoch_are_kept(alone):
-    """checkpoint_steps=2, keep_checkpoints=1, keep_every=2: of 2, 4, … 16 steps the ends of epochs 2 and 4."""
+    """checkpoint_steps=2, keep_checkpoints=1, keep_every=2: of 2, 4, … 16 steps the ends of epochs
+    2 and 4.
+    """
     assert [checkpoint.step_of(path) for path in saved(alone)] == [2 * STEPS, 4 * STEPS]
 
 
@@ -246,7 +257,9 @@ def test_the_last_checkpoints_and_those_of_every_second_epoch_are_kept(alone):
 
 
 def killed(job: Job, chance: random.Random, first: int, moment: str) -> bool:
-    """Kills one rank or the whole job at once; whether that left half a checkpoint. `first`: where the job began."""
+    """Kills one rank or the whole job at once; whether that left half a checkpoint. `first`: where
+    the job began.
+    """
     victims = chance.choice(
         ["rank 0", "everything"] if moment == "save" else ["rank 0", "rank 1", "everything"]
     )
@@ -295,7 +308,9 @@ def stopped_in_a_save(job: Job, root: psutil.Process) -> bool:
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run_bit_for_bit(
     data, undisturbed, tmp_path
 ):
-    """kill -9 of a rank or of everything: while the job starts, at random moments between steps, and inside saves."""
+    """kill -9 of a rank or of everything: while the job starts, at random moments between steps,
+    and inside saves.
+    """
     folder, chance, halves = tmp_path / "run", random.Random(SEED), 0
     moments = ["save", "save", "start", "step", "step", "step"]
     chance.shuffle(moments)
@@ -326,9 +341,12 @@ def preempted(
     *options: str,
     launcher: str = "mpirun",
 ) -> int:
-    """A rank, or the LAUNCHER, gets a signal once a step's line is written: the step after which the run left.
+    """A rank, or the LAUNCHER, gets a signal once a step's line is written: the step after which
+    the run left.
 
-    mpirun leaves with the ranks' 75; horovodrun --gloo with 1 and an error of its own that names the 75."""
+    mpirun leaves with the ranks' 75; horovodrun --gloo with 1 and an error of its own that names
+    the 75.
+    """
     with Job(data, size, folder, *options, fault=signaled, launcher=launcher) as job:
         job.wait_until(lambda: any(line["step"] == signaled[2] for line in figures(folder)))
         began = time.monotonic()
@@ -350,7 +368,9 @@ def preempted(
 
 
 def test_a_run_told_to_leave_all_the_time_leaves_all_the_same(data, tmp_path):
-    """Schedulers signal more than once, launchers pass on what the ranks got too, and not all ranks get it at once."""
+    """Schedulers signal more than once, launchers pass on what the ranks got too, and not all ranks
+    get it at once.
+    """
     with Job(data, 2, tmp_path / "run") as job:
         ranks = job.wait_for_ranks()
         job.wait_for_line("step", 3)
@@ -367,9 +387,11 @@ def test_a_run_told_to_leave_all_the_time_leaves_all_the_same(data, tmp_path):
 
 @pytest.fixture(scope="session")
 def thrice_preempted(tmp_path_factory, data, undisturbed) -> Path:
-    """Left after 11 steps, in the middle of an epoch; saved only at epochs' ends and when told to leave.
+    """Left after 11 steps, in the middle of an epoch; saved only at epochs' ends and when told to
+    leave.
 
-    The wish goes with the next step and is heard with the step after that, or at the epoch's end."""
+    The wish goes with the next step and is heard with the step after that, or at the epoch's end.
+    """
     folder = tmp_path_factory.mktemp("runs") / "preempted"
     assert preempted(data, 2, folder, ("SIGTERM", 0, 3)) == 4
     assert preempted(data, 2, folder, ("SIGTERM", 1, 6), "--resume", launcher="gloo") == 8
@@ -381,8 +403,10 @@ def thrice_preempted(tmp_path_factory, data, undisturbed) -> Path:
 def test_a_preempted_run_is_the_undisturbed_run_bit_for_bit(
     data, undisturbed, thrice_preempted, tmp_path
 ):
-    """SIGTERM and SIGUSR1 to one rank, or to mpirun, which forwards the latter; in mid-epoch and, once more here,
-    during an evaluation: the line of step 12 is written before it, and the run leaves only after it."""
+    """SIGTERM and SIGUSR1 to one rank, or to mpirun, which forwards the latter; in mid-epoch and,
+    once more here, during an evaluation: the line of step 12 is written before it, and the run
+    leaves only after it.
+    """
     folder = shutil.copytree(thrice_preempted, tmp_path / "run")
     assert preempted(data, 2, folder, ("SIGUSR1", LAUNCHER, 3 * STEPS), "--resume") == 3 * STEPS + 2
     assert [line["epoch"] for line in figures(folder) if line["kind"] == "epoch"] == [1, 2, 3]
@@ -414,8 +438,9 @@ def hears(process: psutil.Process, number: int) -> bool:
 
 
 def deviation(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    """The largest difference of two states, relative to the largest value of its tensor, or to 1e-6: velocities whose
-    terms cancel are smaller and nothing but roundings."""
+    """The largest difference of two states, relative to the largest value of its tensor, or to
+    1e-6: velocities whose terms cancel are smaller and nothing but roundings.
+    """
     assert one.keys() == other.keys()
     sizes = {
         name: max(np.abs(value).max(), 1e-6)
@@ -450,7 +475,9 @@ def state(folder: Path, back: int = 1) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_ranks(data, undisturbed, alone, thrice_preempted, tmp_path):
-    """2 → 1 in mid-epoch: as near to the run on two ranks as the run on one is; a lost step is not that near."""
+    """2 → 1 in mid-epoch: as near to the run on two ranks as the run on one is; a lost step is not
+    that near.
+    """
     folder = shutil.copytree(thrice_preempted, tmp_path / "run")
     with Job(data, 1, folder, "--resume") as job:
         run_to_end(job)
@@ -690,7 +717,9 @@ def test_another_minibatch_is_refused_within_an_epoch_and_the_run_can_go_on(
 
 
 def test_another_minibatch_goes_on_by_force_at_an_epochs_end(data, undisturbed_four, tmp_path):
-    """Three epochs of four steps and one of two: the old checkpoint of 12 steps isn't the newest for that."""
+    """Three epochs of four steps and one of two: the old checkpoint of 12 steps isn't the newest
+    for that.
+    """
     folder = cut(undisturbed_four, tmp_path / "run", 3 * STEPS)
     with Job(data, 1, folder, *WIDER, EVERY_STEP, "--resume=force") as job:
         run_to_end(job)

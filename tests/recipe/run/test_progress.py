@@ -111,7 +111,9 @@ def test_the_launchers_log_file_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize(("rows", "columns"), [(24, 80), (0, 0)])
 def test_what_matters_fits_eighty_columns(rows, columns):
-    """Also on a terminal of 0 × 0 characters, as containers have: it is taken for one of 80 columns."""
+    """Also on a terminal of 0 × 0 characters, as containers have: it is taken for one of 80
+    columns.
+    """
     seen = on_a_terminal([sys.executable, "-c", BIG], rows, columns)
     lines = [line for part in seen.split("\r") for line in part.splitlines()]
     assert max(map(len, lines)) == 80
@@ -124,7 +126,9 @@ def test_what_matters_fits_eighty_columns(rows, columns):
 
 
 def test_a_log_is_never_silent_for_long():
-    """Before the first step, between two of them, while something else is done, and where nothing comes of it."""
+    """Before the first step, between two of them, while something else is done, and where nothing
+    comes of it.
+    """
     done = subprocess.run(
         [sys.executable, "-c", SLOW], capture_output=True, text=True, env=environment(), check=True
     )

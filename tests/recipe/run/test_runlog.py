@@ -31,7 +31,9 @@ def test_half_a_line_is_not_read(torn):
     "step, epochs, kept", [(2, 1, 3), (4, 1, 4), (4, 2, 5), (3, 1, 3), (0, 0, 0)]
 )
 def test_a_resumed_log_drops_half_a_line_and_what_comes_later(torn, step, epochs, kept):
-    """Step 4 may be done and its epoch not yet evaluated; a run that begins anew begins an empty log."""
+    """Step 4 may be done and its epoch not yet evaluated; a run that begins anew begins an empty
+    log.
+    """
     runlog.RunLog(torn, step, epochs).close()
     assert len((torn / runlog.METRICS).read_text().splitlines()) == kept
 

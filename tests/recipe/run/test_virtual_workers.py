@@ -1,4 +1,6 @@
-"""A run is a function of (recipe, seed): 1, 2, 3 and 4 ranks play the same k workers, in Keras and native PyTorch."""
+"""A run is a function of (recipe, seed): 1, 2, 3 and 4 ranks play the same k workers, in Keras and
+native PyTorch.
+"""
 
 import json
 from pathlib import Path
@@ -30,8 +32,8 @@ RECIPE = [
     "--config.run.log_every=1",
     "--config.run.replica_check_every=2",
 ]
-# Sums of float32 in another order: 6e-8 of a loss, which the steps amplify. Measured over these 9 steps: up to 4e-8;
-# other batch-norm groups, which are the smallest mistake there is, make 3e-3.
+# Sums of float32 in another order: 6e-8 of a loss, which the steps amplify. Measured over these 9
+# steps: up to 4e-8; other batch-norm groups, which are the smallest mistake there is, make 3e-3.
 BOUND = 1e-6
 
 
@@ -99,7 +101,9 @@ def test_moving_statistics_are_those_of_the_workers(train, size):
 
 
 def test_other_groups_of_examples_would_be_noticed(train):
-    """The same minibatches, in 6 workers of 16 instead of 12 of 8: only batch norm and the short step differ."""
+    """The same minibatches, in 6 workers of 16 instead of 12 of 8: only batch norm and the short
+    step differ.
+    """
     other = train(2, "--config.k=6", "--config.n=16")
     assert np.abs(losses(other) / losses(train(2)) - 1).max() > 1000 * BOUND
 

@@ -1,4 +1,4 @@
-"""The line to go on with: it can be pasted, and says what is saved."""
+"""The line that continues a run can be pasted, and says what is saved."""
 
 import shlex
 
@@ -20,9 +20,9 @@ def test_before_a_run_has_begun_there_is_nothing_to_say():
 
 
 @pytest.mark.parametrize(
-    ("step", "told"), [(0, "nothing is saved yet"), (7, "saved after step 7; ")]
+    ("step", "beginning"), [(0, "nothing is saved yet"), (7, "saved after step 7; ")]
 )
-def test_the_command_can_be_pasted(step, told):
+def test_the_command_can_be_pasted(step, beginning):
     arguments = [
         "--config=quick",
         "--config.schedule.decay_epochs=(8, 9)",
@@ -32,7 +32,8 @@ def test_the_command_can_be_pasted(step, told):
     again.begun("runs/größe 1; rm -r $HOME", arguments)
     again.saved(step)
     line = again.advice()
-    assert line.startswith(told) and "\n" not in line
+    assert line.startswith(beginning)
+    assert "\n" not in line
     words = [
         "python",
         "-m",

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -31,20 +32,15 @@ with owner.only(Path(sys.argv[1]), "the folder"):
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same protocol in less time."""
-    for name, seconds in {
-        "WAIT": 0.5,
-        "LEASE": 30.0,
-        "BEAT": 0.2,
-        "WATCH": 1.5,
-        "LOOK": 0.05,
-    }.items():
-        monkeypatch.setattr(owner, name, seconds)
+    """Let the same protocol take less time."""
+    seconds = {"WAIT": 0.5, "LEASE": 30.0, "BEAT": 0.2, "WATCH": 1.5, "LOOK": 0.05}
+    for name, value in seconds.items():
+        monkeypatch.setattr(owner, name, value)
 
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[subprocess.Popen]:
-    """The lock in another process."""
+    """Hold the lock in another process."""
     words = [sys.executable, "-c", HOLDER, str(path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment()) as process:
         try:
@@ -54,7 +50,8 @@ def held(path: Path) -> Iterator[subprocess.Popen]:
             process.kill()
 
 
-def taken(path: Path) -> bool:
+def take(path: Path) -> bool:
+    """Take the lock and let it go; return whether its file existed meanwhile."""
     with owner.only(path, "the folder"):
         return path.exists()
 
@@ -63,55 +60,52 @@ def test_a_second_process_is_told_who_has_it_and_a_killed_one_has_it_no_longer(t
     path = tmp_path / "lock"
     with held(path) as process:
         with pytest.raises(UsageError) as refused:
-            taken(path)
-        assert (
-            f"the folder is in use by process {process.pid} on {socket.gethostname()}, since 2"
-            in str(refused.value)
-        )
+            take(path)
+        holder = f"process {process.pid} on {socket.gethostname()}"
+        assert f"the folder is in use by {holder}, since 2" in str(refused.value)
         process.kill()
         process.wait()
         assert path.exists()
         began = time.monotonic()
-        assert taken(path)
+        assert take(path)
         assert time.monotonic() - began < owner.WATCH  # the kernel knows; nobody watches
     assert not path.exists()
 
 
 def elsewhere(path: Path) -> None:
-    """The lock's file as a process of another host leaves it."""
-    one = owner.Owner("faraway", 17, "2020-01-01 00:00:00 UTC", "another kernel")
-    path.write_text(json.dumps(owner.asdict(one)))
+    """Write the lock's file as a process of another host leaves it."""
+    faraway = owner.Owner("faraway", 17, "2020-01-01 00:00:00 UTC", "another kernel")
+    path.write_text(json.dumps(asdict(faraway)))
 
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_an_owner_on_another_host_counts_as_long_as_it_shows_life(
     tmp_path, quick, monkeypatch, capsys, locks
 ):
-    """Where the kernel's lock is one host's, or there is none at all."""
+    """This counts where the kernel's lock is one host's, or where there is none at all."""
     if not locks:
         monkeypatch.setattr(fcntl, "flock", no_locks)
     path = tmp_path / "lock"
     elsewhere(path)
-    alive = threading.Event()
+    ended = threading.Event()
 
     def live() -> None:
         life = 0
-        while not alive.wait(0.2):
+        while not ended.wait(0.2):
             life += 1
             path.write_text(json.dumps(json.loads(path.read_text()) | {"life": life}))
 
     thread = threading.Thread(target=live)
     thread.start()
     try:
-        with pytest.raises(
-            UsageError, match="in use by process 17 on faraway, since 2020-01-01 00:00:00 UTC"
-        ):
-            taken(path)
+        message = "in use by process 17 on faraway, since 2020-01-01 00:00:00 UTC"
+        with pytest.raises(UsageError, match=message):
+            take(path)
     finally:
-        alive.set()
+        ended.set()
         thread.join()
     assert "watching for" in capsys.readouterr().err
-    assert taken(path)
+    assert take(path)
     assert not path.exists()
 
 
@@ -126,7 +120,7 @@ def test_without_the_kernels_locks_two_of_this_host_exclude_each_other_too(
     path = tmp_path / "lock"
     with owner.only(path, "the folder"):
         with pytest.raises(UsageError, match=f"in use by process {os.getpid()} on"):
-            taken(path)
+            take(path)
         assert path.exists()
 
 
@@ -137,19 +131,20 @@ def test_a_dead_hosts_lock_is_waited_for_until_the_server_takes_it_back(tmp_path
         fcntl.flock(file, fcntl.LOCK_EX)
         back = threading.Timer(1.5, file.close)  # later than WAIT
         back.start()
-        assert taken(path)
+        assert take(path)
         back.join()
 
 
 def test_what_is_no_file_is_an_error_and_no_endless_wait(tmp_path, quick):
     (tmp_path / "lock").symlink_to(tmp_path / "gone")
     with pytest.raises(OSError, match="symbolic links"):
-        taken(tmp_path / "lock")
+        take(tmp_path / "lock")
 
 
 def test_who_waits_gets_it_from_who_leaves(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(owner, "WAIT", 30.0)
-    path, order = tmp_path / "lock", []
+    path = tmp_path / "lock"
+    order = []
 
     def second() -> None:
         with owner.only(path, "the folder"):

@@ -1,4 +1,6 @@
-"""Run on real ranks by test_step.py: steps of k = 4 virtual workers, and the same by plain Keras, one by one."""
+"""Run on real ranks by test_step.py: steps of k = 4 virtual workers, and the same by plain Keras,
+one by one.
+"""
 
 import itertools
 import sys
@@ -63,7 +65,9 @@ def one_step(together: int) -> dict:
 
 
 def by_hand() -> dict:
-    """Two steps by definition: each worker alone, from the same weights; then the mean of what became of them."""
+    """Two steps by definition: each worker alone, from the same weights; then the mean of what
+    became of them.
+    """
     model = fit.KerasReplica(recipe(), 5).model
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     losses = []

@@ -48,14 +48,16 @@ def test_resnet50_has_the_papers_operations(resnet50):
 
 
 def test_stride_2_is_on_the_3x3(resnet50):
-    """Trap 13: keras.applications.ResNet50 has it on the 1×1."""
+    """keras.applications.ResNet50 has it on the 1×1."""
     strided = [layer for layer in of_kind(resnet50, keras.layers.Conv2D) if layer.strides == (2, 2)]
     kernels = sorted(layer.kernel_size for layer in strided if "shortcut" not in layer.name)
     assert kernels == [(3, 3)] * 3 + [(7, 7)]
 
 
 def test_strided_convolutions_pad_both_sides_as_the_reference_does(resnet50):
-    """Against PyTorch's convolution, on the stem; TensorFlow's "same" padding would shift the picture by a pixel."""
+    """Against PyTorch's convolution, on the stem; TensorFlow's "same" padding would shift the
+    picture by a pixel.
+    """
     import torch
 
     images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
@@ -99,7 +101,7 @@ def test_the_last_gamma_of_each_block_is_zero_and_no_other(resnet50):
 
 
 def test_weight_decay_is_on_kernels_only_and_its_gradient_is_lambda_w(resnet50):
-    """Trap 8: Keras's L2(λ) would have the gradient 2λw, and name matching would miss a layer."""
+    """Keras's L2(λ) would have the gradient 2λw, and name matching would miss a layer."""
     decayed = [layer for layer in resnet50.layers if getattr(layer, "kernel_regularizer", None)]
     with_kernel = [layer for layer in resnet50.layers if hasattr(layer, "kernel")]
     assert decayed == with_kernel
@@ -120,7 +122,7 @@ def test_weight_decay_is_on_kernels_only_and_its_gradient_is_lambda_w(resnet50):
 
 
 def test_initial_weights_depend_on_the_seed_alone():
-    """Law 1: not on what was built before, nor on a global generator."""
+    """Not on what was built before, nor on a global generator."""
     first = small(seed=3).get_weights()
     keras.utils.set_random_seed(99)
     again, other = small(seed=3).get_weights(), small(seed=4).get_weights()

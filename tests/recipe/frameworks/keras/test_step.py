@@ -1,4 +1,6 @@
-"""One step of virtual workers against its definition by plain Keras, on 1, 2 and 4 ranks and several at once."""
+"""One step of virtual workers against its definition by plain Keras, on 1, 2 and 4 ranks and
+several at once.
+"""
 
 import numpy as np
 import pytest
@@ -33,7 +35,9 @@ def ranks(request, tmp_path_factory, backend, by_hand):
 
 
 def test_two_steps_are_the_mean_of_the_workers(ranks, by_hand):
-    """Weights and moving statistics; float32 sums of 24 examples in another order: 1e-5 of the largest value."""
+    """Weights and moving statistics; float32 sums of 24 examples in another order: 1e-5 of the
+    largest value.
+    """
     expected = by_hand["by_hand"]["weights"]
     for found in ranks:
         for name in [name for name in found if name.startswith("together")]:

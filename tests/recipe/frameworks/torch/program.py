@@ -69,7 +69,7 @@ def broadcast() -> dict:
     made = load_framework("torch").make_replica(recipe(), 10)
     with torch.no_grad():
         for entry in made._state():
-            entry.tensor += collectives.rank()
+            entry.tensor.add_(collectives.rank())
     made.begin(100)
     return {"arrays": made.arrays()}
 
@@ -81,7 +81,7 @@ def overflow() -> dict:
     for step in range(3):
         mine = elements(settings, step + 1)[-K // collectives.size() :]
         if step == 1 and collectives.rank() == collectives.size() - 1:
-            mine = [(images, labels, weights * 1e30) for images, labels, weights in mine]
+            mine = [element._replace(weights=element.weights * 1e30) for element in mine]
         made.step(step, iter(mine), False)()
         found.append(made.arrays())
     return {"arrays": found}
@@ -132,7 +132,7 @@ def stopping() -> dict:
     made = replica(settings)
     return {
         "stop": made.step(
-            0, 0, iter(elements(settings)), collectives.rank() == collectives.size() - 1
+            0, iter(elements(settings)), collectives.rank() == collectives.size() - 1
         )()[2]
     }
 

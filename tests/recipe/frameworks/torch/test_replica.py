@@ -1,4 +1,6 @@
-"""The native PyTorch replica on 1, 2 and 4 real ranks: virtual workers, agreement, precision, precise BN."""
+"""The native PyTorch replica on 1, 2 and 4 real ranks: virtual workers, agreement, precision,
+precise BN.
+"""
 
 from pathlib import Path
 
@@ -30,8 +32,9 @@ def close(one: dict, other: dict, tolerance: float) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("form", ["plain", "at_once", "first"])
 def test_the_numbers_depend_on_k_alone(found, size, form):
-    """Not on the ranks, nor on how a rank goes through its workers, nor on the layout: four steps at η = 0.1, with
-    momentum, whose float32 sums were taken in other orders (2e-6 here)."""
+    """Not on the ranks, nor on how a rank goes through its workers, nor on the layout: four steps
+    at η = 0.1, with momentum, whose float32 sums were taken in other orders (2e-6 here).
+    """
     reference = found[1][0]["plain"]
     close(reference["arrays"], found[size][0][form]["arrays"], 2e-5)
     np.testing.assert_allclose(found[size][0][form]["losses"], reference["losses"], rtol=1e-5)
@@ -59,7 +62,7 @@ def test_less_precision_is_the_same_training(found, form):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_an_overflow_on_one_rank_is_skipped_by_all(found, size):
-    """Trap 12. The scale begins at 2¹⁵ and is halved; the weights stay, and go on in the next step."""
+    """The scale begins at 2¹⁵ and is halved; the weights stay, and go on in the next step."""
     for rank in found[size]:
         before, skipped, after = rank["overflow"]["arrays"]
         assert [float(s["optimizer/loss_scale"]) for s in (before, skipped, after)] == [
@@ -78,7 +81,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(found, size):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_rank_0s_state_is_everyones_before_the_first_step(found, size):
-    """Trap 4: weights, moving statistics and velocities."""
+    """Weights, moving statistics and velocities."""
     for rank in found[size]:
         close(found[1][0]["broadcast"]["arrays"], rank["broadcast"]["arrays"], 0)
 
@@ -108,7 +111,9 @@ def test_a_replica_takes_up_its_own_state_and_no_other(found):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_one_round_of_allreduces_begins_inside_the_last_backward_pass(found, size):
-    """Not one more for each virtual worker, and not after the pass: all are under way when it returns."""
+    """Not one more for each virtual worker, and not after the pass: all are under way when it
+    returns.
+    """
     for rank in found[size]:
         *before, last = rank["started"]["counts"]
         assert before == [0] * (4 // size - 1)

@@ -17,7 +17,9 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint
 
 
 def torchvision_resnet50() -> dict[str, tuple]:
-    """Names and shapes of the state dict of torchvision's ResNet-50, written down from its documentation."""
+    """Names and shapes of the state dict of torchvision's ResNet-50, written down from its
+    documentation.
+    """
     found = {"conv1.weight": (64, 3, 7, 7)} | norm("bn1", 64)
     inputs = 64
     for stage, blocks in enumerate((3, 4, 6, 3)):
@@ -47,7 +49,9 @@ def recipe(**model) -> Recipe:
 
 
 def pair(settings: Recipe) -> tuple[keras.Model, resnet.ResNet]:
-    """The Keras network with weights and statistics unlike the initial ones, and the same in PyTorch."""
+    """The Keras network with weights and statistics unlike the initial ones, and the same in
+    PyTorch.
+    """
     model, network = keras_resnet.build(settings, 10), resnet.build(settings, 10)
     draw = np.random.default_rng(1)
     for v in model.variables:
@@ -89,7 +93,9 @@ def test_initial_weights_are_those_of_keras_bit_for_bit(stem):
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 @pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
 def test_logits_are_those_of_keras(stem, layout):
-    """float32; 1e-4 relative to the largest logit is the promise, 2e-6 what the summation orders leave here."""
+    """float32; 1e-4 relative to the largest logit is the promise, 2e-6 what the summation orders
+    leave here.
+    """
     model, _ = pair(recipe(stem=stem))
     network = pair(recipe(stem=stem, data_format=layout))[1].eval()
     with torch.no_grad():

@@ -17,7 +17,8 @@ from tests.recipe.test_train import MIXED, SMALL, killed_after_epoch, lines, ref
 
 pytestmark = pytest.mark.ranks
 
-# Four workers, a warmup (kn = 288 > 256), a decay, and a short last minibatch in each epoch: nine steps.
+# Four workers, a warmup (kn = 288 > 256), a decay, and a short last minibatch in each epoch: nine
+# steps.
 CURVES = [
     *SMALL,
     "--config.k=4",
@@ -64,7 +65,9 @@ def finished(tmp_path_factory, data_dir) -> Path:
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "tensorflow"])
 def test_the_curves_are_one_step_by_step(curves, name):
-    """Nine steps of different float32 kernels and orders of summation: 2e-6 relative after twelve steps here."""
+    """Nine steps of different float32 kernels and orders of summation: 2e-6 relative after twelve
+    steps here.
+    """
     one, other = lines(curves[name], "step"), lines(curves["tensorflow"], "step")
     assert len(one) == len(other) == 9
     assert [line["loss"] for line in one] == pytest.approx(
@@ -176,7 +179,9 @@ def test_conversion_wants_a_run_and_a_new_directory(finished, tmp_path):
 
 
 def test_the_imagenet_preset_in_mixed_precision_on_synthetic_data(tmp_path):
-    """The 16 blocks and the stem, thin; float16 with loss scaling and on the wire; dropout; and precise BN."""
+    """The 16 blocks and the stem, thin; float16 with loss scaling and on the wire; dropout; and
+    precise BN.
+    """
     more = ["--config.framework=torch", "--config.model.precise_bn=1", "--config.model.dropout=0.2"]
     done = launch(2, [*MIXED, *more, f"--run_dir={tmp_path / 'run'}"])
     assert done.returncode == 0, done.stdout[-4000:]
