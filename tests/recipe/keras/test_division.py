@@ -87,6 +87,11 @@ class Pairs(torch.utils.data.Dataset):
         return X[i], Y[i]
 
 
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Iterator:
+        return iter(X)
+
+
 def recorder() -> Recorder:
     inputs = keras.Input((1,))
     model = Recorder(inputs, keras.layers.Dense(1)(inputs))
@@ -272,38 +277,41 @@ def test_settings_and_hooks_are_kept():
     assert {name: getattr(loader, name) for name in settings} == settings
 
 
+def assert_refused(word: str, action: Callable, *arguments: Any, **options: Any) -> None:
+    """Check that the action is refused in a sentence that names `word`."""
+    # TensorFlow makes an error of its own of one in the data.
+    with pytest.raises((ValueError, tf.errors.OpError)) as error:
+        action(*arguments, **options)
+    assert word in str(error.value)
+
+
 @on_ranks(2)
 def test_what_cannot_be_divided_is_refused_in_a_sentence():
-    """The key is what the sentence must name. TensorFlow makes its own error of one in the data."""
     random.seed(7)  # so that all ranks fail in the same step: here they live on
-    data = torch.utils.data
+    data, size = torch.utils.data, hvd.size()
+    assert_refused("shuffle=False", trained, hvd.divide((X, Y), 1), shuffle=True)
+
+    # Arrays, and what is none.
+    assert_refused("generator can't be divided", hvd.divide, (x for x in X))
+    assert_refused("int", hvd.divide, [1, 2, 3])
+    assert_refused("common number", hvd.divide, (X, Y[:-1]))
+    assert_refused("too few", hvd.divide, X[: size - 1])
+    assert_refused("pass the same", hvd.divide, X[: COUNT - hvd.rank()])
+    assert_refused("seed=-1", hvd.divide, X, seed=-1)
+    assert_refused("batch_size=0", hvd.divide, X, 0)
+
+    # TensorFlow's and Keras's data sets.
     examples = tf.data.Dataset.from_tensor_slices((X, Y))
-    weighted = data.DataLoader(Pairs(), sampler=data.WeightedRandomSampler(np.ones(COUNT), COUNT))
+    assert_refused("shuffled", hvd.divide, examples.shuffle(9).batch(4))
+    assert_refused("repeat", hvd.divide, examples.repeat(), 4)
+    assert_refused("pass batch_size", hvd.divide, tf.data.Dataset.range(9))
+    assert_refused("batch_size=4: a PyDataset", hvd.divide, Batches(), 4)
 
-    class Endless(data.IterableDataset):
-        def __iter__(self) -> Iterator:
-            return iter(X)
-
-    actions = {
-        "shuffle=False": lambda: trained(hvd.divide((X, Y), 1), shuffle=True),
-        "generator can't be divided": lambda: hvd.divide(x for x in X),
-        "list of numbers: int": lambda: hvd.divide([1, 2, 3]),
-        "common number": lambda: hvd.divide((X, Y[:-1])),
-        "too few": lambda: hvd.divide(X[: hvd.size() - 1]),
-        "pass the same": lambda: hvd.divide(X[: COUNT - hvd.rank()]),
-        "seed=-1": lambda: hvd.divide(X, seed=-1),
-        "batch_size=0": lambda: hvd.divide(X, 0),
-        "shuffled": lambda: hvd.divide(examples.shuffle(9).batch(4)),
-        "repeat": lambda: hvd.divide(examples.repeat(), 4),
-        "pass batch_size": lambda: hvd.divide(tf.data.Dataset.range(9)),
-        "batch_size=4: a PyDataset": lambda: hvd.divide(Batches(), 4),
-        "IterableDataset": lambda: hvd.divide(data.DataLoader(Endless())),
-        "WeightedRandomSampler": lambda: hvd.divide(weighted),
-    }
-    for word, action in actions.items():
-        with pytest.raises((ValueError, tf.errors.OpError)) as error:
-            action()
-        assert word.removeprefix("list of numbers: ") in str(error.value), word
+    # PyTorch's.
+    weighted = data.WeightedRandomSampler(np.ones(COUNT), COUNT)
+    assert_refused("IterableDataset", hvd.divide, data.DataLoader(Endless()))
+    sampled = data.DataLoader(Pairs(), sampler=weighted)
+    assert_refused("WeightedRandomSampler", hvd.divide, sampled)
 
 
 @on_ranks(2)

@@ -550,46 +550,53 @@ def test_configurations_make_the_round_trip():
         assert reduction_of(copy).options.op == hvd.Sum
 
 
+def assert_refused(word: str, action: Callable, *arguments: Any, **options: Any) -> None:
+    """Check that the action is refused in one sentence that names `word`."""
+    with pytest.raises(ValueError) as error:
+        action(*arguments, **options)
+    sentence = str(error.value)
+    assert word in sentence
+    assert len(sentence) < 250 and "\n" not in sentence
+
+
 @on_ranks(2)
 def test_everything_that_is_refused_says_why():
-    """The key is what the sentence must name."""
     sgd, wrap, callbacks = keras.optimizers.SGD, hvd.DistributedOptimizer, hvd.callbacks
     broadcast = callbacks.BroadcastGlobalVariablesCallback
-    unbuilt = keras.Sequential([keras.layers.Dense(1)])
-    actions = {
-        "Adasum": lambda: wrap(sgd(), op=hvd.Adasum),
-        "op=": lambda: wrap(sgd(), op=hvd.Max),
-        "gradient_predivide_factor=": lambda: wrap(
-            sgd(), op=hvd.Sum, gradient_predivide_factor=2.0
-        ),
-        "gradient_predivide_factor=-1": lambda: wrap(sgd(), gradient_predivide_factor=-1.0),
-        "backward_passes_per_step=0": lambda: wrap(sgd(), backward_passes_per_step=0),
-        "groups=0": lambda: wrap(sgd(), groups=0),
-        "groups=[1": lambda: wrap(sgd(), groups=[1, 2]),
-        "keras.optimizers.Optimizer": lambda: wrap("sgd"),
-        "already": lambda: wrap(wrap(sgd())),
-        "legacy_opts=True": lambda: hvd.load_model("x.keras", legacy_opts=True),
-        "broadcast_variables": lambda: hvd.broadcast_global_variables(0),
-        "average=True": lambda: hvd.allreduce(1.0, average=True, op=hvd.Sum),
-        "fused=True": lambda: hvd.SyncBatchNormalization(fused=True),
-        "initial_lr=None": lambda: callbacks.LearningRateScheduleCallback(None, 1.0),
-        "device='/gpu:0'": lambda: broadcast(0, device="/gpu:0"),
-        "device='/cpu:0'": lambda: callbacks.MetricAverageCallback("/cpu:0"),
-        "local_variables": lambda: broadcast(0, local_variables=["w"]),
-        "no filepath": lambda: callbacks.BestModelCheckpoint().on_train_begin(),
-        "steps_per_epoch=0": lambda: hvd.RateSchedule(Rate(0.1, 0.1), 0),
-        "steps_per_execution=2": begin_with_several_steps_per_execution,
-        "model(x[:1])": lambda: hvd.elastic.KerasState(unbuilt, sgd()),
-    }
-    if not TENSORFLOW:  # TensorFlow takes it
-        actions["device_dense='/cpu:0'"] = lambda: wrap(sgd(), device_dense="/cpu:0")
 
-    for word, action in actions.items():
-        with pytest.raises(ValueError) as error:
-            action()
-        sentence = str(error.value)
-        assert word in sentence
-        assert len(sentence) < 250 and "\n" not in sentence
+    # The wrapper.
+    assert_refused("Adasum", wrap, sgd(), op=hvd.Adasum)
+    assert_refused("op=", wrap, sgd(), op=hvd.Max)
+    predivided_sum = {"op": hvd.Sum, "gradient_predivide_factor": 2.0}
+    assert_refused("gradient_predivide_factor=", wrap, sgd(), **predivided_sum)
+    negative = {"gradient_predivide_factor": -1.0}
+    assert_refused("gradient_predivide_factor=-1", wrap, sgd(), **negative)
+    assert_refused("backward_passes_per_step=0", wrap, sgd(), backward_passes_per_step=0)
+    assert_refused("groups=0", wrap, sgd(), groups=0)
+    assert_refused("groups=[1", wrap, sgd(), groups=[1, 2])
+    assert_refused("keras.optimizers.Optimizer", wrap, "sgd")
+    assert_refused("already", wrap, wrap(sgd()))
+    if not TENSORFLOW:  # TensorFlow takes it
+        assert_refused("device_dense='/cpu:0'", wrap, sgd(), device_dense="/cpu:0")
+
+    # Functions and layers.
+    assert_refused("legacy_opts=True", hvd.load_model, "x.keras", legacy_opts=True)
+    assert_refused("broadcast_variables", hvd.broadcast_global_variables, 0)
+    assert_refused("average=True", hvd.allreduce, 1.0, average=True, op=hvd.Sum)
+    assert_refused("fused=True", hvd.SyncBatchNormalization, fused=True)
+
+    # Callbacks and schedules.
+    assert_refused("initial_lr=None", callbacks.LearningRateScheduleCallback, None, 1.0)
+    assert_refused("device='/gpu:0'", broadcast, 0, device="/gpu:0")
+    assert_refused("device='/cpu:0'", callbacks.MetricAverageCallback, "/cpu:0")
+    assert_refused("local_variables", broadcast, 0, local_variables=["w"])
+    assert_refused("no filepath", callbacks.BestModelCheckpoint().on_train_begin)
+    assert_refused("steps_per_epoch=0", hvd.RateSchedule, Rate(0.1, 0.1), 0)
+    assert_refused("steps_per_execution=2", begin_with_several_steps_per_execution)
+
+    # An elastic state of a model without weights.
+    unbuilt = keras.Sequential([keras.layers.Dense(1)])
+    assert_refused("model(x[:1])", hvd.elastic.KerasState, unbuilt, sgd())
 
 
 def begin_with_several_steps_per_execution() -> None:
