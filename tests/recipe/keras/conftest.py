@@ -1,6 +1,4 @@
-"""For the tests of recipe.keras: Keras's backends."""
-
-from collections.abc import Iterator
+"""For the tests of recipe.keras that run on a pool of ranks: Keras's backends."""
 
 import pytest
 
@@ -8,7 +6,12 @@ from tests.pools import stop_pools
 
 
 @pytest.fixture(scope="session", params=("tensorflow", "torch"))
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest) -> str:
     """One of Keras's backends. pytest runs all tests of the first, then those of the second."""
-    yield request.param
-    stop_pools()
+    return request.param
+
+
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """End the ranks when the next test doesn't use them."""
+    if "backend" not in getattr(nextitem, "fixturenames", ()):
+        stop_pools()
