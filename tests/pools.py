@@ -84,6 +84,7 @@ class Pool:
             )
             with self._killed_on_failure():
                 self._accept(listener)
+        self._send(signal.SIGSTOP)
 
     def _accept(self, listener: socket.socket) -> None:
         """Wait until all ranks have greeted. Raise RanksFailed when they don't."""
@@ -118,6 +119,7 @@ class Pool:
         takes longer than `limit` seconds.
         """
         output_begin = self._output.stat().st_size
+        self._send(signal.SIGCONT)
         with self._killed_on_failure():
             for connection in self._connections:
                 connection.send(call)
@@ -129,6 +131,7 @@ class Pool:
                 errors = [f"no answer from ranks {missing} in {limit:g} s"]
             if errors:
                 raise RanksFailed("\n".join([call.name, *errors, self._printed(output_begin)]))
+        self._send(signal.SIGSTOP)
         return [pickle.loads(answers[rank].value) for rank in range(self.size)]
 
     def _answers(self, deadline: float) -> dict[int, Answer]:
@@ -156,6 +159,7 @@ class Pool:
 
     def stop(self) -> None:
         """Let the ranks end, and kill those that don't."""
+        self._send(signal.SIGCONT)
         for connection in self._connections:
             connection.close()
         try:
@@ -164,12 +168,16 @@ class Pool:
             self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _send(self, number: signal.Signals) -> None:
+        """Signal all ranks. Between functions they are stopped: Horovod's idle ranks cost time."""
+        for pid in self._pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
     def kill(self) -> None:
         """End the ranks at once."""
         if self._process.poll() is None:
-            for pid in self._pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self._send(signal.SIGKILL)
             self._process.terminate()  # mpirun ends ranks that haven't greeted
             try:
                 self._process.wait(PATIENCE)
