@@ -6,6 +6,7 @@
 
 import atexit
 import contextlib
+import ctypes
 import inspect
 import os
 import pickle
@@ -27,6 +28,7 @@ from tests.ranks import ROOT, command, environment
 START_LIMIT = 200.0  # seconds, until all ranks of a pool have started Horovod
 LIMIT = 300.0  # seconds, for a function
 PATIENCE = 10.0  # seconds, for the other ranks when one has failed
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 SHOWN = 6000  # characters of the ranks' output that a failure shows
 
 
@@ -81,6 +83,7 @@ class Pool:
                 cwd=ROOT,
                 env=environment(KERAS_BACKEND=backend),
                 start_new_session=True,  # Ctrl-C reaches pytest alone, which ends the pool
+                preexec_fn=_end_with_parent,
             )
             with self._killed_on_failure():
                 self._accept(listener)
@@ -196,6 +199,11 @@ class Pool:
         except BaseException:
             self.kill()
             raise
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process when pytest is killed: stopped ranks can't notice it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _received(connection: Connection) -> Answer:
