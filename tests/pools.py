@@ -121,6 +121,7 @@ class Pool:
         Raise RanksFailed, and end the pool, when a rank raises an exception or dies, or when a rank
         takes longer than `limit` seconds.
         """
+        __tracebackhide__ = True
         output_begin = self._output.stat().st_size
         self._send(signal.SIGCONT)
         with self._killed_on_failure():
@@ -245,6 +246,7 @@ def run_on_ranks(
     The ranks find the function by its module and its name, and get the arguments pickled. Raise
     RanksFailed with the traceback of a rank on which the function raises an exception.
     """
+    __tracebackhide__ = True  # a failure shows the ranks' tracebacks alone
     path = Path(function.__code__.co_filename).relative_to(ROOT)
     module = ".".join(path.with_suffix("").parts)
     return _pool(backend, size).run(Call(module, function.__name__, arguments), limit)
