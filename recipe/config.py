@@ -437,6 +437,7 @@ def _check_blocks(recipe: Recipe) -> None:
 
 
 def _check_schedule(recipe: Recipe) -> None:
+    # The decays rise from after the beginning.
     decay_epochs = recipe.schedule.decay_epochs
     rising = tuple(sorted(set(decay_epochs)))
     if decay_epochs != rising:
@@ -446,6 +447,7 @@ def _check_schedule(recipe: Recipe) -> None:
     if decay_epochs and decay_epochs[0] <= 0:
         raise UsageError(f"config.schedule.decay_epochs={decay_epochs} must be later than epoch 0")
 
+    # The warmup is over before the first decay and before the end.
     warmup_epochs = recipe.schedule.warmup_epochs if recipe.schedule.warmup != "none" else 0.0
     if decay_epochs and warmup_epochs > decay_epochs[0]:
         raise UsageError(

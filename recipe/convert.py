@@ -135,6 +135,7 @@ def to_keras(torch_arrays: Arrays, model: Any, step: int) -> Arrays:
     """
     from recipe.keras import state
 
+    # Each array of the template is a weight, a velocity or a number.
     rate = np.float32(torch_arrays[_RATE])
     arrays = {}
     for name, template in state.to_arrays(model).items():

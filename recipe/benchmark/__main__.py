@@ -77,6 +77,8 @@ def main(argv: list[str]) -> None:
         from recipe.data.prepare.builders import prepare
 
         prepare(cli.load_recipe("quick").data)
+
+    # Measure in turns: what disturbs the machine disturbs all.
     measurements: Measurements = {entry: [] for entry in entries(names)}
     print(
         f"{BATCH} images per rank and step, {STEPS - WARMUP} steps after {WARMUP}, "

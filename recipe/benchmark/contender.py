@@ -84,6 +84,7 @@ def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
     from recipe.frameworks.torch import device, normalization, resnet
     from recipe.frameworks.torch import replica as fit
 
+    # The same network, but for the batch normalisation.
     device.use_local_device(rank, threads=1)
     distributed.init_process_group("gloo")
     network = resnet.build(recipe, 10).train()
@@ -92,6 +93,8 @@ def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
             module.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
     model = nn.parallel.DistributedDataParallel(network)
     optimizer = fit.sgd(recipe, network)
+
+    # The usual loop.
     elements = iter(batches(recipe, range(rank, rank + 1)))
     for _ in range(STEPS):
         images, labels, *_ = device.on_device(next(elements))
@@ -130,6 +133,7 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
     from recipe.frameworks.keras import replica as fit
     from recipe.frameworks.keras import resnet
 
+    # Each worker reads its own examples.
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     images, labels, weights = (tf.TensorSpec(shape, kind) for kind, shape in fit.signature(recipe))
 
@@ -140,12 +144,14 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
         dataset = tf.data.Dataset.from_generator(lambda: arrays, output_signature=signature)
         return dataset.prefetch(2)
 
+    # The model's variables are mirrored.
     distributed = strategy.distribute_datasets_from_function(dataset)
     with strategy.scope():
         model = resnet.build(recipe, 10)
         optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
         optimizer.build(model.trainable_variables)
 
+    # A step on each worker, whose gradients the optimizer adds up.
     def worker(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             logits = model([images], training=True)

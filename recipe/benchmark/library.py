@@ -82,12 +82,15 @@ def compare_optimizers() -> None:
         f"{keras.backend.backend()}, {LAYERS} dense layers of {WIDTH}, batch {BATCH}, one rank; "
         "ms per step"
     )
+    # Measure in turns: what disturbs the machine disturbs all.
     steppers = {
         "plain": stepper(keras.optimizers.SGD(0.01, 0.9)),
         "bare": stepper(Bare(0.01, 0.9)),
         "wrapped": stepper(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9))),
     }
     times = times_in_turns(steppers, TURNS)
+
+    # Times, then their ratios of the same turn.
     for name, of_turns in times.items():
         ms = spread_of(of_turns)
         print(f"{name:8} median {ms.median:6.2f}   from {ms.least:6.2f} to {ms.most:6.2f}")
@@ -148,6 +151,7 @@ def record_timeline(path: str) -> None:
 
 def compare_agreement() -> None:
     """Print what it costs that the agreement's word travels with the gradients. On two ranks."""
+    # Two equal optimizers, one of which sends the word.
     agreement = Agreement()
     alone = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9))
     agreed = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01, 0.9))
@@ -163,6 +167,8 @@ def compare_agreement() -> None:
     times = times_in_turns({"alone": stepper(alone), "agreed": step_agreed}, 2 * TURNS)
     if hvd.rank() != 0:
         return
+
+    # Rank 0 prints.
     ms_alone = statistics.median(times["alone"])
     ms_agreed = statistics.median(times["agreed"])
     ratio = spread_of(ratios_of(times, "agreed", "alone"))

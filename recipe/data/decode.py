@@ -162,6 +162,8 @@ def _decode_jpegs(
         _pointer(out),
         _pointer(messages),
     )
+
+    # It counts the bad images and leaves a message for each.
     if failures < 0:
         raise MemoryError("no memory is left to decode images")
     if failures == 0:

@@ -89,6 +89,8 @@ def _start(
         "postscale_factor": options.gradient_predivide_factor,
         "process_set": options.process_set,
     }
+
+    # A rank that lacks a gradient takes part with zeros.
     tensors, contexts = [], []
     for i in group:
         gradient = gradients[i]
@@ -96,6 +98,7 @@ def _start(
         tensor, context = options.compression.compress(filled.contiguous())
         tensors.append(tensor)
         contexts.append(context)
+
     if len(tensors) > 1:
         handle = hvd.grouped_allreduce_async_(tensors, **arguments)
     else:

@@ -239,15 +239,20 @@ def _compiled(config: Config, module: ModuleType, kind: str) -> Any:
 
     There may be one, or lists or dictionaries of them. `module` is keras.losses or keras.metrics.
     """
+    # Several: one for each output.
     if isinstance(config, list | tuple):
         return [_compiled(part, module, kind) for part in config]
     if isinstance(config, dict) and "class_name" not in config:
         return {name: _compiled(part, module, kind) for name, part in config.items()}
+
+    # An object with its configuration.
     if isinstance(config, dict):
         deserialized = module.deserialize(config)
         if isinstance(deserialized, str):
             raise ValueError(_unknown(kind, config["class_name"]))
         return deserialized
+
+    # A name: the user's own object, or one that Keras must know.
     if not isinstance(config, str) or config in _BY_OUTPUT:
         return config
     if registered := keras.saving.get_registered_object(config):

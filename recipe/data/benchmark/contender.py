@@ -60,6 +60,7 @@ def floor(folder: Path) -> Batches:
     from recipe.data.images import image_shape
     from recipe.rules import augment
 
+    # All is in memory: nothing is read, resized or kept.
     batch = settings.BATCH
     images = [path.read_bytes() for path in sorted(folder.glob("*.jpg"))]
     shapes, indices = np.array([image_shape(image) for image in images]), np.arange(len(images))
@@ -110,6 +111,7 @@ def tensorflow(floats: bool) -> Callable[[Path], Batches]:
             image = image - tf.constant(MEAN) if floats else tf.cast(image, tf.uint8)
             return image, tf.cast(example["label"], tf.int32)
 
+        # Shuffled, decoded in parallel, batched.
         paths = sorted(map(str, folder.rglob("*train.tfrecord*")))
         records = tf.data.TFRecordDataset(paths).repeat().shuffle(256)
         options = tf.data.Options()

@@ -179,6 +179,8 @@ def _look_at_records(path: str, count: int, classes: int, tally: Tally) -> Findi
     """Read a file of so many examples once, from its beginning to its end."""
     if not Path(path).exists():
         return Findings(bad=[f"{path} is missing, with its {count} examples"], lost=count - 1)
+
+    # Go on after a bad example, as long as the next record can be found.
     findings, digest = Findings(), hashlib.sha256()
     seen = 0  # records
     try:
@@ -199,6 +201,7 @@ def _look_at_records(path: str, count: int, classes: int, tally: Tally) -> Findi
             f"{path}: {error}; its {count - seen} examples from number {seen} on can't be found"
         )
         findings.lost = count - seen - 1
+
     findings.digests[Path(path).name] = digest.hexdigest()
     return findings
 

@@ -214,14 +214,18 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _save(self, epoch: int, batch: int) -> None:
         """Back up a run that goes on with batch `batch` of epoch `epoch`. Collective."""
         self._since_backup = 0
+
+        # What is the same on all ranks is rank 0's. What differs is gathered.
         arrays = self._arrays(with_metrics=batch > 0)
         own = content.differing(arrays)
         arrays |= content.gather_own(arrays, own)
 
+        # The velocities hold the rate of the last step.
         optimizer = self.model.optimizer
         rate = velocities.held(optimizer)
         if rate is None and batch:
             rate = rate_of(optimizer)
+
         description = Description(
             format=content.FORMAT,
             epoch=epoch,

@@ -41,6 +41,7 @@ class BackupFiles:
         Raise RunError when all that there are are damaged, and for a file that is no backup.
         """
         self._refuse_keras_files()
+        # The newest one that is whole counts. A damaged one is set aside.
         try:
             self._rotate()  # a kill may have come before
             damage = ""
@@ -60,6 +61,8 @@ class BackupFiles:
                 f"cannot use the backups in {self.folder}: {error.strerror}; "
                 "give this user the rights"
             )
+
+        # None is whole, or there is none.
         if damage:
             raise RunError(
                 f"{damage}, and there is no other; remove {self.folder} to train from the beginning"

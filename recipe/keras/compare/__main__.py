@@ -120,6 +120,7 @@ CONTENDERS = (
 def run(contender: Contender, row: str) -> Outcome:
     """Start the contender's processes and wait for their end, or for the time limit."""
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        # Start.
         folder = Path(name)
         log = stack.enter_context((folder / "log").open("w"))
         start = by_mpirun if row == "mpirun" else contender.start
@@ -136,6 +137,8 @@ def run(contender: Contender, row: str) -> Outcome:
             )
             for process in start([sys.executable, CONTENDER, contender.name, row, name])
         ]
+
+        # Wait, and read what they left.
         outcome = _wait(processes, folder)
         for path in sorted(folder.glob("report*")):
             outcome.reports.append(Report(**json.loads(path.read_text())))
