@@ -10,11 +10,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recipe import cli
 from recipe.config import Recipe
 from recipe.data.element import Element
 from recipe.system import noise, processor
+
+if TYPE_CHECKING:
+    import keras
 
 BATCH = 64  # examples per rank and step
 STEPS = 45
@@ -107,17 +111,34 @@ def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
     distributed.destroy_process_group()
 
 
+def usual_keras(recipe: Recipe, num_classes: int) -> "keras.Model":
+    """Return the network as Keras's users have it.
+
+    That is with Keras's own batch normalisation, and with L2 penalties for the weight decay.
+    """
+    import keras
+
+    from recipe.frameworks.keras import normalization, resnet, sgd
+
+    model = resnet.build(recipe, num_classes)
+    for layer in model.layers:
+        if isinstance(layer, normalization.WorkerBatchNormalization):
+            layer.__class__ = keras.layers.BatchNormalization
+    for variable in filter(sgd.is_decayed, model.trainable_variables):
+        # L2(c) adds c·‖w‖², whose gradient is 2cw.
+        variable.regularizer = keras.regularizers.L2(recipe.optimizer.weight_decay / 2)
+    return model
+
+
 def keras_fit(recipe: Recipe, rank: int, tick: Tick) -> None:
     """Train with `keras.Model.fit` on one process, with nothing of Horovod."""
     import keras
-
-    from recipe.frameworks.keras import resnet
 
     class Clock(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
             tick()
 
-    model = resnet.build(recipe, 10)
+    model = usual_keras(recipe, 10)
     optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
@@ -131,7 +152,6 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
     import tensorflow as tf
 
     from recipe.frameworks.keras import replica as fit
-    from recipe.frameworks.keras import resnet
 
     # Each worker reads its own examples.
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -147,7 +167,7 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
     # The model's variables are mirrored.
     distributed = strategy.distribute_datasets_from_function(dataset)
     with strategy.scope():
-        model = resnet.build(recipe, 10)
+        model = usual_keras(recipe, 10)
         optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
         optimizer.build(model.trainable_variables)
 
