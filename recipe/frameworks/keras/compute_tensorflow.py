@@ -88,6 +88,6 @@ def _normalised(
         data_format=layout,
         is_training=True,
     )
-    # A channel has `count` values. Where it is one, the variance is 0.
+    # A channel has `count` values. Where it is one, the variance is 0, whatever the kernel says.
     count = tf.cast(tf.size(x, tf.int64) // tf.size(gamma, tf.int64), tf.float32)
-    return Normalised(output, mean, unbiased * ((count - 1) / count))
+    return Normalised(output, mean, tf.math.multiply_no_nan(unbiased, (count - 1) / count))
