@@ -19,14 +19,9 @@ from ml_collections import config_flags
 
 from recipe import configs
 from recipe.config import Recipe, flatten, meant, nearest
-from recipe.errors import Preempted, RunError, UsageError
-from recipe.ranks import binding, collectives, launched, preemption
+from recipe.errors import INTERRUPTED, Preempted, RunError, UsageError
+from recipe.ranks import binding, collectives, launched
 from recipe.system import again, output, watchdog
-
-# Exit statuses, beside 0 and preemption.STATUS.
-FAILED = 1
-USAGE = 2
-INTERRUPTED = 130  # as a shell says of a program that Ctrl-C has ended
 
 GONE = "another rank has gone"
 HELP_FLAGS = ("help", "helpfull", "helpshort", "helpxml")  # absl's own
@@ -142,21 +137,20 @@ def _ending_of(error: BaseException) -> _Ending:
     Print the traceback of an error that the user can't be expected to know.
     """
     match error:
-        case UsageError():
-            return _Ending(USAGE, str(error), error.everywhere)
-        case RunError():
-            return _Ending(FAILED, str(error), error.everywhere)
+        case UsageError() | RunError():
+            return _Ending(error.status, str(error), error.everywhere)
         case Preempted():
-            return _Ending(preemption.STATUS, str(error), error.everywhere, kind="preempted")
+            return _Ending(error.status, str(error), error.everywhere, kind="preempted")
         case KeyboardInterrupt():
             return _Ending(INTERRUPTED, "interrupted", everywhere=True)
         case ImportError():
-            status = USAGE if "KERAS_BACKEND" in str(error) else FAILED
+            status = UsageError.status if "KERAS_BACKEND" in str(error) else RunError.status
             return _Ending(status, _message_of(error), everywhere=True)
         case OSError(filename=str() | bytes() | os.PathLike() as filename):
-            return _Ending(FAILED, f"{os.fsdecode(filename)}: {error.strerror}")
+            return _Ending(RunError.status, f"{os.fsdecode(filename)}: {error.strerror}")
         case _:
-            return _Ending(USAGE if _is_homeless(error) else FAILED, _message_of(error))
+            status = UsageError.status if _is_homeless(error) else RunError.status
+            return _Ending(status, _message_of(error))
 
 
 def _message_of(error: BaseException) -> str:
@@ -207,7 +201,7 @@ def _speaker(ending: _Ending) -> str | None:
         return ""
     # The launcher ends this rank as soon as rank 0 has left, and the wait is over. After a signal
     # it may not do so, because the ranks are leaving already: then wait less.
-    time.sleep(3 if ending.status == preemption.STATUS else 10)
+    time.sleep(3 if ending.status == Preempted.status else 10)
     if know_each_other:
         return None
     return f"rank {rank} on {socket.gethostname()}: "

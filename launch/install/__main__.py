@@ -8,7 +8,7 @@ import time
 from launch.install import checks, stages, target
 from launch.install.console import Console
 from launch.install.lock import locked
-from recipe.errors import RunError
+from recipe.errors import INTERRUPTED, RunError
 
 
 def main() -> int:
@@ -19,10 +19,10 @@ def main() -> int:
         install(gpu)
     except (RunError, OSError) as error:  # an OSError names its file and what is wrong with it
         print(f"install: {error}", file=sys.stderr)
-        return 1
+        return RunError.status
     except KeyboardInterrupt:
         print("\ninstall: interrupted; run it again to start over", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 
