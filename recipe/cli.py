@@ -46,10 +46,12 @@ def parse_recipe(argv: list[str]) -> CommandLine:
     --config=NAME takes a preset's name or a run's config.json. --config.SECTION.FIELD=VALUE changes
     one field.
     """
+    # Refuse wrong names here: ml_collections would not say which was meant.
     source, overrides, remaining_args = _split(argv)
     recipe = load_recipe(source)
     _refuse_unknown(overrides, recipe)
 
+    # Override the fields.
     values = flags.FlagValues()
     config = ml_collections.ConfigDict(asdict(recipe))
     flag_args = ["", *overrides]
@@ -87,6 +89,7 @@ def parse_flags(values: flags.FlagValues, argv: list[str], fields: Iterable[str]
 
     Raise UsageError, with the name of the flag or field that may have been meant.
     """
+    # Say which flag may have been meant.
     try:
         positional_args = values(["", *argv])[1:]
     except flags.UnrecognizedFlagError as error:
@@ -97,6 +100,8 @@ def parse_flags(values: flags.FlagValues, argv: list[str], fields: Iterable[str]
         ) from None
     except flags.Error as error:
         raise UsageError(str(error)) from None
+
+    # A program takes flags only.
     if positional_args:
         raise UsageError(
             f"{positional_args[0]!r} is not understood: flags begin with --, such as --config=quick"
@@ -221,6 +226,7 @@ class _SplitArguments(NamedTuple):
 
 def _split(argv: list[str]) -> _SplitArguments:
     """Return the arguments that are about the recipe, and the others. Raise UsageError."""
+    # Take out --config and --config.*, wherever they are.
     source: str | None = None
     overrides, remaining_args = [], []
     arguments = iter(argv)
@@ -236,6 +242,8 @@ def _split(argv: list[str]) -> _SplitArguments:
             source = value
         else:
             overrides.append(f"--{name}={value}")
+
+    # There is no default recipe.
     if not source:
         raise UsageError(f"--config is missing: give one of {', '.join(presets())}")
     return _SplitArguments(source, overrides, remaining_args)
