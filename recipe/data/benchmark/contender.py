@@ -274,6 +274,7 @@ def _write_for_ffcv(folder: Path, file: Path) -> None:
             with Image.open(self.paths[i % len(self.paths)]) as opened:
                 return np.asarray(opened.convert("RGB")), i % 10
 
+    # Encoded once more, with the same quality.
     fields = {
         "image": RGBImageField(write_mode="jpg", jpeg_quality=QUALITY),
         "label": IntField(),
