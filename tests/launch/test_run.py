@@ -16,6 +16,7 @@ import pytest
 from launch import run
 from tests.hosts import hosts, needs_hosts
 from tests.ranks import ROOT, command, environment
+from tests.recipes import LONG
 
 HELLO = (
     "import os, socket, numpy, horovod.torch as hvd, torch; hvd.init(); "
@@ -426,21 +427,6 @@ def test_a_user_without_a_home_is_told_and_served(tmp_path):
     assert not (tmp_path / "~" / ".horovod").exists(), "horovodrun's cache"
 
 
-RUN = [
-    "-m",
-    "recipe.train",
-    "--config=quick",
-    "--config.framework=torch",
-    "--config.n=8",
-    "--config.epochs=200",
-    "--config.schedule.decay_epochs=()",
-    "--config.data.name=synthetic",
-    "--config.data.train_examples=1600",
-    "--config.data.eval_examples=8",
-    "--config.model.blocks=(1,)",
-    "--config.model.width=4",
-    "--config.run.log_every=1",
-]
 START = 120  # seconds, on a busy machine
 
 
@@ -456,7 +442,7 @@ def test_the_readmes_signal_reaches_the_ranks_of_every_launcher(tmp_path, launch
     words = start if launcher == "launch.run" else command(2, [], launcher)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [*words, *RUN, f"--run_dir={run_dir}"],
+            [*words, *LONG.train(run_dir)],
             cwd=ROOT,
             env=environment(),
             stdout=log,
