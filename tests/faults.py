@@ -36,7 +36,10 @@ from recipe.frameworks.replica import Framework, Replica
 from recipe.frameworks.vector import StepResult
 from recipe.ranks import collectives
 from recipe.rules.epoch import Epoch, Share, permutation
+from recipe.run import checkpoint
 from tests.ranks import environment
+
+Result = Callable[[], StepResult]  # waits for a step, as `Replica.step` says
 
 LAUNCHER = -1  # in the place of a rank: what has started the ranks of rank 0's host
 
@@ -96,17 +99,7 @@ def kill_last_rank(words: list[str], run: Path, after_step: int, **variables: st
         env=environment(**variables),
     )
     try:
-        # The ranks are looked for before there is haste: after a step's save the run is over in half
-        # a second.
-        deadline, ranks = time.monotonic() + 120, []
-        saved = run / f"checkpoints/step-{after_step:08d}.npz"
-        while len(ranks) < 2 or not saved.exists():
-            assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
-            time.sleep(0.01)
-            if len(ranks) < 2:
-                with contextlib.suppress(psutil.Error):
-                    processes = psutil.Process(job.pid).children(recursive=True)
-                    ranks = [p for p in processes if "recipe.train" in p.cmdline()[1:3]]
+        ranks = _two_ranks(job, run / f"checkpoints/{checkpoint.name_of(after_step)}")
         max(ranks, key=lambda process: process.pid).kill()
         began = time.monotonic()
         printed = job.communicate(timeout=60)[0]
@@ -116,6 +109,25 @@ def kill_last_rank(words: list[str], run: Path, after_step: int, **variables: st
         return printed
     finally:
         job.kill()
+
+
+def _two_ranks(job: subprocess.Popen, saved: Path) -> list[psutil.Process]:
+    """Return a job's two ranks as soon as there is this checkpoint.
+
+    They are looked for before there is haste: when it is there the run ends in half a second.
+    """
+    deadline = time.monotonic() + 120
+    ranks: list[psutil.Process] = []
+    while len(ranks) < 2 or not saved.exists():
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
+        time.sleep(0.01)
+        if len(ranks) < 2:
+            with contextlib.suppress(psutil.Error):
+                processes = psutil.Process(job.pid).children(recursive=True)
+                ranks = [
+                    process for process in processes if "recipe.train" in process.cmdline()[1:3]
+                ]
+    return ranks
 
 
 # Faults inside a rank
@@ -139,33 +151,28 @@ class FaultyReplica:
         self._epoch = epoch
         self.replica.begin_epoch(epoch)
 
-    def step(self, step: int, elements: Iterator[Element], stop: bool) -> Callable[[], StepResult]:
+    def step(self, step: int, elements: Iterator[Element], stop: bool) -> Result:
         number = self._epoch * self._steps_per_epoch + step + 1
         if number == self.fault.when:
             return self.faulty_step(step, elements, stop)
         return self.replica.step(step, elements, stop)
 
-    def faulty_step(
-        self, step: int, elements: Iterator[Element], stop: bool
-    ) -> Callable[[], StepResult]:
+    def faulty_step(self, step: int, elements: Iterator[Element], stop: bool) -> Result:
+        """Do the step at which it happens."""
         raise NotImplementedError
 
 
 class FailingReplica(FaultyReplica):
     """It raises an error at a step."""
 
-    def faulty_step(
-        self, step: int, elements: Iterator[Element], stop: bool
-    ) -> Callable[[], StepResult]:
+    def faulty_step(self, step: int, elements: Iterator[Element], stop: bool) -> Result:
         raise ValueError("made to fail")
 
 
 class SignalledReplica(FaultyReplica):
     """Its process, or the one that has started it, gets a signal when a step's result is read."""
 
-    def faulty_step(
-        self, step: int, elements: Iterator[Element], stop: bool
-    ) -> Callable[[], StepResult]:
+    def faulty_step(self, step: int, elements: Iterator[Element], stop: bool) -> Result:
         result = self.replica.step(step, elements, stop)
 
         def result_and_signal() -> StepResult:
@@ -196,9 +203,7 @@ class NanReplica(FaultyReplica):
         self._pass = share.workers.index(fault.place) // share.workers_at_once
         self._set_addend = added_to_logits(replica, recipe.framework)
 
-    def faulty_step(
-        self, step: int, elements: Iterator[Element], stop: bool
-    ) -> Callable[[], StepResult]:
+    def faulty_step(self, step: int, elements: Iterator[Element], stop: bool) -> Result:
         result = self.replica.step(step, self._spoilt(elements), stop)
         self._set_addend(0.0)
         return result
@@ -243,30 +248,29 @@ def with_signal(fault: Fault, replica: Replica, recipe: Recipe) -> Replica:
 
 def with_unreadable_example(fault: Fault, replica: Replica, recipe: Recipe) -> Replica:
     """Let the read of an example's bytes fail, as of a file that is no longer open."""
-    if collectives.rank() != fault.place:
-        return replica
-
-    # Where is the example?
-    source = open_source(recipe.data, "train", recipe.seed)
-    epoch = Epoch.of(recipe, len(source))
-    number, step = divmod(int(fault.when) - 1, epoch.steps)
-    worker = Share.of(recipe, collectives.rank(), collectives.size()).workers[0]
-    order = permutation(len(source), recipe.seed, number, recipe.data.shuffle_block)
-    example = int(epoch.indices(order, step, worker)[0])
-    place = re.search(r"\(byte (\d+) of (.*)\)$", source.where(example))
-    assert place, source.where(example)
-    unreadable = place[2], int(place[1])
-
-    # Whoever reads there fails.
-    read_at = shared_files.read_at
+    unreadable, read_at = _first_place(recipe, int(fault.when)), shared_files.read_at
 
     def read_or_fail(path: str, descriptor: int, start: int, count: int) -> Block:
         if (path, start) == unreadable:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return read_at(path, descriptor, start, count)
 
-    shared_files.read_at = read_or_fail
+    if collectives.rank() == fault.place:
+        shared_files.read_at = read_or_fail
     return replica
+
+
+def _first_place(recipe: Recipe, step: int) -> tuple[str, int]:
+    """Return the file and the byte of the first example that this rank reads for a step."""
+    source = open_source(recipe.data, "train", recipe.seed)
+    epoch = Epoch.of(recipe, len(source))
+    epoch_number, step_in_epoch = divmod(step - 1, epoch.steps)
+    order = permutation(len(source), recipe.seed, epoch_number, recipe.data.shuffle_block)
+    worker = Share.of(recipe, collectives.rank(), collectives.size()).workers[0]
+    name = source.where(int(epoch.indices(order, step_in_epoch, worker)[0]))
+    place = re.search(r"\(byte (\d+) of (.*)\)$", name)
+    assert place, name
+    return place[2], int(place[1])
 
 
 def with_late_images(fault: Fault, replica: Replica, recipe: Recipe) -> Replica:
