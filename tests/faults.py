@@ -4,8 +4,8 @@ A fault inside a rank is described by a `Fault`, whose `program` trains like rec
 
     SMALL.train(run_dir, program=faults.nan_loss(worker=3, step=6).program)
 
-All but two of them enter where a framework's replica enters the run, `load_framework`, and act at
-what every `Replica` does. The two that concern images act on what reads them. Steps count from 1.
+All of them enter where a framework's replica enters the run, `load_framework`. They act in what
+every `Replica` does; the two that concern images act in what reads these. Steps count from 1.
 """
 
 import contextlib
