@@ -15,7 +15,8 @@ import recipe.keras as hvd
 from recipe.keras import rollcall
 from tests.pools import Answer, Call, Greeting
 
-SIZE = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
+# horovodrun's and Open MPI's number of ranks. pytest imports this module, too.
+SIZE = int(os.environ.get("HOROVOD_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1")
 # A process set that Horovod knows from its start, as it refuses one of all ranks.
 PAIR = hvd.ProcessSet([0, 2] if SIZE > 2 else [0])
 
