@@ -117,13 +117,11 @@ def train(case: str) -> Trained:
     model = chosen.model()
     optimizer = hvd.DistributedOptimizer(chosen.optimizer(), **chosen.options)
     model.compile(optimizer, "mse", jit_compile=False)
-    x = data(chosen.counts[hvd.rank()], hvd.rank())
-    arrays = {"x": x, "y": target(x), "batch_size": BATCH}
     steps = Steps()
     with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         history = model.fit(
-            **({"x": generated(x)} if chosen.as_generator else arrays),
+            **own_data(chosen),
             steps_per_epoch=chosen.steps_per_epoch,
             epochs=2,
             shuffle=False,
@@ -134,6 +132,14 @@ def train(case: str) -> Trained:
     of_data = [message for message in messages if "takes part with nothing" in message]
     weights = values(model.trainable_variables)
     return Trained(weights, history.history["loss"], steps.seen, of_data)
+
+
+def own_data(case: Case) -> dict[str, Any]:
+    """Return this rank's batches as arguments of fit."""
+    x = data(case.counts[hvd.rank()], hvd.rank())
+    if case.as_generator:
+        return {"x": generated(x)}
+    return {"x": x, "y": target(x), "batch_size": BATCH}
 
 
 def generated(x: np.ndarray) -> Any:
