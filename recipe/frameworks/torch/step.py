@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from recipe.config import Recipe
 from recipe.data.element import Element
+from recipe.frameworks.replica import first_loss_scale
 from recipe.frameworks.torch.device import on_device
 from recipe.frameworks.torch.normalization import batch_statistics, moving_statistics
 from recipe.frameworks.torch.resnet import ResNet
@@ -38,9 +39,10 @@ class Step:
         self.k, self.share = recipe.k, share
         self.moving, self._momentum = moving_statistics(network), recipe.model.bn_momentum
         self._device, self._dtype = self.moving.device, AUTOCAST[recipe.model.precision]
-        # The scale begins and grows as Keras's does; without float16 the scaler does nothing.
-        enabled = self._dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(self._device.type, init_scale=2.0**15, enabled=enabled)
+        # The scale grows as Keras's does. A disabled scaler does nothing.
+        scale = first_loss_scale(recipe)
+        enabled = scale is not None
+        self.scaler = torch.amp.GradScaler(self._device.type, scale or 1.0, enabled=enabled)
         self._forward = torch.compile(network) if recipe.run.compile else network
         # What all ranks' gradients are divided by: their passes, where every rank has as many.
         self._mean_passes = self.k / (hvd.size() * share.workers_at_once)
