@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
-from recipe.errors import RunError, UsageError
+from recipe.errors import INTERRUPTED, RunError, UsageError
 
 # What other launchers and habits call our options and choices, without hyphens.
 SYNONYMS = {
@@ -92,7 +92,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

@@ -49,10 +49,12 @@ def main(argv: list[str]) -> None:
 
 def examine(hosts: list[Host], options: argparse.Namespace) -> Report:
     """Reach all hosts, measure those that are reached, and judge what was measured."""
+    # Which hosts are there, and where does this run?
     began = time.monotonic()
     in_slurm = hostfile.in_slurm(os.environ) and shutil.which("srun") is not None
     names = [host.name for host in hosts]
 
+    # Who can be reached.
     reaches = _reach(names, in_slurm)
     findings = [
         Finding(name, reach.reason, reach.fix) for name, reach in reaches.items() if not reach.how
@@ -132,6 +134,7 @@ def _hosts(options: argparse.Namespace, environ: Mapping[str, str]) -> list[Host
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line. Raise UsageError for a wrong one."""
+    # The options, few of which are ever needed.
     parser = Parser(prog="python -m launch.doctor", description=__doc__)
     add = parser.add_argument
     add("--hostfile", help="default: the Slurm allocation")

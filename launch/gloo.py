@@ -40,6 +40,7 @@ class Endpoint(NamedTuple):
 
 def main(program: list[str]) -> None:
     """Run the program as this task's rank. Raise UsageError when the task can't be one."""
+    # Refuse before anything listens.
     if not program:
         raise UsageError(
             "nothing to run: end the command with one, "

@@ -94,6 +94,7 @@ def parse(text: str, where: str, gpus: int | None = None) -> list[Host]:
     `where` names the file in messages. Raise UsageError "where:line: what is wrong: the fix". With
     `gpus`, raise it also for a host with more slots than that.
     """
+    # The line of each host, for the message about a second one.
     hosts: list[Host] = []
     line_of: dict[str, int] = {}
     # A mark of byte order and any end of line are allowed.
@@ -115,6 +116,8 @@ def parse(text: str, where: str, gpus: int | None = None) -> list[Host]:
                     )
         except UsageError as error:
             raise UsageError(f"{where}:{number}: {error}") from None
+
+    # A file of comments alone is a mistake.
     if not hosts:
         raise UsageError(f"{where}:1: there is no host: write one a line, such as bb01 slots=8")
     return hosts
@@ -168,6 +171,7 @@ def expand(pattern: str) -> list[str]:
     A name without brackets stands for itself. Raise UsageError if one of the names is not that of a
     host, or if they are too many.
     """
+    # Take it apart, no further than is sensible.
     parts = re.split(r"\[([^\[\]]*)\]", pattern)  # text, ranges, text, ranges, …, text
     if len(parts) > 2 * RANGES + 1:
         raise UsageError(f"{pattern[:80]!r} has more than {RANGES} ranges: write several entries")
@@ -181,6 +185,8 @@ def expand(pattern: str) -> list[str]:
                 f"{pattern[:80]!r} stands for more than {LIMIT} hosts: shorten its ranges"
             )
         names = [name + choice for name in names for choice in choices]
+
+    # The ranges may have made names that none can have.
     for name in names:
         _check_name(name)
     return names
@@ -200,6 +206,7 @@ def from_slurm(environ: Mapping[str, str]) -> list[Host]:
     Ask for it with --ntasks-per-node: otherwise Slurm counts one task a node or, with --exclusive,
     one a core. Raise UsageError outside of an allocation.
     """
+    # Refuse what is no allocation, or more than one.
     nodes = environ.get("SLURM_JOB_NODELIST", "")
     if not nodes:
         raise UsageError(
@@ -220,6 +227,8 @@ def from_slurm(environ: Mapping[str, str]) -> list[Host]:
         names = list(islice(all_names, LIMIT + 1))
     except UsageError as error:
         raise UsageError(f"SLURM_JOB_NODELIST={nodes[:80]}: {error}") from None
+
+    # Read them as the lines of a hostfile.
     counts = _slurm_tasks(environ, len(names))
     lines = [f"{name}:{count}" for name, count in zip(names, counts, strict=True)]
     return parse("\n".join(lines), "SLURM_JOB_NODELIST")
@@ -270,6 +279,7 @@ def _sinfo(names: list[str]) -> str:
 
 def _slurm_tasks(environ: Mapping[str, str], nodes: int) -> list[str]:
     """Return the tasks of each node: of `8(x4),2`, or the same for all."""
+    # Slurm sets the first; the second is what the user has asked for.
     name = "SLURM_TASKS_PER_NODE"
     if not environ.get(name):
         name = "SLURM_NTASKS_PER_NODE"
@@ -310,6 +320,7 @@ def _check(file: str, gpus: int | None) -> None:
 
     Raise UsageError where a launcher of READ can't read the file.
     """
+    # All launchers must be able to read it.
     text = _text(file)
     hosts = parse(text, file, gpus)
     unread_lines = _first_unread_lines(text)
@@ -444,6 +455,7 @@ def _settings(pattern: str, settings: list[str]) -> dict[str, int]:
     """Return the numbers by their names, "slots" and "max_slots"."""
     values: dict[str, int] = {}
     for setting in settings:
+        # One of two names, in several spellings.
         name, _, value = setting.partition("=")
         name = re.sub(r"max[-_]slots|slots[-_]max", "max_slots", name)
         if name not in ("slots", "max_slots"):
@@ -451,6 +463,8 @@ def _settings(pattern: str, settings: list[str]) -> dict[str, int]:
                 f"{setting[:80]!r} is not understood: "
                 f"write {pattern} slots=8, the rest is the launcher's"
             )
+
+        # A number, once.
         if name in values:
             raise UsageError(f"{pattern} has {name} twice: keep one, as in {pattern} slots=8")
         values[name] = _number(value, name)
@@ -471,17 +485,21 @@ def _numbers(ranges: str) -> list[str]:
     """Return what `01-03,07` stands for: 01, 02, 03, 07."""
     numbers: list[str] = []
     for part in ranges.split(","):
+        # A number, or two in order.
         match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
         if match is None:
             raise UsageError(f"[{ranges[:80]}] is not a range: write [01-32] or [01-03,07]")
         first, last = match[1], match[2] or match[1]
         if int(last) < int(first):
             raise UsageError(f"[{first}-{last}] runs backwards: write [{last}-{first}]")
+
         # With leading zeros the width counts.
         if last.startswith("0") and len(first) != len(last):
             raise UsageError(
                 f"[{first}-{last}] has ends of different lengths: write as many digits in both"
             )
+
+        # The numbers between, none of which is made before it is known that they are not too many.
         if int(last) - int(first) + len(numbers) >= LIMIT:
             raise UsageError(f"[{ranges[:80]}] has more than {LIMIT} numbers: shorten it")
         width = len(first)
@@ -494,6 +512,7 @@ def _check_name(name: str) -> None:
 
     To ssh, a leading hyphen would be an option.
     """
+    # Frequent slips have messages of their own.
     if "@" in name:
         raise UsageError(
             f"{name[:80]!r} has a user: write the host alone, and its `User` into ~/.ssh/config"

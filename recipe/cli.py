@@ -19,14 +19,9 @@ from ml_collections import config_flags
 
 from recipe import configs
 from recipe.config import Recipe, flatten, meant, nearest
-from recipe.errors import Preempted, RunError, UsageError
-from recipe.ranks import binding, collectives, launched, preemption
+from recipe.errors import INTERRUPTED, Preempted, RunError, UsageError
+from recipe.ranks import binding, collectives, launched
 from recipe.system import again, output, watchdog
-
-# Exit statuses, beside 0 and preemption.STATUS.
-FAILED = 1
-USAGE = 2
-INTERRUPTED = 130  # as a shell says of a program that Ctrl-C has ended
 
 GONE = "another rank has gone"
 HELP_FLAGS = ("help", "helpfull", "helpshort", "helpxml")  # absl's own
@@ -51,10 +46,12 @@ def parse_recipe(argv: list[str]) -> CommandLine:
     --config=NAME takes a preset's name or a run's config.json. --config.SECTION.FIELD=VALUE changes
     one field.
     """
+    # Refuse wrong names here: ml_collections would not say which was meant.
     source, overrides, remaining_args = _split(argv)
     recipe = load_recipe(source)
     _refuse_unknown(overrides, recipe)
 
+    # Override the fields.
     values = flags.FlagValues()
     config = ml_collections.ConfigDict(asdict(recipe))
     flag_args = ["", *overrides]
@@ -92,6 +89,7 @@ def parse_flags(values: flags.FlagValues, argv: list[str], fields: Iterable[str]
 
     Raise UsageError, with the name of the flag or field that may have been meant.
     """
+    # Say which flag may have been meant.
     try:
         positional_args = values(["", *argv])[1:]
     except flags.UnrecognizedFlagError as error:
@@ -102,6 +100,8 @@ def parse_flags(values: flags.FlagValues, argv: list[str], fields: Iterable[str]
         ) from None
     except flags.Error as error:
         raise UsageError(str(error)) from None
+
+    # A program takes flags only.
     if positional_args:
         raise UsageError(
             f"{positional_args[0]!r} is not understood: flags begin with --, such as --config=quick"
@@ -142,21 +142,20 @@ def _ending_of(error: BaseException) -> _Ending:
     Print the traceback of an error that the user can't be expected to know.
     """
     match error:
-        case UsageError():
-            return _Ending(USAGE, str(error), error.everywhere)
-        case RunError():
-            return _Ending(FAILED, str(error), error.everywhere)
+        case UsageError() | RunError():
+            return _Ending(error.status, str(error), error.everywhere)
         case Preempted():
-            return _Ending(preemption.STATUS, str(error), error.everywhere, kind="preempted")
+            return _Ending(error.status, str(error), error.everywhere, kind="preempted")
         case KeyboardInterrupt():
             return _Ending(INTERRUPTED, "interrupted", everywhere=True)
         case ImportError():
-            status = USAGE if "KERAS_BACKEND" in str(error) else FAILED
+            status = UsageError.status if "KERAS_BACKEND" in str(error) else RunError.status
             return _Ending(status, _message_of(error), everywhere=True)
         case OSError(filename=str() | bytes() | os.PathLike() as filename):
-            return _Ending(FAILED, f"{os.fsdecode(filename)}: {error.strerror}")
+            return _Ending(RunError.status, f"{os.fsdecode(filename)}: {error.strerror}")
         case _:
-            return _Ending(USAGE if _is_homeless(error) else FAILED, _message_of(error))
+            status = UsageError.status if _is_homeless(error) else RunError.status
+            return _Ending(status, _message_of(error))
 
 
 def _message_of(error: BaseException) -> str:
@@ -207,7 +206,7 @@ def _speaker(ending: _Ending) -> str | None:
         return ""
     # The launcher ends this rank as soon as rank 0 has left, and the wait is over. After a signal
     # it may not do so, because the ranks are leaving already: then wait less.
-    time.sleep(3 if ending.status == preemption.STATUS else 10)
+    time.sleep(3 if ending.status == Preempted.status else 10)
     if know_each_other:
         return None
     return f"rank {rank} on {socket.gethostname()}: "
@@ -227,6 +226,7 @@ class _SplitArguments(NamedTuple):
 
 def _split(argv: list[str]) -> _SplitArguments:
     """Return the arguments that are about the recipe, and the others. Raise UsageError."""
+    # Take out --config and --config.*, wherever they are.
     source: str | None = None
     overrides, remaining_args = [], []
     arguments = iter(argv)
@@ -242,6 +242,8 @@ def _split(argv: list[str]) -> _SplitArguments:
             source = value
         else:
             overrides.append(f"--{name}={value}")
+
+    # There is no default recipe.
     if not source:
         raise UsageError(f"--config is missing: give one of {', '.join(presets())}")
     return _SplitArguments(source, overrides, remaining_args)

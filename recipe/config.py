@@ -411,11 +411,14 @@ def _check_normalization(recipe: Recipe) -> None:
 
 
 def _check_run(recipe: Recipe) -> None:
+    # What only one framework has.
     if recipe.run.compile and recipe.framework != "torch":
         raise UsageError(
             "config.run.compile=true is torch.compile; "
             "set config.framework='torch', or leave it false"
         )
+
+    # Workers that share a pass are as many in each, with batches of one size.
     workers_at_once = recipe.run.workers_at_once
     if recipe.k % workers_at_once:
         raise UsageError(

@@ -41,6 +41,7 @@ _KERAS_RATE = "/sgd/learning_rate"  # how the name of Keras's rate ends
 
 
 def main(argv: list[str]) -> None:
+    # Refuse before anything is read.
     cli.parse_flags(VALUES, argv)
     if not VALUES.run_dir or not VALUES.to:
         raise UsageError(
@@ -64,6 +65,7 @@ def main(argv: list[str]) -> None:
         runlog.write_recipe(folder, recipe)
         path = checkpoint.save(folder / runlog.CHECKPOINTS, step, arrays, meta, keep=1)
 
+    # Say how the run goes on.
     arguments = shlex.join([f"--config={new / runlog.CONFIG}", f"--run_dir={new}"])
     print(
         f"{new / runlog.CHECKPOINTS / path.name}: the state after step {step} for "
@@ -111,6 +113,7 @@ def convert(old: Checkpoint, recipe: Recipe) -> Checkpoint:
 
 def to_torch(keras_arrays: Arrays) -> Arrays:
     """Return what native PyTorch would have written for a Keras checkpoint's state."""
+    # Keras's velocities have -η as a factor, which PyTorch's lack.
     (rate,) = (array for name, array in keras_arrays.items() if name.endswith(_KERAS_RATE))
     arrays = {_RATE: rate}
     for name, array in keras_arrays.items():

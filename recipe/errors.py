@@ -1,7 +1,13 @@
-"""Errors that end a program with one sentence instead of a traceback."""
+"""Errors that end a program with one sentence instead of a traceback, and their exit statuses."""
+
+from typing import ClassVar
+
+INTERRUPTED = 130  # exit status of a program that Ctrl-C has ended, as a shell says
 
 
 class _Sentence(Exception):
+    status: ClassVar[int]  # exit status of a program that it ends
+
     def __init__(self, sentence: str, everywhere: bool = False) -> None:
         """`everywhere`: all ranks raise it together, so that it is enough if one says it."""
         super().__init__(sentence)
@@ -12,18 +18,18 @@ class _Sentence(Exception):
 
 
 class UsageError(_Sentence):
-    """The user asked for something impossible. The sentence names the field or file and the fix.
+    """The user asked for something impossible. The sentence names the field or file and the fix."""
 
-    Exit status 2.
-    """
+    status = 2
 
 
 class RunError(_Sentence):
-    """A run failed for a reason that one sentence explains. Exit status 1."""
+    """A run failed for a reason that one sentence explains."""
+
+    status = 1
 
 
 class Preempted(_Sentence):
-    """The run was told to leave, has saved its state, and can be resumed.
+    """The run was told to leave, has saved its state, and can be resumed."""
 
-    Exit status 75 (EX_TEMPFAIL).
-    """
+    status = 75  # EX_TEMPFAIL

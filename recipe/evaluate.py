@@ -14,17 +14,22 @@ flags.DEFINE_string("run_dir", "", "a run directory of recipe.train", flag_value
 
 
 def main(argv: list[str]) -> None:
+    # The run's own recipe says what to evaluate, and how.
     cli.parse_flags(VALUES, argv)
     if not VALUES.run_dir:
         raise UsageError("--run_dir is missing: name a run directory of recipe.train")
     run_dir = Path(VALUES.run_dir)
     recipe = runlog.read_recipe(run_dir)
+
+    # Load the framework only now: a wrong command line is refused at once.
     with noise.filtered():
         from recipe.frameworks.replica import load_framework
         from recipe.ranks import collectives
         from recipe.run import training
 
         framework = load_framework(recipe.framework)
+
+    # Evaluate on all ranks; one prints.
     with watchdog.patience(recipe.run.step_timeout):
         framework.start(recipe.run.deterministic)
     sums = training.evaluate_run(recipe, run_dir, framework.make_replica)

@@ -44,9 +44,12 @@ def main(argv: list[str]) -> None:
 
 def read_digests(run_dir: Path) -> Digests:
     """Return the digests of a run. Raise UsageError when it was not written by recipe.train."""
+    # What the run wrote of itself.
     recipe = runlog.read_recipe(run_dir)
     epochs = runlog.read_epochs(run_dir)
     (start,) = runlog.read_lines(run_dir, "start") or [{}]
+
+    # Its digests; an older or a foreign run lacks some.
     try:
         orders = " ".join(line["order"] for line in epochs)
         inputs = {
@@ -65,6 +68,7 @@ def read_digests(run_dir: Path) -> Digests:
 
 def compare(first: Digests, other: Digests) -> str:
     """Return one sentence: where two runs part."""
+    # The same inputs?
     same_length = first.weights.keys() == other.weights.keys()
     for name in first.inputs:
         # The order's digest covers only the epochs run so far.
@@ -72,6 +76,7 @@ def compare(first: Digests, other: Digests) -> str:
         if is_comparable and first.inputs[name] != other.inputs[name]:
             return f"another {name}"
 
+    # The same weights, epoch by epoch?
     common_epochs = [epoch for epoch in first.weights if epoch in other.weights]
     for epoch in common_epochs:
         if first.weights[epoch] != other.weights[epoch]:

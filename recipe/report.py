@@ -13,6 +13,7 @@ PICTURE = "report.png"  # written into the first run's directory
 
 
 def main(argv: list[str]) -> None:
+    # The results, one by one and together.
     if not argv or argv[0].startswith("-"):
         raise UsageError(
             "name one run directory or more, such as runs/quick-*; "
@@ -23,6 +24,8 @@ def main(argv: list[str]) -> None:
     if len(results) > 1:
         mean, deviation = statistics.mean(results), statistics.stdev(results)
         print(f"{len(results)} runs: {mean:.2%} ± {deviation:.2%}")
+
+    # The curves, beside the first run.
     picture = Path(argv[0]) / PICTURE
     try:
         print(f"curves: {draw(runs, picture)}")
@@ -34,11 +37,13 @@ def main(argv: list[str]) -> None:
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> Path:
     """Draw training and evaluation error and η by epoch, a line a run; return the path."""
+    # Without a display.
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    # Two pictures, one above the other, with the same epochs.
     figure, (error_axes, rate_axes) = plt.subplots(
         2, 1, sharex=True, figsize=(7, 6), height_ratios=(3, 1), layout="constrained"
     )
@@ -60,6 +65,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> Path:
     for axes in (error_axes, rate_axes):
         axes.grid(alpha=0.3)
 
+    # Write the picture, and free its memory.
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path

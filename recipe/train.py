@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
 
 def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption.Notice) -> None:
     """Train on all ranks, and say how it ended. Collective."""
+    # The frameworks are loaded here: a wrong command line is refused at once.
     with noise.filtered():
         from recipe.frameworks.replica import load_framework
         from recipe.ranks import collectives, elastic
@@ -60,6 +61,7 @@ def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption
     with watchdog.patience(patience), telling("waiting for all ranks"):
         framework.start(recipe.run.deterministic)
 
+    # An elastic run is tried again whenever ranks come or go.
     mode, make_replica = Mode(VALUES.resume), framework.make_replica
     if elastic.wanted():
 
@@ -68,6 +70,7 @@ def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption
             folder = Path(commits.run_dir)
             return training.train(recipe, folder, mode, make_replica, notice, commits)
 
+        # The ranks that stay go on from the last commit.
         commits = Commits(run_dir)
         errors = elastic.rerun(attempt, commits)
         run_dir = commits.run_dir  # rank 0's
@@ -76,6 +79,7 @@ def train(recipe: Recipe, run_dir: str, arguments: list[str], notice: preemption
         again.begun(run_dir, arguments)
         errors = training.train(recipe, Path(run_dir), mode, make_replica, notice)
 
+    # How it ended.
     if collectives.rank() == 0:
         median, last = sums.final_error(errors), len(errors[-5:])
         print(f"top-1 error {median:.2%} (median of the last {last} epochs) in {run_dir}")

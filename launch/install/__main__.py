@@ -8,7 +8,7 @@ import time
 from launch.install import checks, stages, target
 from launch.install.console import Console
 from launch.install.lock import locked
-from recipe.errors import RunError
+from recipe.errors import INTERRUPTED, RunError
 
 
 def main() -> int:
@@ -19,10 +19,10 @@ def main() -> int:
         install(gpu)
     except (RunError, OSError) as error:  # an OSError names its file and what is wrong with it
         print(f"install: {error}", file=sys.stderr)
-        return 1
+        return RunError.status
     except KeyboardInterrupt:
         print("\ninstall: interrupted; run it again to start over", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 
@@ -47,11 +47,13 @@ def install(gpu: bool | None) -> None:
 
     `gpu` is whether it is for GPUs; None leaves that as it is now.
     """
+    # Usually there is nothing to do.
     wanted, remark = target.choose(gpu)
     if target.in_place(wanted) and target.decoder().exists():
         print(f"environment in place: {target.VENV}")
         return
 
+    # Installations in the same folder wait for each other.
     lock = target.ROOT / ".cache" / "install.lock"
     with locked(lock, "another installation is running here: waiting for it") as held:
         # Perhaps the other one has just built it.
@@ -66,6 +68,7 @@ def install(gpu: bool | None) -> None:
 
 def build(wanted: target.Target, console: Console) -> None:
     """Run all stages, from nothing to the proof."""
+    # Nothing is deleted before all that can be checked has been.
     start = time.monotonic()
     compiler = stages.check(wanted)
     if reason := target.difference(wanted):

@@ -61,6 +61,7 @@ class Console:
     @contextmanager
     def stage(self, text: str) -> Iterator[None]:
         """Print what happens now, how long it goes on, and at the end how long it took."""
+        # The line's beginning.
         self.count += 1
         start, terminal = time.monotonic(), sys.stdout.isatty()
         head = f"[{self.count}/{self.total}] {text} ... "
@@ -73,6 +74,7 @@ class Console:
             line = f"\r{head}{progress}\x1b[K" if terminal else f"{progress}; "
             print(line, end="", flush=True)
 
+        # Its growth while the work goes on, and its end.
         try:
             with ticking.every(ticking.TERMINAL if terminal else ticking.LOG, tick):
                 yield

@@ -104,6 +104,7 @@ def ask(program: Path, arguments: list[str], path: str) -> str:
 
 def refusal(mpicc: str, identity: Identity) -> str:
     """Return why an MPI can't be used, or ""."""
+    # Horovod and its launchers know these versions of these families.
     family, version = identity
     major = int(version.split(".")[0]) if version else 0
     if not family:
@@ -113,6 +114,8 @@ def refusal(mpicc: str, identity: Identity) -> str:
         return f"{mpicc} is Open MPI {version}, {reason}"
     if family == "Open MPI" and major < 4:
         return f"{mpicc} is Open MPI {version}, older than 4.0"
+
+    # It must be able to compile and to run.
     missing = [name for name in PROGRAMS if not (Path(mpicc).parent / name).exists()]
     if missing:
         return f"{mpicc} ({family} {version}) comes without {' and '.join(missing)}"

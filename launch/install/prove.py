@@ -55,12 +55,15 @@ def expected(size: int) -> list[float]:
 
 def problem(proof: Proof, size: int, gpu: bool) -> str:
     """Return what is wrong with a proof, or ""."""
+    # Are the operations there?
     needed = {"mpi": proof.mpi, "gloo": proof.gloo}
     if gpu:
         needed["nccl"] = proof.nccl
     missing = [name for name, built in needed.items() if not built]
     if missing:
         return f"Horovod's {proof.framework} library was built without {' and '.join(missing)}"
+
+    # Do the processes find each other, and add up?
     if proof.size != size:
         return (
             f"{size} processes of {proof.framework} see {proof.size} ranks: "

@@ -104,6 +104,7 @@ def about(console: Console, target: Target) -> About:
 
 def wheel_inputs(target: Target, compiler: str, environment: About) -> dict[str, object]:
     """Return everything that Horovod's wheel depends on."""
+    # What it is compiled against, and by what.
     installed = environment.packages
     against = {name: installed[name] for name in BUILT_AGAINST if name in installed}
     nvcc = checks.version(f"{target.cuda}/bin/nvcc") if target.cuda else ""
@@ -122,10 +123,13 @@ def wheel_inputs(target: Target, compiler: str, environment: About) -> dict[str,
 
 def horovod(console: Console, target: Target, compiler: str) -> str:
     """Install Horovod's wheel, built or from the cache. Return its key."""
+    # The wheel of these very inputs may be in the cache.
     environment = about(console, target)
     refuse_mixture(target, environment.packages)
     inputs = wheel_inputs(target, compiler, environment)
     folder = wheel.cache() / wheel.key(inputs)
+
+    # Build it if not, and install it.
     if wheel.finished(folder):
         text = f"installing Horovod {wheel.VERSION} from {folder}"
     else:

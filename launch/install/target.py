@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from launch.install import checks, mpi, wheel
 from recipe.data import decode_build
+from recipe.system.files import whole_file
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -173,6 +174,5 @@ def difference(target: Target) -> str:
 
 def write_stamp(content: dict[str, Any]) -> None:
     """Write the stamp whole or not at all."""
-    part = STAMP.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.rename(STAMP)
+    with whole_file(STAMP) as file:
+        file.write(f"{json.dumps(content, indent=1)}\n".encode())

@@ -56,6 +56,7 @@ def collect(data_dir: str) -> HostFacts:
 
     `data_dir` is the value of --data_dir, "" for the recipe's default.
     """
+    # What several facts come from.
     hostname = socket.gethostname()
     horovod = _horovod_folder()
     prefix = Path(sys.prefix)
@@ -63,6 +64,7 @@ def collect(data_dir: str) -> HostFacts:
     folders = [str(Path.cwd()), tempfile.gettempdir()]
     disk: dict[str, float] = {folder: shutil.disk_usage(folder).free for folder in folders}
 
+    # All facts, of which those about the environment must be the same everywhere.
     return HostFacts(
         hostname=hostname,
         python=platform.python_version(),

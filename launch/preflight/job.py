@@ -111,6 +111,7 @@ def parse(printed: str) -> dict[str, Any]:
 
 def hung(names: list[str], stderr: str, late: str, limit: float) -> Finding:
     """Say who is silent in what was on stderr after the limit; if nobody is, who came least far."""
+    # Who lives, and how far has each come?
     fix = (
         "look at these hosts (disk, memory, firewall) and at the links between them, "
         "or give --timeout more seconds"
@@ -125,6 +126,7 @@ def hung(names: list[str], stderr: str, late: str, limit: float) -> Finding:
         where = listed([f"{name} has been silent since {progress[name].part}" for name in silent])
         return Finding(listed(silent), f"no end after {limit:g} s: {where}", fix)
 
+    # Without a silent one, those that came least far are suspect.
     slowest = behind(names, stderr)
     who = "" if len(slowest) == len(names) else listed(list(slowest))
     return Finding(who, f"no end after {limit:g} s: the job hung, {_where(names, slowest)}", fix)
@@ -155,11 +157,12 @@ def failed(names: list[str], stderr: str, status: int) -> Finding:
         fix = "mend the environment on it: launch/install/install"
         return Finding(names[int(match[1])], what, fix)
 
-    # mpirun's, about a rank, a host or a connection.
+    # mpirun's, about a rank.
     if match := re.search(r"on node (\S+) exited on (signal \d+[^.]*)", stderr):
         what = f"its process was ended by {' '.join(match[2].split())}"
         return Finding(match[1], what, "who kills there? See dmesg for a lack of memory")
 
+    # A connection that broke, to a host or to a rank.
     lost_daemon = r"lost communication with a remote daemon.*?Remote daemon:[^\n]*? on node (\S+)"
     if match := re.search(lost_daemon, stderr, re.DOTALL):
         what = "the host or its link died in the middle"

@@ -146,6 +146,7 @@ class Measurements:
     @classmethod
     def from_parts(cls, parts: dict[str, Any], names: list[str]) -> "Measurements":
         """Read the parts that rank 0 emitted; `names`: the hosts, in the order of the ranks."""
+        # The facts and the clocks, in the order of the ranks.
         facts = [HostFacts.from_json(each) for each in parts.get("facts", [])]
         clocks = [Clock(**each) for each in parts.get("clocks", [])]
 
@@ -156,6 +157,8 @@ class Measurements:
             links = [link for result in results for link in result.links]
             rounds = len(names) - 1 + len(names) % 2
             network = Network(links, rounds, results[0].seconds)
+
+        # A job that failed has emitted the first parts only.
         return cls(
             facts=dict(zip(names, facts, strict=bool(facts))),
             clocks=dict(zip(names, clocks, strict=bool(clocks))),

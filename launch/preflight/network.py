@@ -122,10 +122,13 @@ def pairs(
     `names` are the ranks' hosts. `say` is called at each round's beginning and end. `start` is the
     first round's number.
     """
+    # All begin together, so that the time is that of all rounds.
     links: list[Link] = []
     buffer = bytearray(LARGEST)
     comm.Barrier()
     began = time.monotonic()
+
+    # In a round each rank meets one other at most.
     for number, meetings in enumerate(rounds(comm.size), start):
         order = FIRST + 2 * number
         pair = next((pair for pair in meetings if comm.rank in pair), None)

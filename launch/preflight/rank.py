@@ -31,6 +31,7 @@ LISTENS = 3.0  # seconds that the doctor listens, after the limit, for who is al
 
 def main(data_dir: str, limit: float) -> None:
     """Run all parts. After `limit` seconds this process ends, come what may. Collective."""
+    # Neither a hang nor a crash may go unnoticed.
     signal.alarm(int(limit + LISTENS) + 2)
     threading.Thread(target=_beat, daemon=True).start()
 
@@ -38,10 +39,12 @@ def main(data_dir: str, limit: float) -> None:
     say(0, "the facts of this host")
     from launch.preflight import facts
 
+    # What can be found out alone, before MPI may hang.
     own_facts = facts.collect(data_dir)
     say(MPI_STARTS, "MPI's start")
     from mpi4py import MPI
 
+    # Does MPI see the ranks that its launcher has started?
     comm = MPI.COMM_WORLD
     _check_size(comm.size, os.environ.get("OMPI_COMM_WORLD_SIZE", ""), MPI.Get_library_version())
 

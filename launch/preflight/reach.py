@@ -104,6 +104,7 @@ def reach(name: str) -> Reach:
     if is_here(name):
         return Reach("this machine")
 
+    # Run a script there, without a question to the user.
     options = ["-n", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT}"]
     command = ["ssh", *options, name, _script()]
     began = time.monotonic()
@@ -126,20 +127,24 @@ def reach(name: str) -> Reach:
 
 def explain(host: str, status: int, stdout: str, stderr: str) -> Explanation:
     """Explain an ssh that ended with this exit status and output."""
+    # The last line usually says why.
     output = stderr.strip() or stdout.strip() or "it said nothing"
     last_line = output.splitlines()[-1].strip()
 
+    # The script has found something missing.
     if status in NOT_READY:
         reason, fix = NOT_READY[status]
         places = {"root": ROOT, "python": sys.executable, "orted": _orted()}
         return Explanation(reason.format(last_line=last_line, **places), fix.format(host=host))
 
+    # ssh itself has failed.
     if status == SSH_FAILED:
         for pattern, known in NOT_REACHED.items():
             if re.search(pattern, stderr):
                 return Explanation(known.reason, known.fix.format(host=host))
         return Explanation(f"ssh failed: {last_line}", f"see `ssh -v {host}`")
 
+    # The script has not run at all.
     return Explanation(
         f"no shell that runs commands (exit status {status}: {last_line})",
         f"see `ssh {host} true`, and your login shell",

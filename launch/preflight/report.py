@@ -41,11 +41,14 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON; without the parts that were not measured."""
+        # What there is always.
         measured = self.measurements
         report: dict[str, Any] = {
             "well": self.well,
             "hosts": [asdict(host) | asdict(self.reaches[host.name]) for host in self.hosts],
         }
+
+        # What was measured before the job ended.
         if measured.facts:
             report["facts"] = {name: asdict(facts) for name, facts in measured.facts.items()}
         if measured.clocks:
@@ -54,6 +57,8 @@ class Report:
             report["network"] = _network_json(measured.network)
         if measured.together:
             report["together"] = asdict(measured.together)
+
+        # What follows from it.
         report["findings"] = [asdict(finding) for finding in self.findings]
         report["seconds"] = self.seconds
         return report
@@ -89,6 +94,7 @@ class Report:
 
     def _row(self, host: Host) -> list[str]:
         """Return a host's words, in the columns of HEAD."""
+        # A host that was not measured has its name and its slots.
         start = [host.name, _reached(self.reaches[host.name]), str(host.slots)]
         facts = self.measurements.facts.get(host.name)
         if facts is None:
@@ -187,6 +193,7 @@ def _data(facts: HostFacts) -> str:
 
 def _network(network: Network) -> list[str]:
     """Return a line about the links, and one about the time that measuring them took."""
+    # How fast the links are.
     slowest = verdicts.slowest(network.links)
     link = slowest.link
     median = statistics.median(each.bandwidth for each in network.links)
@@ -197,6 +204,7 @@ def _network(network: Network) -> list[str]:
     if len(verdicts.hosts_of(network.links)) > 2:  # two share their links
         speeds += f", slowest host {slowest.host}"
 
+    # How long it took, and would take on many hosts.
     measured = f"{network.rounds} rounds in {network.seconds:.1f} s"
     seconds = _seconds_for_many(network)
     expected = f"{MANY} hosts: {MANY - 1} rounds, {seconds:.0f} s"

@@ -106,6 +106,7 @@ def merged(findings: list[Finding]) -> list[Finding]:
 
 def versions(facts: Facts) -> list[Finding]:
     """Compare Python, the project's source, Horovod's build, all packages, and their disk."""
+    # What must be the same, or ranks would fail or compute something else.
     fix = "share one environment, or install there again (launch/install/install)"
     copy_again = "share it, or copy it again"
     build = "Horovod's compiled library"
@@ -182,6 +183,7 @@ def gpus(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
 
 def limits(facts: Facts, slots: Mapping[str, int]) -> list[Finding]:
     """Check free disk and memory, open files and locked memory."""
+    # The files of the data, and a socket to each rank.
     files = FILES + sum(slots.values())
     findings = []
     for host, host_facts in facts.items():
@@ -216,9 +218,12 @@ def addresses(facts: Facts, interface: str) -> list[Finding]:
     When `interface` is not "", it must be on that interface. One host alone needs any address of
     its own.
     """
+    # Several hosts must reach each other.
     if len(facts) > 1:
         checked = [_address(host, facts[host], interface) for host in facts]
         return [finding for finding in checked if finding is not None]
+
+    # One must reach itself.
     findings = []
     for host, host_facts in facts.items():
         if not host_facts.own_name:
@@ -326,6 +331,7 @@ def data(facts: Facts, named: bool) -> list[Finding]:
 
     `named`: an option or a variable names the directory.
     """
+    # On which hosts can it be read?
     readable: dict[str, DataFolder] = {}
     unreadable: dict[str, UnreadableFolder] = {}
     for host, host_facts in facts.items():

@@ -70,6 +70,7 @@ Measurements = dict[Entry, list[Measurement]]  # of each repeat
 
 
 def main(argv: list[str]) -> None:
+    # Prepare the images before anything is timed.
     repeats = argv[0] if argv else "3"
     names = argv[1:] or list(CONTENDERS)
     check(repeats, names)
@@ -120,12 +121,15 @@ def measure(entry: Entry) -> Measurement:
     """Run an entry once. Copies are measured while all of them run."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.time()
+
+        # Start all copies at once, each on a core of its own.
         results = [Path(folder) / f"{copy}.json" for copy in range(entry.copies)]
         jobs = []
         for core, result in enumerate(results):
             arguments = [*PROGRAM, entry.name, str(entry.ranks), str(result)]
             jobs += [start(process) for process in processes(entry, core, arguments)]
 
+        # A copy that failed has no times.
         printed = outputs(entry, jobs)
         for text, job in zip(printed, jobs, strict=True):
             if job.returncode:
@@ -179,16 +183,22 @@ def speed(times: list[list[float]]) -> float:
 def processes(entry: Entry, core: int, arguments: list[str]) -> list[Process]:
     """Return the processes of a copy, as the contender's users would start them."""
     core_variable = {"BENCHMARK_CORE": str(core)}
+
+    # mpirun starts ours.
     if entry.name in PEERS:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         mpirun = shutil.which("mpirun", path=path) or "mpirun"
         options = ["-np", str(entry.ranks), "--oversubscribe", "--bind-to", "none"]
         command = [mpirun, *options, sys.executable, *arguments]
         return [Process(command, core_variable | launched.ANYWHERE)]
+
+    # torchrun starts DistributedDataParallel.
     if entry.name == "torch-ddp":
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*torchrun, f"--nproc-per-node={entry.ranks}", *arguments]
         return [Process(command, core_variable)]
+
+    # The mirrored strategy wants a process with its own variables for each worker.
     if entry.name == "tf-mirrored":
         workers = [f"localhost:{free_port()}" for _ in range(entry.ranks)]
         return [
@@ -213,6 +223,7 @@ def free_port() -> int:
 
 def report(measurements: Measurements) -> None:
     """Print the speeds of all entries, and the ratios of those that were measured."""
+    # The speeds alone.
     speeds = {entry: [m.speed for m in of_entry] for entry, of_entry in measurements.items()}
     for entry, of_entry in measurements.items():
         starts = [m.start for m in of_entry]

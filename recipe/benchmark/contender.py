@@ -10,11 +10,16 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recipe import cli
 from recipe.config import Recipe
 from recipe.data.element import Element
 from recipe.system import noise, processor
+
+if TYPE_CHECKING:
+    import keras
+    import tensorflow as tf
 
 BATCH = 64  # examples per rank and step
 STEPS = 45
@@ -151,12 +156,29 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
         optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
         optimizer.build(model.trainable_variables)
 
-    # A step on each worker, whose gradients the optimizer adds up.
+    # The usual loop. `float` waits for the step's end.
+    step = _mirrored_step(strategy, model, optimizer, recipe.k)
+    elements = iter(distributed)
+    for _ in range(STEPS):
+        float(step(next(elements)))
+        tick()
+
+
+def _mirrored_step(
+    strategy: "tf.distribute.Strategy",
+    model: "keras.Model",
+    optimizer: "keras.optimizers.Optimizer",
+    k: int,
+) -> Callable[[tuple], "tf.Tensor"]:
+    """Return a step on each of k workers, whose gradients the optimizer adds up."""
+    import keras
+    import tensorflow as tf
+
     def worker(images: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
         with tf.GradientTape() as tape:
             logits = model([images], training=True)
             losses = keras.ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
-            loss = (tf.reduce_mean(losses) + sum(model.losses)) / recipe.k
+            loss = (tf.reduce_mean(losses) + sum(model.losses)) / k
         variables = model.trainable_variables
         gradients = tape.gradient(loss, [v.value for v in variables])
         optimizer.apply_gradients(zip(gradients, variables, strict=True))
@@ -166,10 +188,7 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
     def step(element: tuple) -> tf.Tensor:
         return strategy.reduce("SUM", strategy.run(worker, element), None)
 
-    elements = iter(distributed)
-    for _ in range(STEPS):
-        float(step(next(elements)))
-        tick()
+    return step
 
 
 CONTENDERS: dict[str, Callable[[Recipe, int, Tick], None]] = {

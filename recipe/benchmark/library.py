@@ -164,6 +164,7 @@ def compare_agreement() -> None:
         train_agreed()
         agreement.words()  # as fit does after each step
 
+    # Both in turns, on both ranks.
     times = times_in_turns({"alone": stepper(alone), "agreed": step_agreed}, 2 * TURNS)
     if hvd.rank() != 0:
         return
@@ -183,6 +184,7 @@ def compare_agreement() -> None:
 
 def compare_replicas() -> None:
     """Print the time of a replica check as a fraction of a step of `quick`. On two ranks."""
+    # A replica of `quick` on made-up images, traced before anything is timed.
     recipe = replace(quick.RECIPE, data=replace(quick.RECIPE.data, name="synthetic"))
     source = open_source(recipe.data, "train")
     replica = fit.KerasReplica(recipe, source.num_classes)
@@ -206,6 +208,7 @@ def compare_replicas() -> None:
     if hvd.rank() != 0:
         return
 
+    # Rank 0 says what a check costs of a step, and of a run.
     megabytes = sum(array.nbytes for array in replica.arrays().values()) / 1e6
     ms = statistics.median(checks) * 1000
     share = spread_of(shares)
@@ -220,6 +223,7 @@ def compare_replicas() -> None:
 def overlap() -> str:
     """Run two ranks and return what their timeline says and what they print."""
     with tempfile.TemporaryDirectory() as folder:
+        # Two ranks write a timeline while they print their own times.
         path = f"{folder}/timeline.json"
         program = [sys.executable, "-m", "recipe.benchmark.library", path]
         mpirun = str(Path(sys.executable).parent / "mpirun")
@@ -232,6 +236,8 @@ def overlap() -> str:
             env=os.environ | launched.ANYWHERE | {"HOROVOD_TIMELINE": "DYNAMIC"},
             check=False,
         )
+
+        # Read what they left.
         if ranks.returncode:
             return (
                 f"no timeline: two ranks ended with status {ranks.returncode}: "

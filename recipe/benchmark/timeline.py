@@ -42,6 +42,7 @@ def steps_of(events: list[Event]) -> list[Step]:
     phases: dict[int, list[Phase]] = {}  # by tensor, the innermost last
     ready: dict[int, float] = {}
     for event in events:
+        # Only the beginnings and the ends of a gradient's phases matter.
         tensor = event.get("pid", -1)
         name = names.get(tensor, "")
         if "gradient" not in name or event["ph"] not in ("B", "E"):
@@ -67,6 +68,7 @@ def steps_of(events: list[Event]) -> list[Step]:
 
 def described(steps: list[Step]) -> str:
     """Say how many allreduces began, and ended, before their step's last gradient was ready."""
+    # Count what overlaps with the rest of backprop.
     began = ended = total = 0
     spans = []
     for step in steps:
@@ -77,6 +79,8 @@ def described(steps: list[Step]) -> str:
         for allreduce in step.values():
             began += allreduce.began < last_ready
             ended += allreduce.ended < last_ready
+
+    # How long the gradients took says how much could overlap.
     return (
         f"two ranks, {len(steps)} steps: {began} of {total} allreduces began and {ended} ended "
         "before the last gradient of their step was ready "

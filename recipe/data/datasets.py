@@ -84,6 +84,7 @@ def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
 
 def class_count(builder: tfds.core.DatasetBuilder) -> int:
     """Return the number of classes. Raise UsageError unless there are an image and a label."""
+    # The features are found by name and kind.
     features = builder.info.features
     image, label = tfds.features.Image, tfds.features.ClassLabel
     has_image = "image" in features and isinstance(features["image"], image)
@@ -93,6 +94,8 @@ def class_count(builder: tfds.core.DatasetBuilder) -> int:
             f"config.data.name={builder.name!r} has the features {', '.join(features)}: the recipe "
             "needs an image and a label of that name"
         )
+
+    # The network's last layer needs the number of classes.
     if not features["label"].num_classes:
         raise UsageError(
             f"config.data.name={builder.name!r} doesn't say how many classes its label has"

@@ -73,6 +73,7 @@ def decode(images: Sequence[bytes], cut: Cut, out: np.ndarray) -> list[Problem]:
     The problems are in the order of the images. The pixels of an image that is wrong are undefined.
     The fast decoder notices damage only where it lies in the part that it decodes.
     """
+    # decode.c takes contiguous arrays of these types.
     boxes = np.ascontiguousarray(cut.boxes, np.float64)
     mirrored = np.ascontiguousarray(cut.mirrored, bool)
     cut = cut._replace(boxes=boxes, mirrored=mirrored)
@@ -82,6 +83,7 @@ def decode(images: Sequence[bytes], cut: Cut, out: np.ndarray) -> list[Problem]:
     if library is not None and not any(map(is_png, images)):
         return _decode_jpegs(library, images, cut, out)
 
+    # Otherwise one by one, and by Pillow what decode.c can't decode.
     problems = []
     for place, image in enumerate(images):
         one = slice(place, place + 1)
@@ -149,6 +151,7 @@ def _decode_jpegs(
     library: ctypes.CDLL, images: Sequence[bytes], cut: Cut, out: np.ndarray
 ) -> list[Problem]:
     """Let decode.c do it, whose messages are empty for the images that are good."""
+    # Hand over the images as arrays of pointers and lengths.
     count = len(images)
     messages = np.zeros(count, f"S{MESSAGE}")
     failures = library.recipe_decode(
@@ -177,6 +180,7 @@ def _decode_jpegs(
 
 def _decode_by_pillow(image: bytes, cut: Cut, out: np.ndarray) -> str:
     """Decode a whole image, of which `cut` is; return what is wrong with it."""
+    # A JPEG is decoded as small as the box allows, with the same scale as in decode.c.
     box = cut.boxes[0]
     try:
         with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as opened:
@@ -190,6 +194,8 @@ def _decode_by_pillow(image: bytes, cut: Cut, out: np.ndarray) -> str:
             pixels = np.asarray(opened.convert("RGB"))
     except PILLOW_ERRORS as error:
         return str(error) or "it is damaged"
+
+    # The box is in pixels of the whole image: scale it as well.
     if cut.filter != Filter.PLAIN:
         _resize(pixels, cut._replace(boxes=cut.boxes / scale), out)
     return ""
@@ -197,10 +203,13 @@ def _decode_by_pillow(image: bytes, cut: Cut, out: np.ndarray) -> str:
 
 def _resize(pixels: np.ndarray, cut: Cut, out: np.ndarray) -> None:
     """Fill `out` from a decoded image, by decode.c where it is built."""
+    # NumPy gives the same pixels, slowly.
     library = _library()
     if library is None:
         out[:] = resized(pixels, cut)
         return
+
+    # decode.c fails only for want of memory.
     height, width, _ = pixels.shape
     failed = library.recipe_resize(
         _pointer(pixels),
@@ -248,6 +257,7 @@ def _taps(begin: float, extent: float, length: int, cut: Cut) -> Taps:
 
     The box begins at `begin` and has `extent` pixels.
     """
+    # The pixels that count: SMOOTH looks beyond the box when it shrinks it.
     step = extent / cut.size
     reach, beyond = 1.0, 0.0  # pixels that the filter reaches, also outside of the box
     if cut.filter == Filter.SMOOTH:
@@ -255,6 +265,7 @@ def _taps(begin: float, extent: float, length: int, cut: Cut) -> Taps:
     low = max(math.floor(begin - beyond), 0)
     high = min(math.ceil(begin + extent + beyond), length)
 
+    # A triangle around each centre, whose weights add up to one.
     centres = begin + (np.arange(cut.size) + 0.5) * step
     first = np.maximum(np.floor(centres - reach + 0.5).astype(int), low)
     places = first + np.arange(math.ceil(2 * reach))[:, None]

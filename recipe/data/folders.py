@@ -178,6 +178,7 @@ def _list_split(folder: Path) -> SplitFolders:
     Raise UsageError for a dead link: where it stands for a class, all labels after it would be
     wrong.
     """
+    # Nothing is left out silently: what is no class is named in a warning.
     classes, others = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -214,6 +215,7 @@ def _image_file(entry: os.DirEntry) -> ImageFile | None:
 
     Raise UsageError for a folder and for a name with a line break.
     """
+    # Refuse what would change the examples unnoticed.
     if _left_out(entry.name):
         return None
     if entry.is_dir():
@@ -223,6 +225,8 @@ def _image_file(entry: os.DirEntry) -> ImageFile | None:
         )
     if "\n" in entry.name:
         raise UsageError(f"{entry.path!r} has a line break in its name: rename it")
+
+    # Leave out what is no image.
     if not entry.name.lower().endswith(SUFFIXES):
         return None
     status = entry.stat()
@@ -246,9 +250,12 @@ def _check_classes(folder: Path, classes: list[str], training: Path) -> None:
 
 def _check_no_more(folder: Path, classes: list[str], other: Path, other_classes: list[str]) -> None:
     """Raise UsageError when a split has classes that the other lacks."""
+    # A class that one split lacks would shift the labels after it.
     missing = sorted(set(classes) - set(other_classes))
     if not missing:
         return
+
+    # Two names that look alike are the likely cause.
     example, hint = missing[0], ""
     for name in other_classes:
         if _appearance(name) == _appearance(missing[0]):
@@ -280,9 +287,12 @@ def _read_index(folder: Path, classes: list[str]) -> Index:
     They are kept in a file beside the split's folder as long as no class folder changes, because a
     network file system can take minutes to list a million files.
     """
+    # The cache counts as long as each folder has the time at which it was listed.
     folders = [folder / name for name in classes]
     changed = [path.stat().st_mtime_ns for path in folders]
     index = _load(_cache(folder), classes, changed)
+
+    # List anew, and keep the list where the folder can be written.
     if index is None:
         index = _list_files(folder, folders)
         with contextlib.suppress(OSError), whole_file(_cache(folder)) as file:
@@ -313,6 +323,7 @@ def _load(cache: Path, classes: list[str], changed: list[int]) -> Index | None:
 
 def _list_files(folder: Path, class_folders: list[Path]) -> Index:
     """List the files of all classes, and warn of what is odd or left out."""
+    # A network file system answers many requests at once.
     with telling(f"listing {folder}"):
         classes = list(in_threads(_list_class, class_folders, THREADS))
 
@@ -326,6 +337,7 @@ def _list_files(folder: Path, class_folders: list[Path]) -> Index:
         if not files.images:
             raise UsageError(f"{path} has no images: delete that folder in all splits, or fill it")
 
+    # One array of each column, in the order of the classes.
     images = [image for files in classes for image in files.images]
     return Index(
         counts=np.array([len(files.images) for files in classes]),

@@ -57,6 +57,7 @@ def check_depth(mode: str) -> None:
 
 def _jpeg_frame(encoded: bytes) -> Frame:
     """Find the frame segment. Raise ValueError or struct.error when there is none."""
+    # Segments follow each other, each with its length, up to the frame.
     if not encoded.startswith(JPEG):
         raise ValueError("it is neither JPEG nor PNG")
     position = len(JPEG)

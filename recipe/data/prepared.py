@@ -37,6 +37,7 @@ class TFDSSource:
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
+        # Refuse wrong names and damaged folders before anything is opened.
         self.num_classes = datasets.class_count(builder)
         instructions = _file_instructions(builder, split)
         index = _read_index(builder)
@@ -96,6 +97,7 @@ class TFDSSource:
             pass  # whoever reads the example gets the error
 
     def _example(self, i: int) -> Example:
+        # Every fault names the example and its file.
         try:
             features = tf_example_pb2.Example.FromString(self._record(i)).features.feature
             image = features["image"].bytes_list.value[0]
@@ -104,6 +106,8 @@ class TFDSSource:
             raise RunError(f"{self.where(i)} can't be read: {error.strerror}") from None
         except (ValueError, IndexError, DecodeError) as error:
             raise RunError(f"{self.where(i)} is damaged: {error}") from None
+
+        # A split without labels has -1 instead.
         if not 0 <= label < self.num_classes:
             raise UnknownLabel(
                 f"{self.where(i)} has the label {label}, which is none of the {self.num_classes} "
@@ -128,6 +132,7 @@ class TFDSSource:
 
 def _file_instructions(builder: tfds.core.DatasetBuilder, split: str) -> list:
     """Return which records of which files belong to a split, in TFDS's order."""
+    # TFDS parses the split's name, such as train[:10%].
     try:
         instructions = builder.info.splits[split].file_instructions
     except (ValueError, KeyError):
@@ -136,6 +141,8 @@ def _file_instructions(builder: tfds.core.DatasetBuilder, split: str) -> list:
             f"{split!r} is not a split of {builder.name} ({', '.join(known)}); did you mean "
             f"{nearest(split, known)!r}?"
         ) from None
+
+    # A part may be so small that it is empty.
     if not any(part.take for part in instructions):
         raise UsageError(
             f"the split {split!r} of {builder.name} has no examples: name a larger part"
@@ -148,6 +155,7 @@ def _read_index(builder: tfds.core.DatasetBuilder) -> records.Positions:
 
     Raise RunError unless there are as many records as TFDS counted.
     """
+    # Only TFRecord files can be read at any place.
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
         raise UsageError(
             f"{builder.data_dir} has no TFRecord files: prepare the data set again as such"

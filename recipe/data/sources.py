@@ -17,14 +17,17 @@ def open_source(data: Data, split: str, seed: int = 0) -> Source:
     `seed` matters to synthetic data only. Raise UsageError (data not prepared, no such split, fewer
     examples than asked for) or RunError (damaged data).
     """
+    # What the recipe says of this split.
     if split == "train":
         limit, part, imagenet_split = data.train_examples, data.train_split, "train"
     else:
         limit, part, imagenet_split = data.eval_examples, data.eval_split, "validation"
 
+    # Examples without files, as many as asked for or as ImageNet has.
     if data.name == datasets.SYNTHETIC:
         return SyntheticSource(limit or datasets.IMAGENET_EXAMPLES[imagenet_split], seed, split)
 
+    # Examples in files, of which the recipe may take the first.
     source: EncodedSource
     if data.name == datasets.FOLDER:
         source = FolderSource(data, part)

@@ -36,6 +36,7 @@ def reduce(
     gradients, and Horovod fuses those that wait together. None stays None: the traced step, and so
     None, is the same on all ranks. Collective.
     """
+    # The word comes first, to be heard before any gradient.
     summed_word = None if word is None else sum_word(word, reduction, gradients)
     reduced = list(gradients)
     if reduction.options.sparse_as_dense:
@@ -155,6 +156,8 @@ def _allreduced(tensors: list[tf.Tensor], name: str, reduction: "Reduction") -> 
         # Keras puts the optimizer's name there, which may differ from rank to rank.
         "ignore_name_scope": True,
     }
+
+    # A group is one operation, which starts when all of it is ready.
     if len(tensors) > 1:
         return hvd.grouped_allreduce(tensors, **arguments)
     return [hvd.allreduce(tensor, **arguments) for tensor in tensors]

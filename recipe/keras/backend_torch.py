@@ -81,6 +81,7 @@ def _start(
     reduction: "Reduction",
 ) -> _Started:
     """Start the allreduce of one group of gradients."""
+    # The settings of all its tensors.
     options = reduction.options
     arguments = {
         "name": f"{reduction.wire_name}.{group[0]}",
@@ -99,6 +100,7 @@ def _start(
         tensors.append(tensor)
         contexts.append(context)
 
+    # `reduce` waits for it, when all groups have been started.
     if len(tensors) > 1:
         handle = hvd.grouped_allreduce_async_(tensors, **arguments)
     else:

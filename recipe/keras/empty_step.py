@@ -34,6 +34,7 @@ def possible_calls(
 
     None: no step was recorded. Raise RunError, which begins with `where_data_end`, when it can't.
     """
+    # A step must be known, and the ranks must meet in each.
     if calls is None:
         raise RunError(
             f"{where_data_end}, and it never had any; give each rank data (recipe.keras.divide)"
@@ -42,6 +43,8 @@ def possible_calls(
         raise RunError(
             f"{where_data_end}; with steps_per_execution > 1 all ranks need as many steps"
         )
+
+    # All its calls must be possible without data.
     for call in calls:
         if isinstance(call, Foreign):
             raise RunError(

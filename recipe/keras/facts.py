@@ -53,8 +53,11 @@ def check_first_epochs(epochs: list[int | None]) -> None:
 
 def _check_rank(rank: int, facts: RankFacts, first: RankFacts) -> None:
     """Compare a rank's facts with those of rank 0."""
+    # What this rank can't do on several ranks at all.
     if facts.refusal:
         _refuse_everywhere(f"rank {rank}: {facts.refusal}")
+
+    # What must be the same on all.
     if facts.epochs != first.epochs:
         _refuse_everywhere(
             f"fit(epochs=…) is {first.epochs} on rank 0 and {facts.epochs} on rank {rank}"

@@ -52,6 +52,7 @@ def _fit_together(
     keras_fit: Fit, model: keras.Model, *args: Any, **kwargs: Any
 ) -> keras.callbacks.History:
     """Train a model that has a DistributedOptimizer."""
+    # Refuse what can't work on several ranks.
     check_started()
     if refusal := _refusal_of_model(model):
         raise ValueError(refusal)
@@ -72,6 +73,7 @@ def _fit_together(
     together = Together(user_callbacks, agreement, facts.refusal_of_callbacks(user_callbacks))
     call.arguments["callbacks"] = [together, *keras_callbacks]
 
+    # Record the calls of each step: a rank without data repeats them.
     with _recorded_steps(model), rollcall.failure_announced():
         return keras_fit(*call.args, **call.kwargs)
 
@@ -109,6 +111,7 @@ def _agreement_of(model: keras.Model) -> Agreement | None:
 
     None where they reduce over a part of the ranks: the others know nothing of it.
     """
+    # The optimizers that reduce over all ranks.
     reductions = [r for r in map(reduction_of, optimizers_of(model)) if r is not None]
     if any(r.process_set.process_set_id for r in reductions):
         return None
@@ -120,6 +123,7 @@ def _agreement_of(model: keras.Model) -> Agreement | None:
     for reduction in reductions:
         reduction.agreement = agreement
 
+    # The step must be traced with the word in it.
     if model not in agreement.calls:
         agreement.calls[model] = None
         if model.train_function is not None:  # traced without the agreement's word
@@ -137,6 +141,7 @@ def _listed(callbacks: Any) -> list[keras.callbacks.Callback]:
 @contextlib.contextmanager
 def _recorded_steps(model: keras.Model) -> Iterator[None]:
     """Make the model's step begin a new record each time that it runs or is traced."""
+    # The step as it is, the user's or the model's.
     users_own = vars(model).get("train_step")  # set on the model, not in its class
     train_step = model.train_step
 
@@ -145,6 +150,7 @@ def _recorded_steps(model: keras.Model) -> Iterator[None]:
         recording.start()
         return train_step(*args, **kwargs)
 
+    # Put it back when the training is over.
     model.train_step = recorded_step
     try:
         yield

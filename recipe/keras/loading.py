@@ -83,6 +83,7 @@ def _from_archive(path: str, objects: dict[str, Any], compression: type) -> kera
 
     One at a remote address is left to Keras as a whole.
     """
+    # Read how the model was compiled.
     is_remote = "://" in path
     compile_config = None if is_remote else _compile_config(path)
 
@@ -117,6 +118,7 @@ def _from_hdf5(path: str, objects: dict[str, Any], compression: type) -> keras.M
     Keras's own loader makes optimizers for no variables, so that their state is lost. Here Keras
     loads the model only, and the optimizer is made, restored and compiled into it.
     """
+    # A model that was saved without an optimizer needs no more.
     training = _training_in_hdf5(path)
     model = keras.models.load_model(path, custom_objects=objects, compile=False)
     if training.config is None or not training.config.get("optimizer_config"):
@@ -152,6 +154,7 @@ class _Chosen:
 
     def renamed(self, config: Config) -> Config:
         """Return the configuration with new names for what the caller makes himself."""
+        # Look for the names inside, from the inmost on.
         if not isinstance(config, dict):
             return config
         result = {}
@@ -161,6 +164,7 @@ class _Chosen:
         if old_name is None:
             return result
 
+        # A name that nobody else has leads Keras to the caller's maker.
         maker = self.objects[old_name]
         name = f"load_model>{old_name}"
         self.names[name] = maker if hasattr(maker, "from_config") else _Factory(old_name, maker)
@@ -312,6 +316,7 @@ def _checked_path(filepath: str | os.PathLike | h5py.File) -> str:
 
     Raise ValueError for what is absent, or no model by its name and first bytes.
     """
+    # A path, whatever it was given as. A remote one is left to Keras.
     if isinstance(filepath, h5py.File):
         filepath.flush()
         filepath = filepath.filename
@@ -388,6 +393,7 @@ def _training_in_hdf5(path: str) -> _Training:
     Raise ValueError for mere weights, and for an optimizer of an older Keras.
     """
     with h5py.File(path) as file:
+        # Read how the model was compiled, if it was.
         if "model_config" not in file.attrs:
             raise ValueError(
                 "it holds weights and no model; make the model and call model.load_weights with it"
@@ -424,6 +430,7 @@ def _restore(
 
     Raise ValueError where a variable has another shape, or another part by the end of its name.
     """
+    # As many variables.
     if len(saved) != len(optimizer.variables):
         optimizer.build(trained)
     number = len(optimizer.variables)
@@ -431,6 +438,8 @@ def _restore(
         raise ValueError(
             _differs(optimizer, f"{len(saved)} variables, while this one has {number}")
         )
+
+    # The same ones, in the same order. Nothing is assigned before all are checked.
     for v, (name, value) in zip(optimizer.variables, saved, strict=True):
         if tuple(v.shape) != value.shape or _part(v.path) != _part(name):
             difference = f"{name} of shape {value.shape}, while this one has {v.path} of {v.shape}"

@@ -107,6 +107,7 @@ class Reduction:
         An agreement's `word` travels with them. Raise ValueError for a process set that Horovod
         doesn't know. Collective.
         """
+        # A rank outside of the process set keeps its gradients.
         if self.process_set.process_set_id is None:
             raise ValueError(
                 f"process_set={self.process_set} is unknown to Horovod; pass it to "

@@ -163,6 +163,7 @@ class RollCall(threading.Thread):
 
     def _reason_to_end(self, statuses: list[Status]) -> str:
         """Return why the job can't go on. Empty: it can, or may."""
+        # Since when has no rank gone on?
         counts = [s.count for s in statuses]
         works_alone = any(s.busy and not s.waits for s in statuses)
         if counts != self._counts or works_alone:
@@ -268,6 +269,7 @@ def _updates() -> int:
 
 def _end_job(reason: str, statuses: list[Status]) -> None:
     """End the process. Rank 0 prints why and where all ranks are; the others give it time to."""
+    # Rank 0 speaks for all.
     if collectives.rank():
         time.sleep(1)
         os._exit(1)
@@ -283,6 +285,8 @@ def _end_job(reason: str, statuses: list[Status]) -> None:
         lines.append(f"rank {rank}: {statuses[rank].where}{activity}")
     for rank in waiting[:SHOWN]:
         lines.append(f"rank {rank} waits: {statuses[rank].where}")
+
+    # Say it and leave, without waiting for Horovod.
     if len(lines) < len(statuses):
         lines.append(f"and {len(statuses) - len(lines)} more")
     print(f"error: {reason}", *lines, sep="\n  ", file=sys.stderr, flush=True)

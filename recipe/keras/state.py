@@ -118,6 +118,7 @@ def broadcast_model(
 
     Collective.
     """
+    # What to broadcast, the same on all ranks.
     variables = model.variables
     for optimizer in optimizers:
         velocities.forget(optimizer)
@@ -174,6 +175,7 @@ def _agree_on_names(
 
     This rank may be new to an elastic job.
     """
+    # All that reduces by a name of its own.
     owners: list[SyncBatchNormalization | Reduction] = []
     for layer in model._flatten_layers():
         if isinstance(layer, SyncBatchNormalization):
@@ -183,6 +185,7 @@ def _agree_on_names(
         if reduction is not None:
             owners.append(reduction)
 
+    # The root's names, and its counts, so that the next names agree as well.
     own = _Names([owner.wire_name for owner in owners], names.counts())
     roots = collectives.gather(own, "state.names")[root_rank]
     names.continue_from(roots.counts)

@@ -35,10 +35,13 @@ class Together(keras.callbacks.Callback):
         self, callbacks: list[keras.callbacks.Callback], agreement: Agreement, refusal: str
     ) -> None:
         super().__init__()
+
+        # What it calls, and by what it speaks.
         self.callbacks = callbacks
         self.agreement = agreement
         self._refusal = refusal  # why these callbacks can't train on several ranks; empty: they can
 
+        # The wish to stop, and whether it is granted.
         self._wish = ""  # why this rank wants to stop; empty: it doesn't
         self._all_stop = False
         self._has_warned = False
@@ -63,6 +66,7 @@ class Together(keras.callbacks.Callback):
             callback.set_model(model)
 
     def on_train_begin(self, logs: dict | None = None) -> None:
+        # Ranks that can't train together are refused before the first step.
         collective_callbacks = [c for c in self.callbacks if isinstance(c, _COLLECTIVE)]
         own_facts = RankFacts(
             steps=self.params["steps"],
@@ -73,6 +77,8 @@ class Together(keras.callbacks.Callback):
         )
         facts = collectives.gather(own_facts, "fit.begin")
         check_facts(facts)
+
+        # From here on they meet in each step.
         self._agree_on_steps([f.steps for f in facts])
         self.agreement.begin()
         self._call("on_train_begin", logs)
@@ -150,6 +156,7 @@ class Together(keras.callbacks.Callback):
 
     def _end_step(self, batch: int, logs: dict | None) -> None:
         """Act on the words of the step's reduction, once the callbacks have seen the step."""
+        # What the ranks said with the gradients.
         self._done = batch + 1
         self._logs = logs
         words = self.agreement.words()
@@ -160,6 +167,7 @@ class Together(keras.callbacks.Callback):
                 f"the data of rank {without_data[0]} end before step {batch} of epoch {self._epoch}"
             )
 
+        # The callbacks may ask to stop: all ranks stop together, after a later step.
         self._call("on_train_batch_end", batch, logs)
         if words.stops.any():
             self._agree_to_stop(f"in epoch {self._epoch}, step {batch}")
@@ -181,11 +189,14 @@ class Together(keras.callbacks.Callback):
 
     def _agree_to_stop(self, where: str) -> None:
         """Stop all ranks if any wants to. Rank 0 prints which, unless all do. Collective."""
+        # One wish is enough for all.
         wishes = collectives.gather(self._wish, "fit.stop")
         if not any(wishes):
             return
         self._all_stop = True
         self.model.stop_training = True
+
+        # Say whose wish it was, where the ranks differ.
         if collectives.rank() == 0 and not all(wishes):
             rank = next(r for r, wish in enumerate(wishes) if wish)
             print(

@@ -95,6 +95,7 @@ def check_all_ranks_found(in_program: bool = True) -> None:
     user's script, raise RunError where the processes are certainly ranks, and otherwise warn: srun
     and torchrun may have started processes that are meant to be alone.
     """
+    # Nothing is wrong unless there are more processes than ranks.
     count = launched.launcher_count()
     if count.processes <= size():
         return
@@ -106,6 +107,8 @@ def check_all_ranks_found(in_program: bool = True) -> None:
         "python -m launch.run --launcher=srun-gloo; "
         f"or unset {count.variable} if this process is meant to be alone"
     )
+
+    # How sure is it, and whose program?
     if in_program:
         raise UsageError(message)
     if count.is_certain:

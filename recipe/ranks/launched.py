@@ -52,6 +52,7 @@ def launcher_count() -> LauncherCount:
 
     An elastic launcher, whose ranks come and go, counts as none.
     """
+    # What the launchers say.
     if os.environ.get("HOROVOD_ELASTIC", "0") != "0":
         return LauncherCount()
     counts = {name: os.environ.get(name, "") for name in LAUNCHERS}
@@ -64,6 +65,7 @@ def launcher_count() -> LauncherCount:
     if not (os.environ.get("RANK") and os.environ.get("LOCAL_RANK")):
         del counts["WORLD_SIZE"]  # of a pod
 
+    # The first in the table is the nearest.
     for name, count in counts.items():
         if count.isdecimal():
             return LauncherCount(name, int(count))
@@ -91,9 +93,12 @@ def check_gloo() -> None:
 
     Gloo is used by horovodrun --gloo and srun-gloo.
     """
+    # Only Gloo's ranks have a rendezvous.
     if not os.environ.get("HOROVOD_GLOO_RENDEZVOUS_ADDR"):
         return
     host = socket.gethostname()
+
+    # Gloo looks up both in its start.
     interface = os.environ.get("HOROVOD_GLOO_IFACE", "")
     if interface and not _has_address(interface):
         usable = ", ".join(name for _, name in socket.if_nameindex() if _has_address(name))

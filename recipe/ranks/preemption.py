@@ -9,7 +9,6 @@ from types import FrameType
 from recipe.errors import Preempted
 from recipe.system import watchdog
 
-STATUS = 75  # EX_TEMPFAIL: exit status of a run that has saved its state and can be resumed
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 CTRL_C_NOTICE = (
     b"\nCtrl-C: saving after one of the next steps, then leaving; "

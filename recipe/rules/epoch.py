@@ -113,6 +113,7 @@ class Share:
 
 def check_size(recipe: "Recipe", size: int) -> None:
     """Raise UsageError when `size` ranks can't share the k workers evenly."""
+    # As many workers on each rank.
     k, workers_at_once = recipe.k, recipe.run.workers_at_once
     if k % size:
         possible = ", ".join(str(ranks) for ranks in range(1, k + 1) if k % ranks == 0)
@@ -122,6 +123,8 @@ def check_size(recipe: "Recipe", size: int) -> None:
             f"({possible}), or change config.k, and with it the minibatch and kη",
             everywhere=True,
         )
+
+    # As many in each of its passes.
     if k // size % workers_at_once:
         raise UsageError(
             f"config.run.workers_at_once={workers_at_once} doesn't divide the {k // size} workers "

@@ -99,9 +99,12 @@ def check_losses(
 
     All ranks have the same losses, and raise it together. `order` gives that of an epoch.
     """
+    # Usually all are finite.
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad) == 0:
         return
+
+    # Name the examples of the first worker whose loss is not.
     worker = int(bad[0])
     others = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
     epoch_number, step_in_epoch = divmod(step, epoch.steps)

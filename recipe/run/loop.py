@@ -77,6 +77,7 @@ class Loop:
         Its result is read when the next step is under way, so that a GPU is never idle. Where
         anything depends on the result it is read at once.
         """
+        # Start this step, then read the result of the one before.
         result = self.replica.step(self.state.step % self.epoch.steps, elements, stop)
         leave = self._settle()
         self._pending = result
@@ -91,6 +92,7 @@ class Loop:
         if leave or line_due or save_due or commit_due or epoch_ends:
             leave = self._settle() or leave
 
+        # Write and save what is due.
         if steps == 1:
             self.record.write_start()
         if line_due:
@@ -118,6 +120,7 @@ class Loop:
 
     def _end_epoch(self) -> None:
         """Evaluate, and write the figures and the checkpoint."""
+        # The training's figures of this epoch.
         self.state.epochs += 1
         epochs = self.state.epochs
         figures = self.record.epoch_figures(self.replica.rate())
@@ -131,6 +134,7 @@ class Loop:
             figures |= evaluation_figures(sums)
         self.state.epoch_sums = Sums()
 
+        # Write both, and let an elastic run go on from here.
         self.record.doing(f"the record of epoch {epochs}")
         if collectives.on_root(lambda: self._record_epoch(figures), "loop"):
             again.saved(self.state.step)

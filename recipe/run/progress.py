@@ -55,6 +55,7 @@ class Progress(LongWork):
 
     def show(self, step: int, figures: dict[str, Any]) -> None:
         """Show new figures: loss, error, rate, images_per_second (None: not measured yet)."""
+        # The figures in words.
         parts = {
             "loss": f"loss {figures['loss']:.3f}",
             "error": f"error {figures['error']:.1%}",
@@ -62,10 +63,14 @@ class Progress(LongWork):
         }
         if figures["images_per_second"] is not None:
             parts["speed"] = f"{figures['images_per_second']:,.0f} images/s"
+
+        # On a terminal they stand beside the bar.
         if self._bar is not None:
             self._beside = self._fitting(parts)
             self._draw(self._beside)
             return
+
+        # In a log they are a line of their own.
         epoch, epochs = step / self.steps_per_epoch, self.steps / self.steps_per_epoch
         place = [f"epoch {epoch:6.2f} of {epochs:g}", f"step {step} of {self.steps}"]
         words = [*place, *parts.values(), self._time_left(step)]

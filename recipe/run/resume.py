@@ -44,6 +44,7 @@ def decide(run_dir: Path, recipe: Recipe, epoch: Epoch, mode: Mode) -> Plan:
     run's or, unless forced, when the state is another recipe's, of other data or gone; RunError
     when all checkpoints are damaged.
     """
+    # Find the newest checkpoint that is whole.
     check_directory(run_dir, recipe, mode)
     if mode is Mode.NO:
         return Plan()
@@ -62,6 +63,8 @@ def decide(run_dir: Path, recipe: Recipe, epoch: Epoch, mode: Mode) -> Plan:
         _refuse_other_data(meta["examples"], recipe, epoch, run_dir)
     _warn_of_other_versions(meta["versions"])
 
+    # Newer checkpoints are damaged: set them aside. That of another recipe is saved again, as
+    # this one's.
     paths = checkpoint.checkpoints(folder)
     newer = (path for path in paths if checkpoint.step_of(path) > meta["step"])
     is_own = (meta["fingerprint"], meta["examples"]) == (config.fingerprint(recipe), epoch.examples)
@@ -181,6 +184,7 @@ def _step(meta: dict[str, Any], epoch: Epoch) -> int:
 
 def check_progress(run_dir: Path) -> None:
     """Raise UsageError when the figures of a run without checkpoints say that it had some."""
+    # A run may well have no checkpoint yet.
     has_no_figures = not runlog.exists(run_dir / runlog.METRICS)
     if has_no_figures or checkpoint.unfinished(run_dir / runlog.CHECKPOINTS):
         return  # ended before the first one, or while it was written

@@ -54,6 +54,7 @@ def save(state: RunState, replica: Replica, run_dir: Path, recipe: Recipe, epoch
     Raise RunError when the state is not finite or the disk is full. The older checkpoints are then
     untouched.
     """
+    # A state that is not finite is worth nothing.
     arrays = replica.arrays()
     check_finite(arrays, state.step)
     meta = state.to_meta() | {
@@ -64,6 +65,8 @@ def save(state: RunState, replica: Replica, run_dir: Path, recipe: Recipe, epoch
         "steps_per_epoch": epoch.steps,
         "versions": runlog.versions(),
     }
+
+    # Beside the newest ones some are kept for good.
     return checkpoint.save(
         run_dir / runlog.CHECKPOINTS,
         state.step,

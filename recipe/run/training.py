@@ -109,13 +109,17 @@ def begin(
     commits: Commits | None,
 ) -> RunState:
     """Return where the run begins, with that state on rank 0's replica. Collective."""
+    # Rank 0 decides; the others get its state.
     hosts = collectives.gather(RankHost(socket.gethostname(), processor()), "ranks")
 
     def begin_on_root() -> RunState:
+        # Ranks have come or gone: the last commit is newer than any checkpoint.
         if commits and commits.state:
             ranks, step = len(hosts), commits.state.step
             output.warn(f"on {ranks} ranks now, going on after step {step}")
             return commits.restore_run(replica)
+
+        # A new run, or one that goes on from a checkpoint.
         plan = resume.decide(run_dir, recipe, epoch, mode)
         state = resume.carry_out(plan, replica, run_dir, recipe, epoch)
         runlog.begin_run(run_dir, recipe, hosts)

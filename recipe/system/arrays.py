@@ -14,6 +14,7 @@ def check_structure(shapes: dict[str, tuple], arrays: Arrays) -> None:
 
     Raise RunError when an array is missing, unknown or of another shape.
     """
+    # The same names.
     for name in arrays.keys() ^ shapes.keys():
         where = "the model lacks" if name in arrays else "the checkpoint lacks"
         raise RunError(
@@ -21,6 +22,8 @@ def check_structure(shapes: dict[str, tuple], arrays: Arrays) -> None:
             "config.optimizer.momentum, config.optimizer.compression or a library has changed, "
             "or the framework, for which there is `python -m recipe.convert`"
         )
+
+    # The same shapes.
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             raise RunError(

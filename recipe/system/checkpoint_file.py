@@ -71,6 +71,7 @@ def load(path: Path) -> Checkpoint:
             f"{path} is damaged: its {len(content)} bytes don't have the checksum they end with"
         )
 
+    # The arrays, of which one is the rest as JSON.
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

@@ -19,11 +19,14 @@ def whole_file(path: Path, partial: Path | None = None) -> Iterator[BinaryIO]:
     Until then it is called `partial`, by default a random name beside it. Raise OSError when the
     file can't be written. After any error the partial file is deleted, and `path` is as it was.
     """
+    # A name of its own for each writer, unless it is given one.
     mode = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     if partial is None:
         partial = path.with_name(f".{path.name}-{secrets.token_hex(TOKEN // 2)}")
         mode |= os.O_EXCL
     descriptor = os.open(partial, mode, 0o666)  # less the umask
+
+    # Give it its name when it is on the disk: a crash may come at any moment.
     try:
         with os.fdopen(descriptor, "w+b") as file:
             yield file

@@ -1,12 +1,14 @@
 """What a program prints: a line that can't be printed is lost, and nothing else is."""
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
 
 DESCRIPTORS = (0, 1, 2)  # of the standard streams
+LOGGER = logging.getLogger("recipe")  # of all warnings
 
 
 class Forgiving:
@@ -52,9 +54,21 @@ def forgive() -> None:
         setattr(sys, name, Forgiving(stream))
 
 
+class WarningLines(logging.Handler):
+    """Prints `warning: ` and the text on stderr, whatever stderr is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+LOGGER.addHandler(WarningLines())
+# Other libraries give the root logger a handler, which would print each warning once more.
+LOGGER.propagate = False
+
+
 def warn(text: str) -> None:
-    """Print a warning on stderr."""
-    say(f"warning: {text}")
+    """Give a warning to the logger `recipe`, which prints it on stderr by default."""
+    LOGGER.warning("%s", text)
 
 
 def say(text: str) -> None:

@@ -50,11 +50,13 @@ def only(path: Path, what: str) -> Iterator[None]:
     Raise UsageError, with the owner's name, when another process has the lock, and OSError when
     the file can't be created or read.
     """
+    # Take the lock, and say whose it is.
     file = _acquire(path, what)
     since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     owner = Owner(socket.gethostname(), os.getpid(), since, _boot())
     _write(file, owner)
 
+    # Show that the owner lives, as long as it does.
     ended = threading.Event()
     arguments = (file, owner, ended)
     signs_of_life = threading.Thread(

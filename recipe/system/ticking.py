@@ -33,6 +33,7 @@ def every(seconds: float, tick: Callable[[], None]) -> Iterator[None]:
 @contextlib.contextmanager
 def ticking(what: str | Callable[[], str]) -> Iterator[None]:
     """Say on stderr that `what` goes on, and for how long. Say nothing when it is soon over."""
+    # A terminal's line is written anew, a log grows by a line.
     began = time.monotonic()
     terminal = is_terminal()
     has_printed = False
@@ -44,6 +45,7 @@ def ticking(what: str | Callable[[], str]) -> Iterator[None]:
         has_printed = True
         put(f"\r{fitting(text)}\x1b[K" if terminal else f"{text}\n")
 
+    # Leave nothing of it on a terminal.
     with every(TERMINAL if terminal else LOG, tick):
         yield
     if terminal and has_printed:

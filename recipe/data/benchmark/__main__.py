@@ -54,6 +54,7 @@ class Missing:
 
 def main(argv: list[str]) -> None:
     """Run the benchmark, and print a line for each contender and each target."""
+    # Measure all contenders on the same photos.
     if argv and (not argv[0].isdecimal() or int(argv[0]) == 0):
         raise UsageError(f"{argv[0]} is no number of repeats: give 1 or more")
     repeats = int(argv[0]) if argv else 3

@@ -66,6 +66,7 @@ def floor(folder: Path) -> Batches:
     shapes, indices = np.array([image_shape(image) for image in images]), np.arange(len(images))
     nothing = np.empty((batch, SIZE, SIZE, 3), np.uint8)
 
+    # The boxes are those that `ours` draws.
     def decoded(position: int) -> tuple[np.ndarray]:
         epoch, begin = divmod(position * batch, len(images))
         part = slice(begin, begin + batch)
@@ -73,6 +74,7 @@ def floor(folder: Path) -> Batches:
         decode(images[part], Cut(boxes, mirrored, SIZE, Filter.PLAIN), nothing)
         return (nothing,)
 
+    # As many threads as `ours` has.
     pool = ThreadPoolExecutor(CORES)
     return pool.map(decoded, range((settings.WARMUP + settings.IMAGES) // batch))
 
@@ -86,42 +88,50 @@ def tensorflow(floats: bool) -> Callable[[Path], Batches]:
     def batches(folder: Path) -> Batches:
         import tensorflow as tf
 
-        from recipe.rules.pixels import MEAN
-
-        def parsed(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            kinds = {
-                "image": tf.io.FixedLenFeature([], tf.string),
-                "label": tf.io.FixedLenFeature([], tf.int64),
-            }
-            example = tf.io.parse_single_example(record, kinds)
-            begin, extent, _ = tf.image.sample_distorted_bounding_box(
-                tf.image.extract_jpeg_shape(example["image"]),
-                tf.zeros([1, 0, 4]),
-                min_object_covered=0.1,
-                aspect_ratio_range=[0.75, 1.33],
-                area_range=[0.08, 1.0],
-                max_attempts=100,
-                use_image_if_no_bounding_boxes=True,
-            )
-            box = tf.concat([begin[:2], extent[:2]], 0)
-            image = tf.image.decode_and_crop_jpeg(example["image"], box, channels=3)
-            image = tf.image.resize(
-                tf.image.random_flip_left_right(image), [SIZE, SIZE], "bilinear"
-            )
-            image = image - tf.constant(MEAN) if floats else tf.cast(image, tf.uint8)
-            return image, tf.cast(example["label"], tf.int32)
-
         # Shuffled, decoded in parallel, batched.
         paths = sorted(map(str, folder.rglob("*train.tfrecord*")))
         records = tf.data.TFRecordDataset(paths).repeat().shuffle(256)
         options = tf.data.Options()
         options.threading.private_threadpool_size = CORES
         options.deterministic = False
-        examples = records.map(parsed, tf.data.AUTOTUNE)
+        examples = records.map(_tensorflow_parser(floats), tf.data.AUTOTUNE)
         batched = examples.batch(settings.BATCH, drop_remainder=True)
         return batched.prefetch(tf.data.AUTOTUNE).with_options(options)
 
     return batches
+
+
+def _tensorflow_parser(floats: bool) -> Callable:
+    """Return what makes (image, label) of a record: a random crop, resized and perhaps mirrored."""
+    import tensorflow as tf
+
+    from recipe.rules.pixels import MEAN
+
+    def parsed(record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        # Read an example, and draw its box.
+        kinds = {
+            "image": tf.io.FixedLenFeature([], tf.string),
+            "label": tf.io.FixedLenFeature([], tf.int64),
+        }
+        example = tf.io.parse_single_example(record, kinds)
+        begin, extent, _ = tf.image.sample_distorted_bounding_box(
+            tf.image.extract_jpeg_shape(example["image"]),
+            tf.zeros([1, 0, 4]),
+            min_object_covered=0.1,
+            aspect_ratio_range=[0.75, 1.33],
+            area_range=[0.08, 1.0],
+            max_attempts=100,
+            use_image_if_no_bounding_boxes=True,
+        )
+
+        # Decode no more than the box.
+        box = tf.concat([begin[:2], extent[:2]], 0)
+        image = tf.image.decode_and_crop_jpeg(example["image"], box, channels=3)
+        image = tf.image.resize(tf.image.random_flip_left_right(image), [SIZE, SIZE], "bilinear")
+        image = image - tf.constant(MEAN) if floats else tf.cast(image, tf.uint8)
+        return image, tf.cast(example["label"], tf.int32)
+
+    return parsed
 
 
 Decoder = Callable[[Path, bool], np.ndarray]  # of (file, mirrored)
@@ -213,6 +223,7 @@ def dali(folder: Path) -> Batches:
         )
         return fn.flip(images, horizontal=fn.random.coin_flip()), labels
 
+    # The pipeline begins anew at the end of the images.
     pipeline = graph()
     pipeline.build()
     while True:
@@ -225,10 +236,30 @@ def ffcv(folder: Path) -> Batches:
 
     That has the same images, encoded once more with the same quality.
     """
-    from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip
+
+    # An earlier run may have written the file.
+    file = folder / "ffcv.beton"
+    if not file.exists():
+        _write_for_ffcv(folder, file)
+
+    # Crop and mirror at random, as the others do.
+    image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip()]
+    return Loader(
+        str(file),
+        settings.BATCH,
+        num_workers=CORES,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        pipelines={"image": image, "label": [IntDecoder()]},
+    )
+
+
+def _write_for_ffcv(folder: Path, file: Path) -> None:
+    """Write the images of a folder into a file of FFCV's."""
+    from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
     from PIL import Image
 
@@ -243,24 +274,14 @@ def ffcv(folder: Path) -> Batches:
             with Image.open(self.paths[i % len(self.paths)]) as opened:
                 return np.asarray(opened.convert("RGB")), i % 10
 
-    file = folder / "ffcv.beton"
-    if not file.exists():
-        fields = {
-            "image": RGBImageField(write_mode="jpg", jpeg_quality=QUALITY),
-            "label": IntField(),
-        }
-        DatasetWriter(str(file), fields, num_workers=CORES).from_indexed_dataset(Photos())
-        for child in multiprocessing.active_children():
-            child.join()
-    image = [RandomResizedCropRGBImageDecoder((SIZE, SIZE)), RandomHorizontalFlip()]
-    return Loader(
-        str(file),
-        settings.BATCH,
-        num_workers=CORES,
-        order=OrderOption.RANDOM,
-        os_cache=True,
-        pipelines={"image": image, "label": [IntDecoder()]},
-    )
+    # Encoded once more, with the same quality.
+    fields = {
+        "image": RGBImageField(write_mode="jpg", jpeg_quality=QUALITY),
+        "label": IntField(),
+    }
+    DatasetWriter(str(file), fields, num_workers=CORES).from_indexed_dataset(Photos())
+    for child in multiprocessing.active_children():
+        child.join()
 
 
 CONTENDERS: dict[str, Callable[[Path], Batches]] = {

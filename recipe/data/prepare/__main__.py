@@ -58,12 +58,15 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> str:
     """Set VALUES, and return the name of the data set. Raise UsageError."""
+    # The one word that is no flag is the data set.
     try:
         names = VALUES(["", *argv])[1:]
     except flags.Error as error:
         raise UsageError(str(error)) from None
     if len(names) != 1:
         raise UsageError("give one data set: python -m recipe.data.prepare fashion_photos")
+
+    # Flags that would have no effect are refused.
     if VALUES.shorter_side and (names[0] == "folder" or VALUES.verify):
         raise UsageError(
             "--shorter_side writes a copy of a prepared data set: not of a folder, and without "
@@ -82,6 +85,8 @@ def prepare(data: Data) -> None:
 
         from recipe.data import datasets
         from recipe.data.prepare import builders
+
+    # Prepare it unless it is there; the tars are checked before hours of work.
     builder = datasets.find_builder(data)
     if datasets.is_prepared(builder):
         print(f"{data.name} is prepared already")

@@ -79,12 +79,15 @@ def prepare(builder: tfds.core.DatasetBuilder, name: str, form: Form) -> None:
 
     Raise UsageError when the disk is too small, RunError on a bad image.
     """
+    # The folder gets its name when all is in it.
     source = Path(builder.data_dir)
     finished = Path(builder.data_dir_root) / name / source.name
     if finished.exists():
         return
     unfinished = finished.parent / f"unfinished.{source.name}"
     unfinished.mkdir(parents=True, exist_ok=True)
+
+    # One process writes; another may have finished while this one waited.
     with tars.alone(unfinished):
         if finished.exists():  # another process was faster
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -97,6 +100,7 @@ def prepare(builder: tfds.core.DatasetBuilder, name: str, form: Form) -> None:
 
 def _write_files(builder: tfds.core.DatasetBuilder, name: str, folder: Path, form: Form) -> None:
     """Write the files that aren't there yet, on all cores."""
+    # What is missing.
     counts: dict[Path, int] = {}  # examples of each original
     for split in builder.info.splits.values():
         counts.update(zip(map(Path, split.filepaths), split.shard_lengths, strict=True))
@@ -105,9 +109,11 @@ def _write_files(builder: tfds.core.DatasetBuilder, name: str, folder: Path, for
     if not missing:
         return
 
+    # Room for it, by the share of a few images.
     share = _estimate_share(missing, form)
     tars.check_room(folder, int(share * sum(path.stat().st_size for path in missing)))
 
+    # Write it, a file for each core at a time.
     with Tally(f"writing {name}", sum(counts[path] for path in missing)) as tally:
 
         def write(path: Path) -> None:
@@ -172,14 +178,19 @@ def _estimate_share(paths: list[Path], form: Form) -> float:
 
 def _describe(builder: tfds.core.DatasetBuilder, name: str, folder: Path, form: Form) -> None:
     """Write what TFDS keeps beside the files, with the copy's name, sizes and history."""
+    # The texts are the original's.
     source = Path(builder.data_dir)
     for path in source.iterdir():
         if path.suffix in (".json", ".txt"):
             shutil.copyfile(path, folder / path.name)
+
+    # The description tells what was done.
     info = json.loads((source / "dataset_info.json").read_text())
     info["name"] = name
     history = f"{builder.name}, its images re-encoded: {form}."
     info["description"] = f"{history} {info.get('description', '')}"
+
+    # TFDS counts the bytes without the records' heads and checksums.
     for split in info["splits"]:
         paths = folder.glob(f"{name}-{split['name']}.tfrecord-*")
         file_bytes = sum(path.stat().st_size for path in paths)

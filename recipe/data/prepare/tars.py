@@ -86,6 +86,7 @@ def prepare(builder: tfds.core.GeneratorBasedBuilder, manual_dir: Path) -> None:
     Raise UsageError when the disk is too small or another process is at it. Raise RunError on a
     damaged tar.
     """
+    # Refuse a disk that is too small before anything is written.
     finished = Path(builder.data_dir)
     unfinished = finished.parent / f"unfinished.{finished.name}"
     check_disk(unfinished, manual_dir)
@@ -171,10 +172,13 @@ def _heads_in_order(split: str, tar: Path, folder: Path) -> np.ndarray:
 
     They are kept for the case of a kill, as long as the tar stays the same.
     """
+    # An earlier preparation may have kept the heads of this very tar.
     status = tar.stat()
     cache = folder / f"{split}.{status.st_size}.{status.st_mtime_ns}.heads.npy"
     with contextlib.suppress(OSError, ValueError):
         return np.load(cache)
+
+    # Otherwise read them; what belongs to another tar is worthless.
     _remove_files_of_other_tars(split, folder)
     print(f"reading the heads in {tar} ...", flush=True)
     try:
@@ -189,6 +193,8 @@ def _heads_in_order(split: str, tar: Path, folder: Path) -> np.ndarray:
         raise RunError(
             f"{tar} has {len(keys)} images of {len(set(keys))} different names: download it again"
         )
+
+    # Keep them for next time.
     heads = heads[sorted(range(len(keys)), key=keys.__getitem__)]
     with whole_file(cache) as file:
         np.save(file, heads)
@@ -258,12 +264,15 @@ def _write_split(
     builder: tfds.core.GeneratorBasedBuilder, split: Split, folder: Path
 ) -> tfds.core.SplitInfo:
     """Write the files of a split that aren't there yet; return TFDS's description of it."""
+    # Which examples are in which file.
     template = builder._get_filename_template(split.name).replace(data_dir=folder)
     ends = split.ends
     shards = []
     for number, heads in enumerate(np.split(split.heads, ends[:-1])):
         path = template.sharded_filepath(shard_index=number, num_shards=len(ends))
         shards.append(Shard(Path(path), heads))
+
+    # Write only what is missing.
     missing = [shard for shard in shards if not shard.path.exists()]
     if len(missing) < len(shards):
         there = len(shards) - len(missing)

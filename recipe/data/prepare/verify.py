@@ -95,6 +95,7 @@ def verify(name: str, folder: Path, parts: list[Part]) -> None:
     Raise RunError when an image or a file is bad, a count isn't ImageNet's, or a file isn't what it
     once was.
     """
+    # The digests of last time, read before new ones are written.
     began = time.monotonic()
     expected_digests = _read_digests(folder)
 
@@ -122,6 +123,7 @@ def verify(name: str, folder: Path, parts: list[Part]) -> None:
             "or delete the folder and prepare it anew"
         )
 
+    # Keep the digests for next time.
     print(f"every image decodes ({time.monotonic() - began:.0f} s)")
     print(_write_digests(folder, everything.digests))
 
@@ -177,6 +179,7 @@ def _look_at_all(name: str, parts: list[Part]) -> dict[str, Findings]:
 
 def _look_at_records(path: str, count: int, classes: int, tally: Tally) -> Findings:
     """Read a file of so many examples once, from its beginning to its end."""
+    # A missing file counts as one bad file, and its other examples as lost.
     if not Path(path).exists():
         return Findings(bad=[f"{path} is missing, with its {count} examples"], lost=count - 1)
 
@@ -202,6 +205,7 @@ def _look_at_records(path: str, count: int, classes: int, tally: Tally) -> Findi
         )
         findings.lost = count - seen - 1
 
+    # The digest of all that was read.
     findings.digests[Path(path).name] = digest.hexdigest()
     return findings
 
@@ -278,12 +282,15 @@ def _wrong_counts(name: str, splits: dict[str, Findings]) -> Iterator[str]:
     if not datasets.is_imagenet(name):
         return
     for split, count in datasets.IMAGENET_EXAMPLES.items():
+        # The split as a whole.
         findings, classes = splits.get(split, Findings()), CLASSES[split]
         if findings.images != count or len(findings.labels) != classes.count:
             yield (
                 f"{split} has {findings.images:,} good images in {len(findings.labels)} classes "
                 f"instead of {count:,} in {classes.count}"
             )
+
+        # Each class.
         for label, size in sorted(findings.labels.items()):
             if not classes.fewest <= size <= classes.most:
                 yield (
@@ -308,6 +315,7 @@ def _read_digests(folder: Path) -> dict[str, str]:
 
     It was here or where the data came from. Raise RunError when they can't be read.
     """
+    # Read the file.
     path = folder / SUMS
     if not verified(folder):
         return {}
@@ -315,6 +323,8 @@ def _read_digests(folder: Path) -> dict[str, str]:
         lines = os.fsdecode(path.read_bytes()).removesuffix("\n").split("\n")
     except OSError as error:
         raise RunError(f"{path} can't be read: {error.strerror}") from None
+
+    # Take it apart: a line is a digest and a name.
     digests = {}
     for number, line in enumerate(lines, 1):
         match = LINE.fullmatch(line)

@@ -36,6 +36,8 @@ class ResNet(nn.Module):
 
     def __init__(self, recipe: Recipe, num_classes: int) -> None:
         super().__init__()
+
+        # What the layers below need to know.
         model = recipe.model
         self._workers = recipe.run.workers_at_once
         self._eps = model.bn_epsilon

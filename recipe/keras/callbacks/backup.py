@@ -40,6 +40,8 @@ class BackupAndRestore(keras.callbacks.Callback):
         from recipe.keras.callbacks.backup_files import BackupFiles
 
         super().__init__()
+
+        # Check and keep the arguments, by Keras's names.
         if not backup_dir:
             raise ValueError(f"backup_dir={backup_dir!r}: give the folder of the backup")
         if save_freq != "epoch" and (type(save_freq) is not int or save_freq < 1):
@@ -59,6 +61,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._own: Arrays = {}
         self._metrics_restored = False
 
+        # The place in the run.
         self._epoch = 0
         self._done = 0  # batches of the epoch
         self._passed = 0  # batches of the epoch that pass by without a step
@@ -122,6 +125,7 @@ class BackupAndRestore(keras.callbacks.Callback):
 
         Return the description of the backup, None without one.
         """
+        # Rank 0 reads, and refuses a backup of another model.
         variables = content.variables_of(self.model)
         arrays: Arrays = {}  # of the backup, on rank 0
 
@@ -133,6 +137,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._check_same(variables, content.without_metrics(arrays))
             return backup.description
 
+        # All ranks check whether they can go on from it.
         description = collectives.on_root(read, "backup.read")
         if description is None:
             return None
@@ -158,6 +163,7 @@ class BackupAndRestore(keras.callbacks.Callback):
 
         Raise RunError when `fit` begins with another epoch than the backup.
         """
+        # The epoch and its batches must be those of the backup.
         if epoch != description.epoch:
             raise RunError(
                 f"the backup in {self.backup_dir} goes on in epoch {description.epoch}, "
@@ -226,6 +232,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         if rate is None and batch:
             rate = rate_of(optimizer)
 
+        # Rank 0 writes all ranks' arrays, and where in the run they are from.
         description = Description(
             format=content.FORMAT,
             epoch=epoch,
@@ -260,8 +267,11 @@ class BackupAndRestore(keras.callbacks.Callback):
         Moving statistics are then rank 0's, as in any saved model. Nothing else may be each rank's
         own.
         """
+        # As many ranks: each gets its own back.
         if description.size == collectives.size():
             return
+
+        # Otherwise nothing may be lost that this run needs.
         dispensable = content.statistics_of(self.model)
         own = [
             name
@@ -279,6 +289,7 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def _check_steps(self, description: Description) -> None:
         """Raise RunError when the place within an epoch means another one in this run's epochs."""
+        # The epoch must have as many steps.
         batch = description.batch
         steps = self.params.get("steps")
         per_execution = self.model.steps_per_execution
@@ -288,6 +299,8 @@ class BackupAndRestore(keras.callbacks.Callback):
                 f"{description.steps}, but an epoch now has {steps}; resume with as many steps",
                 everywhere=True,
             )
+
+        # The place must be between two calls of the step.
         if batch % per_execution:
             raise RunError(
                 f"the backup in {self.backup_dir} was written after batch {batch}, which "
@@ -298,6 +311,7 @@ class BackupAndRestore(keras.callbacks.Callback):
 
 def _check_model(model: keras.Model) -> None:
     """Build the model's optimizer. Raise ValueError or RunError when no backup can be made."""
+    # Refuse what no backup can be made of.
     if not model.built:
         raise ValueError(
             f"BackupAndRestore: model {model.name!r} has no variables yet; "
@@ -313,5 +327,7 @@ def _check_model(model: keras.Model) -> None:
             f"BackupAndRestore keeps the state of the compiled optimizer; model {model.name!r} "
             "trains with others, whose state would be lost: save and load it yourself"
         )
+
+    # An optimizer has a state once it is built.
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)

@@ -49,6 +49,7 @@ class Captured:
 
 def capture(model: keras.Model, batches: int) -> Captured:
     """Return the model's metrics as they are after so many batches."""
+    # The results that Keras would log.
     metrics = _single_metrics(model)
     results = results_of(model)
 
@@ -57,6 +58,7 @@ def capture(model: keras.Model, batches: int) -> Captured:
     endings = tuple(f"_{name}" for name in no_sums)
     summable = frozenset(n for n in results if n not in no_sums and not n.endswith(endings))
 
+    # How much the rank's numbers weigh.
     counts = [(m.name, _count(m)) for m in metrics if isinstance(m, keras.metrics.Mean)]
     examples = [count for name, count in counts if name == "loss"]
     weight = Weight(

@@ -136,6 +136,7 @@ def _over_all_ranks(
     training = _whole_results(model, reports, captured.get(TRAINING), TRAINING)
     validation = _whole_results(model, reports, captured.get(VALIDATION), VALIDATION)
 
+    # Each name's number, from its own part of the metrics.
     numbers = {}
     for name in _union(own_report.logs, [report.logs for report in reports]):
         if name.startswith(VALIDATION) and validation is not None:
@@ -152,6 +153,7 @@ def _whole_results(
 
     Raise RunError, on all ranks, when their models have different metrics.
     """
+    # All ranks must have the same metrics.
     all_shapes = [report.shapes[prefix] for report in reports if prefix in report.shapes]
     if not all_shapes:
         return None

@@ -152,6 +152,7 @@ def set_rate(
     With momentum correction (paper, remark 2) rescale the velocities that have the rate as a
     factor: those of `keras.optimizers.SGD` and of RMSprop with momentum.
     """
+    # The rate, and whether a velocity depends on it.
     inner = velocities.innermost(optimizer)
     present_rate = rate_of(inner)
     new_rate = float(np.float32(rate))  # as the variable will hold it

@@ -201,12 +201,16 @@ def judge_weights(batches: tuple[int, int] = (8, 8), epochs: int = 1) -> Judge:
     def judge(outcome: Outcome) -> str:
         if words := failure(outcome):
             return words
+
+        # Replicas that differ are wrong, whatever their weights.
         first, second = (np.array(report.weights) for report in outcome.reports)
         if not np.array_equal(first, second):
             return (
                 f"wrong: the ranks differ, w₀ {first[0]:.3f} and {second[0]:.3f}, "
                 f"not {right[0]:.3f}"
             )
+
+        # The same on both.
         if not np.allclose(first, right, atol=TOLERANCE):
             return f"wrong: w₀ {first[0]:.3f}, not {right[0]:.3f}"
         return "right"
@@ -268,6 +272,7 @@ def overlap(contender: Contender) -> str:
 
     By Horovod's timeline for us, by PyTorch's hook for Keras.
     """
+    # Keras's buckets, counted by PyTorch's hook.
     if contender.name == "keras":
         outcome = run(contender, "overlap")
         if words := failure(outcome):
@@ -277,6 +282,7 @@ def overlap(contender: Contender) -> str:
     if contender.name != "ours":
         return "not run"
 
+    # Our allreduces, by Horovod's timeline.
     program = "from recipe.benchmark import library; print(library.overlap())"
     output = subprocess.run(
         [sys.executable, "-c", program],

@@ -189,6 +189,7 @@ def fit(
     **options: Any,
 ) -> dict:
     """Train a linear model from zeros on this rank's examples, and return the report."""
+    # The model starts at zero, so that its weights can be calculated.
     epochs = options.pop("epochs", 1)
     with way.scope():
         linear = keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")
@@ -196,6 +197,8 @@ def fit(
         optimizer = way.optimizer(keras.optimizers.SGD(RATE, momentum=MOMENTUM))
         model.compile(optimizer, "mse", jit_compile=False, **options)
     (FOLDER / f"began{way.rank}").touch()
+
+    # Without shuffling, so that each rank's examples are known.
     counter = On()
     history = model.fit(
         **way.data(*examples(way.rank, batches)),
@@ -204,6 +207,8 @@ def fit(
         verbose=0,
         callbacks=[*way.first, *callbacks, counter],
     )
+
+    # What the judges read.
     weights = np.ravel(keras.ops.convert_to_numpy(model.trainable_weights[0].value))
     return {"weights": weights.tolist(), "epochs": counter.epochs, "logs": history.history}
 

@@ -37,6 +37,7 @@ def divided_loader(loader: DataLoader, batch_size: int | None, order: Order) -> 
 
     Raise ValueError for one without a length, an order or a batch size that are known.
     """
+    # Refuse what has no known order or size.
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
@@ -91,6 +92,7 @@ class _DividedLoader(DataLoader):
 
 def _check_sampler(loader: DataLoader, count: int) -> None:
     """Raise ValueError when the DataLoader's own order is more than the data's or a random one."""
+    # Only PyTorch's plain orders over all examples can be dealt out anew.
     sampler: Any = loader.sampler
     batch_sampler = loader.batch_sampler
     is_known = type(sampler) in (SequentialSampler, RandomSampler)
@@ -98,6 +100,8 @@ def _check_sampler(loader: DataLoader, count: int) -> None:
     is_whole = is_plain and len(sampler) == count
     if is_whole and type(batch_sampler) in (BatchSampler, type(None)):
         return
+
+    # Name what decides instead.
     culprit = sampler
     if is_known:
         culprit = batch_sampler or sampler

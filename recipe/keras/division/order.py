@@ -48,6 +48,7 @@ class Order:
 
         Raise it also when there is less than one for each rank.
         """
+        # The same data, in the same order, on all ranks.
         own = {
             what: count,
             "batch_size": batch_size,
@@ -61,6 +62,8 @@ class Order:
                     f"rank {rank} divides {theirs}, rank {collectives.rank()} {own}: "
                     "pass the same on all"
                 )
+
+        # Enough of it for all.
         if count < collectives.size():
             raise ValueError(
                 f"{count} {what} are too few for {collectives.size()} ranks: start fewer"

@@ -28,6 +28,7 @@ def divided_stream(data: tf.data.Dataset, batch_size: int | None, order: Order) 
 
     Raise ValueError for a dataset that has no end, is shuffled or has no batches.
     """
+    # Refuse what can't be divided, and read it in one order.
     if data.cardinality() == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
             "the tf.data.Dataset has no end; divide it before repeat(), which fit() doesn't need"
@@ -94,11 +95,13 @@ def _last_stays_last(numbered: tf.data.Dataset, count: int) -> tf.data.Dataset:
 
 def _own_examples(numbered: tf.data.Dataset, count: int, batch_size: int) -> _OwnSteps:
     """Return this rank's batches of examples that are numbered in the epoch's order."""
+    # Where each step's part of this rank begins and ends, in the epoch's order.
     rank, size = collectives.rank(), collectives.size()
     cuts = sharding.cuts(count, batch_size * size, size)
     begins, ends = (tf.constant(bounds) for bounds in sharding.parts(cuts, rank, size))
     largest = int(tf.reduce_max(ends - begins))
 
+    # What group_by_window asks of an example: its step, and whether it is this rank's.
     def step_of(place: tf.Tensor, _: Element = None) -> tf.Tensor:
         return tf.searchsorted(cuts, [place], side="right", out_type=tf.int64)[0] - 1
 
@@ -109,6 +112,7 @@ def _own_examples(numbered: tf.data.Dataset, count: int, batch_size: int) -> _Ow
     def batch(step: tf.Tensor, window: tf.data.Dataset) -> tf.data.Dataset:
         return window.map(lambda _, example: example).batch(largest)
 
+    # One batch a step, as large as this rank's part of it.
     batches = numbered.filter(is_own).group_by_window(
         key_func=step_of,
         reduce_func=batch,

@@ -1,14 +1,12 @@
 """The usual script, unchanged but for the import, on 1, 2 and 4 ranks."""
 
 import re
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
 
-from tests.ranks import ROOT, environment, launch
+from tests.ranks import ROOT, launch
 
 pytestmark = pytest.mark.ranks
 
@@ -32,26 +30,6 @@ def test_the_usual_script_runs_and_learns(tmp_path, backend, size):
     assert len(checkpoints) == 5
     assert type(keras.models.load_model(checkpoints[-1]).optimizer).__module__.startswith("keras.")
     assert "warmed up to" in done.stdout
-
-
-@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
-def test_the_import_brings_the_library_alone(backend):
-    """Who reuses the callbacks has data, runs and checkpoints of their own.
-
-    Neither TFDS nor our input pipeline, run log or networks are theirs.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys, recipe.keras; print(*sys.modules)"],
-        env=environment(KERAS_BACKEND=backend),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    modules = done.stdout.split()
-    assert "tensorflow_datasets" not in modules
-    rooms = {name.split(".")[1] for name in modules if name.startswith("recipe.")}
-    assert rooms == {"errors", "keras", "ranks", "rules", "system"}
 
 
 def test_a_wrapped_optimizer_on_one_rank_does_not_wait_for_slow_cycles():

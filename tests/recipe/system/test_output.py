@@ -1,11 +1,13 @@
 """A line that can't be printed is lost, but the work goes on and the exit status stays right."""
 
+import logging
 import os
 import subprocess
 import sys
 
 import pytest
 
+from recipe.system import output
 from tests.ranks import environment
 
 PROGRAM = """
@@ -67,6 +69,44 @@ def test_an_error_that_is_no_files_keeps_its_traceback():
     stderr = stderr_of_failing("1 / 0")
     assert "ZeroDivisionError" in stderr
     assert "Traceback" in stderr
+
+
+class Seen(logging.Handler):
+    """A user's handler: keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.name} {record.levelname} {record.getMessage()}")
+
+
+def test_a_warning_is_one_line_on_stderr_beside_any_root_handler(capsys, monkeypatch):
+    root = Seen()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [root])
+    output.warn("the disk is 100 % full: %s")
+    assert capsys.readouterr().err == "warning: the disk is 100 % full: %s\n"
+    assert root.lines == []
+
+
+def test_a_user_of_the_library_redirects_warnings_by_a_handler(capsys, monkeypatch):
+    user = Seen()
+    monkeypatch.setattr(logging.getLogger("recipe"), "handlers", [user])
+    output.warn("the disk is slow")
+    assert user.lines == ["recipe WARNING the disk is slow"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_user_of_the_library_silences_warnings_by_the_level(capsys):
+    logger = logging.getLogger("recipe")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        output.warn("the disk is slow")
+    finally:
+        logger.setLevel(level)
+    assert capsys.readouterr().err == ""
 
 
 def stderr_of_failing(expression: str) -> str:
