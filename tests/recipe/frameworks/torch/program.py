@@ -9,7 +9,6 @@ from recipe.config import Data, Model, Optimizer, Recipe, Run, Schedule
 from recipe.data.element import Element
 from recipe.errors import RunError
 from recipe.frameworks.replica import load_framework
-from recipe.frameworks.torch.device import on_device
 from recipe.frameworks.torch.wire import packed
 from recipe.ranks import collectives
 from recipe.rules.epoch import Share
@@ -115,14 +114,17 @@ def restored() -> dict:
 
 
 def started() -> dict:
-    """How many allreduces are under way when each of this rank's backward passes returns."""
+    """How many gradients' reductions are under way when each of this rank's backward passes returns."""
     made, counts = replica(recipe()), []
-    made.network.train()
-    own_workers = Share.of(recipe(), collectives.rank(), collectives.size()).workers
-    for first, element in zip(own_workers, elements(recipe()), strict=True):
-        made._step.backward(first, *on_device(element))
-        counts.append(sum(handle is not None for handle, _ in made.optimizer._handles.values()))
-    made.optimizer.synchronize()
+    step, backward = made._step, made._step.backward
+
+    def count_after(*arguments: object) -> None:
+        backward(*arguments)
+        buckets = [b for b in step.reduction.buckets if b.handle is not None]
+        counts.append(sum(len(bucket.parameters) for bucket in buckets))
+
+    step.backward = count_after
+    made.step(0, iter(elements(recipe())), False)()
     return {"counts": counts, "parameters": len(list(made.network.parameters()))}
 
 
