@@ -78,7 +78,7 @@ def test_a_contender_that_hangs_is_ended_and_named(monkeypatch):
 
 
 def test_a_busy_machine_is_told():
-    assert calmness([1.0, 1.1, 1.2]).endswith("1.20 of its least time: the machine was at rest")
+    assert calmness([1.0, 1.1, 1.2]).endswith("1.20 times its least time: the machine was at rest")
     assert calmness([1.0, 1.3]).endswith("too busy to believe these figures")
 
 
