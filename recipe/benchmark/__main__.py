@@ -222,7 +222,7 @@ def fixed_computation() -> float:
 def calmness(times: list[float]) -> str:
     """Say whether the machine had other work, by the times of the fixed computation."""
     ratio = max(times) / min(times)
-    line = f"a fixed computation between the measurements took up to {ratio:.2f} times its least time"
+    line = f"a fixed computation between them took up to {ratio:.2f} times its least time"
     if ratio <= BUSY:
         return f"{line}: the machine was at rest"
     return f"{line}: the machine was too busy to believe these figures"

@@ -37,7 +37,7 @@ def test_the_benchmark_runs_and_prints_speeds_and_ratios():
         assert any(line.startswith(ratio) and "target" in line for line in lines), ratio
     assert any(line.startswith("torch-here, kept by working together") for line in lines)
     assert all(" MB" in line for line in speeds)
-    assert lines[-1].startswith("a fixed computation between the measurements took")
+    assert lines[-1].startswith("a fixed computation between them took")
 
 
 @pytest.mark.parametrize(
