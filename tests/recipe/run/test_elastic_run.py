@@ -36,7 +36,7 @@ class Elastic:
     def __init__(self, folder: Path, recipe: RecipeFlags) -> None:
         self.hosts, self.log, self.run = folder / "hosts", folder / "log", folder / "run"
         self.set_hosts("localhost")
-        if recipe.value.framework == "keras":
+        if "--config.framework=keras" in recipe.flags:  # a recipe that is refused has no value
             front = [
                 sys.executable,
                 "-m",
