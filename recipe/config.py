@@ -102,7 +102,7 @@ class Optimizer:
     base_rate: float = bounded(0.1, 0.0)  # η: the learning rate for a minibatch of 256
     momentum: float = bounded(0.9, 0.0, 1.0)  # m
     nesterov: bool = True
-    # λ, on convolution and FC kernels only; part of the loss (remark 1)
+    # λ, on convolution and FC kernels only; λw is part of the gradient (remark 1)
     weight_decay: float = bounded(1e-4, 0.0)
     # gradients on the wire; "fp16" has loss scaling
     compression: str = one_of("none", "fp16")

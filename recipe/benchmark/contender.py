@@ -114,17 +114,34 @@ def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
     distributed.destroy_process_group()
 
 
+def usual_keras(recipe: Recipe, num_classes: int) -> "keras.Model":
+    """Return the network as Keras's users have it.
+
+    That is with Keras's own batch normalisation, and with L2 penalties for the weight decay.
+    """
+    import keras
+
+    from recipe.frameworks.keras import normalization, resnet, sgd
+
+    model = resnet.build(recipe, num_classes)
+    for layer in model.layers:
+        if isinstance(layer, normalization.WorkerBatchNormalization):
+            layer.__class__ = keras.layers.BatchNormalization
+    for variable in filter(sgd.is_decayed, model.trainable_variables):
+        # L2(c) adds c·‖w‖², whose gradient is 2cw.
+        variable.regularizer = keras.regularizers.L2(recipe.optimizer.weight_decay / 2)
+    return model
+
+
 def keras_fit(recipe: Recipe, rank: int, tick: Tick) -> None:
     """Train with `keras.Model.fit` on one process, with nothing of Horovod."""
     import keras
-
-    from recipe.frameworks.keras import resnet
 
     class Clock(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
             tick()
 
-    model = resnet.build(recipe, 10)
+    model = usual_keras(recipe, 10)
     optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
@@ -138,7 +155,6 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
     import tensorflow as tf
 
     from recipe.frameworks.keras import replica as fit
-    from recipe.frameworks.keras import resnet
 
     # Each worker reads its own examples.
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -154,7 +170,7 @@ def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
     # The model's variables are mirrored.
     distributed = strategy.distribute_datasets_from_function(dataset)
     with strategy.scope():
-        model = resnet.build(recipe, 10)
+        model = usual_keras(recipe, 10)
         optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
         optimizer.build(model.trainable_variables)
 

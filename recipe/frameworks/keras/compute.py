@@ -2,9 +2,21 @@
 
 from recipe.keras import backend
 
-__all__ = ["gradients", "on_device", "use_local_device"]
+__all__ = ["decayed", "gradients", "normalised", "on_device", "use_local_device"]
 
 if backend.FRAMEWORK == "tensorflow":
-    from recipe.frameworks.keras.compute_tensorflow import gradients, on_device, use_local_device
+    from recipe.frameworks.keras.compute_tensorflow import (
+        decayed,
+        gradients,
+        normalised,
+        on_device,
+        use_local_device,
+    )
 else:
-    from recipe.frameworks.keras.compute_torch import gradients, on_device, use_local_device
+    from recipe.frameworks.keras.compute_torch import (
+        decayed,
+        gradients,
+        normalised,
+        on_device,
+        use_local_device,
+    )

@@ -1,4 +1,4 @@
-"""How a rank computes in TensorFlow: its device, the way of the input to it, gradients."""
+"""How a rank computes in TensorFlow: its device, the way to it, gradients, batch normalisation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from recipe.data.batches import ALIGNMENT
+from recipe.frameworks.normalised import Normalised
 from recipe.ranks.machine import check_gpus
 
 
@@ -45,3 +46,50 @@ def gradients(
     with tf.GradientTape() as tape:
         loss, vector = forward()
     return tape.gradient(loss, [v.value for v in variables]), vector
+
+
+def decayed(
+    gradients: Sequence[tf.Tensor], variables: Sequence[keras.Variable], decay: float
+) -> list[tf.Tensor]:
+    """Return the gradients, each with `decay` times its variable added."""
+    pairs = zip(gradients, variables, strict=True)
+    return [gradient + decay * variable.value for gradient, variable in pairs]
+
+
+def normalised(
+    x: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    epsilon: float,
+    workers: int,
+    channels_first: bool,
+) -> Normalised:
+    """Normalise each of the workers' equal parts of a batch of images, in order."""
+    layout = "NCHW" if channels_first else "NHWC"
+    if workers == 1:
+        return _normalised(x, gamma, beta, epsilon, layout)
+    parts = [_normalised(part, gamma, beta, epsilon, layout) for part in tf.split(x, workers)]
+    return Normalised(
+        tf.concat([part.output for part in parts], axis=0),
+        tf.add_n([part.mean for part in parts]) / workers,
+        tf.add_n([part.variance for part in parts]) / workers,
+    )
+
+
+def _normalised(
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float, layout: str
+) -> Normalised:
+    """Normalise one worker's batch. Mean and variance are by-products of the kernel."""
+    output, mean, unbiased, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=x,
+        scale=gamma,
+        offset=beta,
+        mean=[],
+        variance=[],
+        epsilon=epsilon,
+        data_format=layout,
+        is_training=True,
+    )
+    # A channel has `count` values. Where it is one, the variance is 0, whatever the kernel says.
+    count = tf.cast(tf.size(x, tf.int64) // tf.size(gamma, tf.int64), tf.float32)
+    return Normalised(output, mean, tf.math.multiply_no_nan(unbiased, (count - 1) / count))

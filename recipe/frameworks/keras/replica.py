@@ -11,6 +11,7 @@ import numpy as np
 from recipe.config import Recipe
 from recipe.data.element import Element
 from recipe.frameworks.keras import compute, resnet
+from recipe.frameworks.keras.sgd import DecayedSGD
 from recipe.frameworks.keras.step import (
     Signature,
     Step,
@@ -129,8 +130,12 @@ def signature(recipe: Recipe) -> Signature:
 def _optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
     settings = recipe.optimizer
     # Keras would number the optimizers of a process, and the names are in the checkpoints.
-    optimizer = keras.optimizers.SGD(
-        settings.base_rate, settings.momentum, settings.nesterov, name="sgd"
+    optimizer = DecayedSGD(
+        settings.base_rate,
+        settings.momentum,
+        settings.nesterov,
+        decay=settings.weight_decay,
+        name="sgd",
     )
     scale = first_loss_scale(recipe)
     if scale is None:

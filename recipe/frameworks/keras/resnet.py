@@ -30,9 +30,8 @@ def build(recipe: Recipe, num_classes: int) -> keras.Model:
     """Return the recipe's network.
 
     uint8 images [b, s, s, 3] go in, with dropout also keys int64[b]; float32 logits [b,
-    num_classes] come out. ResNet-50 has 25,557,032 parameters at 1000 classes. Weight decay λ is
-    the L2 term λ/2·‖w‖² of convolution and FC kernels, so that its gradient λw takes part in
-    momentum (remark 1).
+    num_classes] come out. ResNet-50 has 25,557,032 parameters at 1000 classes. Weight decay is the
+    optimizer's (`recipe.frameworks.keras.sgd`).
     """
     net = _Layers(recipe)
     size = recipe.data.image_size
@@ -118,7 +117,6 @@ class _Layers:
             data_format=self.data_format,
             use_bias=False,
             kernel_initializer=Normal(self.recipe.seed, name),
-            kernel_regularizer=self._decay(),
             dtype=self.dtype,
             name=name,
         )(x)
@@ -129,7 +127,7 @@ class _Layers:
         )(x)
 
     def norm(self, x: keras.KerasTensor, name: str, last: bool = False) -> keras.KerasTensor:
-        """Normalise over each worker's n examples; no weight decay on γ and β."""
+        """Normalise over each worker's n examples."""
         return WorkerBatchNormalization(
             workers=self.recipe.run.workers_at_once,
             axis=self.channel_axis,
@@ -147,16 +145,7 @@ class _Layers:
         return layers.Dense(
             units,
             kernel_initializer=Normal(self.recipe.seed, name, std=initial.FC_STD),
-            kernel_regularizer=self._decay(),
             # Logits and the softmax after them need the range also in mixed precision.
             dtype="float32",
             name=name,
         )(x)
-
-    def _decay(self) -> keras.regularizers.Regularizer | None:
-        """Return Keras's L2(c), which adds c·‖w‖², with c = λ/2.
-
-        The gradient is 2cw, and the paper's λ is the gradient's factor.
-        """
-        decay = self.recipe.optimizer.weight_decay
-        return keras.regularizers.L2(decay / 2) if decay else None

@@ -110,14 +110,13 @@ class Step:
         def forward() -> tuple[Any, Any]:
             with keras.StatelessScope() as scope:
                 logits = self.model(inputs(images, *keys), training=True)
-            penalties = sum(self.model.losses)
             losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
             predictions = ops.argmax(logits, axis=-1)
             hits = ops.cast(ops.equal(predictions, ops.cast(labels, "int32")), "float32")
 
-            # The paper's remarks 1 and 3: weight decay is part of the loss; the mean is over all kn
-            # examples.
-            loss = self.model.optimizer.scale_loss(ops.mean(losses * weights) + penalties)
+            # The paper's remark 3: the mean is over all kn examples. Weight decay (remark 1) is the
+            # optimizer's.
+            loss = self.model.optimizer.scale_loss(ops.mean(losses * weights))
 
             moved = [ops.convert_to_tensor(scope.get_current_value(v)) for v in self.moving]
             parts = self.layout.parts(

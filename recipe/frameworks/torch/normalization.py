@@ -1,18 +1,10 @@
 """Batch normalisation over one worker's examples (paper, sec. 2.3)."""
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from torch.nn import functional
 
-
-class Normalised(NamedTuple):
-    """One worker's batch, normalised, and its statistics."""
-
-    output: torch.Tensor
-    mean: torch.Tensor
-    variance: torch.Tensor  # biased
+from recipe.frameworks.normalised import Normalised
 
 
 class WorkerBatchNorm2d(nn.BatchNorm2d):
@@ -36,27 +28,39 @@ class WorkerBatchNorm2d(nn.BatchNorm2d):
             return functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
-        if self.workers == 1:
-            output, self.batch_mean, self.batch_variance = self._normalised(x)
-            return output
-        workers = [self._normalised(part) for part in x.chunk(self.workers)]
-        zeros = torch.zeros_like(workers[0].mean)
-        self.batch_mean = sum((worker.mean for worker in workers), zeros) / self.workers
-        self.batch_variance = sum((worker.variance for worker in workers), zeros) / self.workers
-        return torch.cat([worker.output for worker in workers])
+        output, self.batch_mean, self.batch_variance = normalised(
+            x, self.weight, self.bias, self.eps, self.workers
+        )
+        return output
 
-    def _normalised(self, x: torch.Tensor) -> Normalised:
-        """Normalise one worker's batch. Mean and variance are by-products of the kernel."""
-        mean, variance = self.running_mean, self.running_var
-        assert mean is not None and variance is not None
-        mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
-        # functional.batch_norm refuses a single value per channel, of which the short last
-        # minibatch may consist.
-        y = torch.batch_norm(x, self.weight, self.bias, mean, variance, True, 1.0, self.eps, True)
-        count = x.numel() // x.shape[1]
-        if count == 1:
-            return Normalised(y, mean, torch.zeros_like(variance))
-        return Normalised(y, mean, variance * ((count - 1) / count))
+
+def normalised(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float, workers: int
+) -> Normalised:
+    """Normalise each of the workers' equal parts of a batch [n, c, h, w], in order."""
+    if workers == 1:
+        return _normalised(x, weight, bias, epsilon)
+    parts = [_normalised(part, weight, bias, epsilon) for part in x.chunk(workers)]
+    zeros = torch.zeros_like(parts[0].mean)
+    return Normalised(
+        torch.cat([part.output for part in parts]),
+        sum((part.mean for part in parts), zeros) / workers,
+        sum((part.variance for part in parts), zeros) / workers,
+    )
+
+
+def _normalised(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, epsilon: float
+) -> Normalised:
+    """Normalise one worker's batch. Mean and variance are by-products of the kernel."""
+    mean, variance = torch.zeros_like(bias), torch.zeros_like(bias)
+    # functional.batch_norm refuses a single value per channel, of which the short last minibatch
+    # may consist.
+    y = torch.batch_norm(x, weight, bias, mean, variance, True, 1.0, epsilon, True)
+    count = x.numel() // x.shape[1]
+    if count == 1:
+        return Normalised(y, mean, torch.zeros_like(variance))
+    return Normalised(y, mean, variance * ((count - 1) / count))
 
 
 def moving_statistics(network: nn.Module) -> torch.Tensor:

@@ -2,17 +2,20 @@
 one by one.
 """
 
+import dataclasses
 import itertools
 import sys
 
 import keras
 import numpy as np
 
+from recipe.benchmark import contender
 from recipe.config import Data, Model, Optimizer, Recipe, Run
 from recipe.data.element import Element
 from recipe.frameworks.keras import compute
 from recipe.frameworks.keras import replica as fit
 from recipe.frameworks.keras.dropout import ExampleDropout
+from recipe.frameworks.keras.sgd import DecayedSGD
 from recipe.frameworks.keras.step import Step, batch_statistics, moving_statistics
 from recipe.keras import state
 from recipe.keras.distributed import DistributedOptimizer
@@ -44,10 +47,11 @@ def elements(workers: range, together: int) -> list[Element]:
 
 
 def one_step(together: int) -> dict:
-    """Plain SGD with rate 1, so that the weights move by the gradient."""
+    """SGD with rate 1 and no momentum, so that the weights move by the gradient."""
     replica = fit.KerasReplica(recipe(together), 5)
     model = replica.model
-    model.compile(optimizer=DistributedOptimizer(keras.optimizers.SGD(1.0)), jit_compile=False)
+    optimizer = DecayedSGD(1.0, decay=recipe().optimizer.weight_decay)
+    model.compile(optimizer=DistributedOptimizer(optimizer), jit_compile=False)
     state.broadcast_state(model)
     share = Share.of(recipe(together), collectives.rank(), collectives.size())
     step = Step(model, K, share, fit.signature(recipe(together)))
@@ -66,9 +70,9 @@ def one_step(together: int) -> dict:
 
 def by_hand() -> dict:
     """Two steps by definition: each worker alone, from the same weights; then the mean of what
-    became of them.
+    became of them. With Keras's own batch normalisation, and with weight decay as penalties.
     """
-    model = fit.KerasReplica(recipe(), 5).model
+    model = contender.usual_keras(recipe(), 5)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     losses = []
     for _ in range(2):
@@ -115,6 +119,24 @@ def dropout() -> dict:
         "drawn": drawn,
         "plain": keras.ops.convert_to_numpy(plain),
     }
+
+
+def decay() -> dict:
+    """A step of the recipe's optimizer without any gradient, and without and with a loss scale."""
+    found = {}
+    for precision in ("float32", "mixed_float16"):
+        settings = dataclasses.replace(
+            recipe(), model=dataclasses.replace(recipe().model, precision=precision)
+        )
+        model = fit.compiled(settings, 5)
+        model.optimizer.learning_rate = 0.5
+        before = [keras.ops.convert_to_numpy(v).copy() for v in model.trainable_variables]
+        zeros = [keras.ops.zeros(v.shape) for v in model.trainable_variables]
+        model.optimizer.apply(zeros, model.trainable_variables)
+        after = [keras.ops.convert_to_numpy(v).copy() for v in model.trainable_variables]
+        paths = [v.path for v in model.trainable_variables]
+        found[precision] = list(zip(paths, before, after, strict=True))
+    return found
 
 
 def main() -> None:

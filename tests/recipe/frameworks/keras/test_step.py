@@ -19,7 +19,7 @@ def backend(request):
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory, backend):
-    scenarios = ["by_hand", "statistics", "dropout"]
+    scenarios = ["by_hand", "statistics", "dropout", "decay"]
     return results(
         tmp_path_factory.mktemp("step") / "1", 1, PROGRAM, *scenarios, KERAS_BACKEND=backend
     )[0]
@@ -74,6 +74,17 @@ def test_statistics_of_a_batch_are_its_mean_and_variance(by_hand):
     assert found["names"][:2] == ["stem_bn/moving_mean", "stem_bn/moving_variance"]
     np.testing.assert_allclose(found["vector"][:4], found["mean"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found["vector"][4:8], found["var"], rtol=1e-5)
+
+
+def test_weight_decay_is_part_of_the_gradient(by_hand):
+    """With Nesterov momentum 0.9 the first step of −η·λw is −1.9·η·λw; η = 0.5, λ = 0.01. A float32
+    weight is rounded once, its step by a few roundings of its own.
+    """
+    for found in by_hand["decay"].values():
+        assert sum("kernel" in path for path, *_ in found) == 6  # stem, shortcut, 3, and the FC
+        for path, before, after in found:
+            decayed = before * (1 - 1.9 * 0.5 * 0.01) if "kernel" in path else before
+            np.testing.assert_allclose(after, decayed, rtol=2.0**-23, atol=0, err_msg=path)
 
 
 def test_dropout_is_a_function_of_seed_epoch_and_example(by_hand):
