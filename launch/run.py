@@ -49,8 +49,24 @@ FORWARDED = (
     "OMP_NUM_THREADS",
     "OPAL_PREFIX",
     "TF_CPP_MIN_LOG_LEVEL",
+    "CUDA_DEVICE_ORDER",
 )
-FORWARDED_PREFIXES = ("HOROVOD_", "NCCL_", "UCX_", "FI_", "TF_FORCE_GPU_")
+FORWARDED_PREFIXES = (
+    "HOROVOD_",
+    "NCCL_",
+    "UCX_",
+    "FI_",
+    # What compilers, allocators and GPU libraries read.
+    "XLA_",
+    "TF_XLA_",
+    "TF_GPU_",
+    "TF_FORCE_GPU_",
+    "TORCHINDUCTOR_",
+    "TRITON_",
+    "PYTORCH_",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+)
 # What the launcher itself needs, by the beginnings of names.
 LAUNCHERS_PREFIXES = (
     "CUDA_VISIBLE_DEVICES",
@@ -193,6 +209,10 @@ def srun_gloo(job: Job) -> list[str]:
 
 LAUNCHERS = {"mpirun": mpirun, "horovodrun": horovodrun, "srun": srun, "srun-gloo": srun_gloo}
 MPI = ("mpirun", "srun")
+HIERARCHICAL = (
+    "reduce inside a server by NCCL and between servers by MPI, as the paper did; "
+    "for networks where NCCL alone is slower"
+)
 
 
 def _srun(job: Job, mpi: str) -> list[str]:
@@ -264,21 +284,20 @@ def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def settings(servers: int, ranks: int, interface: str, launcher: str) -> dict[str, str]:
+def settings(servers: int, hierarchical: bool, interface: str) -> dict[str, str]:
     """Return Horovod's and NCCL's variables for so many servers.
 
-    They are starting points: `horovodrun --autotune` finds better ones. Several servers of several
-    GPUs each reduce in three phases, as in the paper (sec. 4): inside a server by NCCL, between
-    servers by MPI, inside again.
+    They are starting points: `horovodrun --autotune` finds better ones. `hierarchical` reduces in
+    three phases, as in the paper (sec. 4): inside a server by NCCL, between servers by MPI, inside
+    again. Each phase waits for the one before, on the processor. NCCL alone waits for none.
     """
     variables = {}
-    if servers > 1 and ranks > servers and launcher in MPI:  # the phase between servers is MPI's
+    if hierarchical:
         variables["HOROVOD_HIERARCHICAL_ALLREDUCE"] = "1"
     if servers > 1:
-        # ResNet-50's 102 MB of gradients in pieces: the first travels while backprop makes the
-        # next.
-        variables["HOROVOD_FUSION_THRESHOLD"] = str(32 * 2**20)
-        variables["HOROVOD_CYCLE_TIME"] = "3.5"  # ms
+        # ResNet-50 has 102 MB of gradients: the first part travels while backprop makes the rest.
+        variables["HOROVOD_FUSION_THRESHOLD"] = str(64 * 2**20)
+        variables["HOROVOD_CYCLE_TIME"] = "0.5"  # ms, how long a ready gradient may wait
     if interface:
         variables["NCCL_SOCKET_IFNAME"] = interface
         variables["HOROVOD_GLOO_IFACE"] = interface.split(",")[0]  # Gloo takes one
@@ -308,6 +327,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--elastic", type=_rank_range, metavar="MIN:MAX", help=elastic)
     add("--interface", default="", help="the network between the hosts, such as eth0")
     add("--log-dir", default="", help="a folder for a file of each rank's output")
+    add("--hierarchical", action="store_true", help=HIERARCHICAL)
     add("--dry-run", action="store_true", help="print the command only")
     program = "what to run, such as python -m recipe.train …"
     add("program", nargs=argparse.REMAINDER, help=program)
@@ -328,11 +348,13 @@ def _job(options: argparse.Namespace, environ: Mapping[str, str]) -> Job:
     # Hosts and ranks.
     hosts = _hosts(options, environ)
     ranks = _ranks(options, hosts, environ)
+    if options.hierarchical:
+        _check_hierarchical(options.launcher, len(hosts), ranks)
     _check_k(program, ranks, options.elastic)
     allocated = hostfile.in_slurm(environ) and options.launcher != "horovodrun"
 
     # Variables: what the user sets wins over what is chosen here.
-    chosen = settings(len(hosts), ranks, options.interface, options.launcher)
+    chosen = settings(len(hosts), options.hierarchical, options.interface)
     environment = chosen | forwarded(environ)
     if launched.homeless():
         environment["HOME"] = "/"
@@ -422,6 +444,20 @@ def _elastic(options: argparse.Namespace, ranks: int) -> list[str]:
         discovery.append(options.hostfile)
     limits = ["--min-np", str(least), "--max-np", str(most)]
     return [*limits, "--host-discovery-script", shlex.join(discovery)]
+
+
+def _check_hierarchical(launcher: str, servers: int, ranks: int) -> None:
+    """Raise UsageError when there are no three phases."""
+    if launcher not in MPI:
+        raise UsageError(
+            f"--hierarchical needs MPI between the servers, which --launcher={launcher} does not "
+            f"start: take --launcher={' or '.join(MPI)}, or leave it out"
+        )
+    if servers == 1 or ranks <= servers:
+        raise UsageError(
+            f"--hierarchical needs several servers of several ranks, not {ranks} on {servers}: "
+            "leave it out"
+        )
 
 
 def _check_k(program: list[str], ranks: int, elastic: RankRange | None) -> None:

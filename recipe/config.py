@@ -104,7 +104,8 @@ class Optimizer:
     nesterov: bool = True
     # λ, on convolution and FC kernels only; λw is part of the gradient (remark 1)
     weight_decay: float = bounded(1e-4, 0.0)
-    compression: str = one_of("none", "fp16")  # gradients on the wire
+    # gradients on the wire; "fp16" has loss scaling
+    compression: str = one_of("none", "fp16")
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Run:
     commit_steps: int = bounded(10, 1)
     # steps between comparisons of all ranks' weights; 0: never
     replica_check_every: int = bounded(500, 0)
-    deterministic: bool = False  # the same bits again on the same ranks; may cost speed on GPUs
+    deterministic: bool = False  # the same bits again on the same ranks, no TF32; slower on GPUs
     # native PyTorch only: torch.compile; gradients are then reduced after the backward pass
     compile: bool = False
     # seconds without a step after which a rank leaves: a host or a link is gone; 0: never

@@ -7,8 +7,10 @@ heeded.
 
 import signal
 
+import pytest
 from hypothesis import settings
 
+pytest.register_assert_rewrite("tests.runs", "tests.faults")  # failing asserts show values
 settings.load_profile("ci")  # no deadlines either: processors here may be busy
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,7 +1,8 @@
 """Functions of a test module on real Horovod ranks, which are started once for many tests.
 
 `@on_ranks(2, 4)` makes a test whose body runs on 2 and on 4 ranks, on each of Keras's backends.
-`run_on_ranks` runs any function of the test's module, and returns what each rank returned.
+`run_on_ranks` runs any function of the test's module, and returns what each rank returned. For a
+test that calls it, `@with_sizes(2, 4)` gives the sizes. Ranks find each other through MPI or Gloo.
 """
 
 import atexit
@@ -16,7 +17,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,8 +62,8 @@ class RanksFailed(AssertionError):
 class Pool:
     """Ranks with one of Keras's backends, which run one function after another."""
 
-    def __init__(self, backend: str, size: int) -> None:
-        """Start the ranks. Raise RanksFailed when they don't start."""
+    def __init__(self, backend: str, size: int, launcher: str) -> None:
+        """Start the ranks as tests.ranks.command does. Raise RanksFailed when they don't start."""
         self.backend = backend
         self.size = size
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
@@ -76,7 +77,7 @@ class Pool:
             listener.listen(size)
             listener.settimeout(0.5)
             self._process = subprocess.Popen(
-                command(size, ["-m", "tests.rank_worker", address]),
+                command(size, ["-m", "tests.rank_worker", address], launcher),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -182,7 +183,7 @@ class Pool:
         """End the ranks at once."""
         if self._process.poll() is None:
             self._send(signal.SIGKILL)
-            self._process.terminate()  # mpirun ends ranks that haven't greeted
+            self._process.terminate()  # the launcher ends ranks that haven't greeted
             try:
                 self._process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
@@ -215,18 +216,19 @@ def _received(connection: Connection) -> Answer:
         return Answer(b"", "it died")
 
 
-_pools: dict[int, Pool] = {}  # by size: one backend at a time, to save memory
+# By size and launcher: one backend at a time, to save memory.
+_pools: dict[tuple[int, str], Pool] = {}
 
 
-def _pool(backend: str, size: int) -> Pool:
+def _pool(backend: str, size: int, launcher: str) -> Pool:
     """Return the living pool, or start one."""
-    pool = _pools.get(size)
+    pool = _pools.get((size, launcher))
     if pool and pool.alive and pool.backend == backend:
         return pool
     if pool:
         pool.stop()
-    _pools[size] = Pool(backend, size)
-    return _pools[size]
+    _pools[size, launcher] = Pool(backend, size, launcher)
+    return _pools[size, launcher]
 
 
 def stop_pools() -> None:
@@ -239,7 +241,12 @@ atexit.register(stop_pools)
 
 
 def run_on_ranks(
-    backend: str, size: int, function: Callable, limit: float = LIMIT, **arguments: Any
+    backend: str,
+    size: int,
+    function: Callable,
+    launcher: str = "mpirun",
+    limit: float = LIMIT,
+    **arguments: Any,
 ) -> list[Any]:
     """Run a function of a test module on `size` ranks; return what each of them returned.
 
@@ -249,22 +256,32 @@ def run_on_ranks(
     __tracebackhide__ = True  # a failure shows the ranks' tracebacks alone
     path = Path(function.__code__.co_filename).relative_to(ROOT)
     module = ".".join(path.with_suffix("").parts)
-    return _pool(backend, size).run(Call(module, function.__name__, arguments), limit)
+    return _pool(backend, size, launcher).run(Call(module, function.__name__, arguments), limit)
 
 
-def on_ranks(*sizes: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_sizes(*sizes: int, gloo: Collection[int] = ()) -> pytest.MarkDecorator:
+    """Parametrize a test by `size` and `launcher`: MPI's for the sizes, and Gloo's for those."""
+    ways = [pytest.param(size, "mpirun", id=str(size)) for size in sizes]
+    ways += [pytest.param(size, "gloo", id=f"{size}-gloo") for size in gloo]
+    return pytest.mark.parametrize(("size", "launcher"), ways)
+
+
+def on_ranks(
+    *sizes: int, gloo: Collection[int] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a test whose body runs on so many ranks, on each of Keras's backends.
 
-    The test fails when a rank raises an exception. The body's parameters are fixtures or
-    parameters of the test, which the ranks get pickled.
+    Those of the sizes in `gloo` are started by Gloo's launcher. The test fails when a rank raises
+    an exception. The body's parameters are fixtures or parameters of the test, which the ranks get
+    pickled.
     """
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
         @pytest.mark.ranks
-        @pytest.mark.parametrize("size", sizes)
-        def test(backend: str, size: int, **arguments: Any) -> None:
+        @with_sizes(*sizes, gloo=gloo)
+        def test(backend: str, size: int, launcher: str, **arguments: Any) -> None:
             __tracebackhide__ = True
-            run_on_ranks(backend, size, body, **arguments)
+            run_on_ranks(backend, size, body, launcher, **arguments)
 
         # pytest reads the fixtures from the signature. No functools.wraps: with it pytest would
         # take the body's.

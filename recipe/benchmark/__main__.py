@@ -1,14 +1,17 @@
 """PyTorch and Keras here beside their peers: `python -m recipe.benchmark [REPEATS] [CONTENDER …]`.
 
 By default three repeats of all. Each contender (torch-here, torch-ddp, keras-here, keras-fit,
-tf-mirrored) trains the same small network on the same images on 1 and 2 ranks of this machine, one
-core a rank, all in turns. Prints medians over the repeats and their range:
+tf-mirrored, and keras-torch-here, keras-torch-fit on Keras's PyTorch backend) trains the same small
+network on the same images on 1 and 2 ranks of this machine, one core a rank, all in turns. Prints
+medians over the repeats and their range:
 
-- images/s of a rank, and the seconds from the launch to the end of the first step;
-- ours to the peer's speed, within each repeat; the target is 1;
-- weak scaling: what a rank of two does of what one alone does; the target is 0.95. It is the
-  product of what the machine keeps (two alone, side by side, share its caches and memory) and what
-  working together keeps.
+- images/s of a rank, the seconds from the launch to the end of the first step, and the most memory
+  of rank 0;
+- ours to the peer's speed, within each repeat;
+- weak scaling: what a rank of two does of what one alone does. It is the product of what the
+  machine keeps (two alone, side by side, share its caches and memory) and what working together
+  keeps;
+- whether the machine was too busy: a fixed computation on both cores, before and after each.
 """
 
 import json
@@ -20,24 +23,39 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from recipe import cli
 from recipe.benchmark.contender import BATCH, CONTENDERS, STEPS
 from recipe.errors import RunError, UsageError
 from recipe.ranks import launched
-from recipe.system import noise, ticking
+from recipe.system import noise, processor, ticking
 
 WARMUP = 5  # steps that don't count
-# Of each of ours, on 1 and on 2 ranks.
+
+
+class Goal(NamedTuple):
+    """What one of ours is compared with, and the ratio of speeds to reach."""
+
+    peer: str
+    target: float
+
+
+# Of each of ours, by the number of ranks.
 PEERS = {
-    "torch-here": ("torch-ddp", "torch-ddp"),
-    "keras-here": ("keras-fit", "tf-mirrored"),
+    "torch-here": {1: Goal("torch-ddp", 1.0), 2: Goal("torch-ddp", 1.0)},
+    "keras-here": {1: Goal("keras-fit", 1.25), 2: Goal("tf-mirrored", 1.2)},
+    "keras-torch-here": {1: Goal("keras-torch-fit", 1.25)},
 }
+ONE_PROCESS = ("keras-fit", "keras-torch-fit")  # contenders that know one rank only
+SCALING_TARGET = 0.97
+BUSY = 1.2  # the longest to the shortest time of the fixed computation, on a machine at rest
 PATIENCE = 300  # seconds for the steps of one contender
 PROGRAM = ["-m", "recipe.benchmark.contender"]
-SPEED_TARGET, SCALING_TARGET = 1.0, 0.95
 
 
 class Entry(NamedTuple):
@@ -49,7 +67,7 @@ class Entry(NamedTuple):
 
     def __str__(self) -> str:
         how = "2 alone" if self.copies > 1 else ranks_in_words(self.ranks)
-        return f"{self.name:12} {how:8}"
+        return f"{self.name:16} {how:8}"
 
 
 class Measurement(NamedTuple):
@@ -57,6 +75,7 @@ class Measurement(NamedTuple):
 
     speed: float  # images/s of a rank
     start: float  # seconds from the launch to the end of the first step
+    memory: float  # MB, the most that rank 0 had
 
 
 class Process(NamedTuple):
@@ -83,17 +102,20 @@ def main(argv: list[str]) -> None:
     measurements: Measurements = {entry: [] for entry in entries(names)}
     print(
         f"{BATCH} images per rank and step, {STEPS - WARMUP} steps after {WARMUP}, "
-        "one core per rank; median (range)",
+        f"one core per rank; median (range); {processor.processor()}",
         flush=True,
     )
     total = int(repeats) * len(measurements)
     number = 0
+    calm = [fixed_computation()]
     for _ in range(int(repeats)):
         for entry, of_entry in measurements.items():
             number += 1
             with ticking.ticking(f"measuring {str(entry).strip()}, {number} of {total}"):
                 of_entry.append(measure(entry))
+                calm.append(fixed_computation())
     report(measurements)
+    print(calmness(calm))
 
 
 def check(repeats: str, names: list[str]) -> None:
@@ -112,7 +134,7 @@ def check(repeats: str, names: list[str]) -> None:
 def entries(names: list[str]) -> list[Entry]:
     """Return what is measured, in an order in which those that are compared are neighbours."""
     alone = [Entry(name, 1) for name in names]
-    together = [Entry(name, 2) for name in names if name != "keras-fit"]
+    together = [Entry(name, 2) for name in names if name not in ONE_PROCESS]
     side_by_side = [Entry(name, 1, copies=2) for name in names if name in PEERS]
     return [*alone, *together, *side_by_side]
 
@@ -134,9 +156,11 @@ def measure(entry: Entry) -> Measurement:
         for text, job in zip(printed, jobs, strict=True):
             if job.returncode:
                 raise RunError(f"{entry} failed: {text[-2000:]}")
-        times = [json.loads(result.read_text()) for result in results]
+        written = [json.loads(result.read_text()) for result in results]
+    times = [of_copy["ends"] for of_copy in written]
     first_steps = [ends[0] for ends in times]
-    return Measurement(speed(times), max(first_steps) - began)
+    memory = max(of_copy["memory"] for of_copy in written) / 1e6
+    return Measurement(speed(times), max(first_steps) - began, memory)
 
 
 def start(process: Process) -> subprocess.Popen:
@@ -180,9 +204,36 @@ def speed(times: list[list[float]]) -> float:
     return statistics.mean(speeds)
 
 
+def fixed_computation() -> float:
+    """Return the seconds that the same work takes on two cores at once, half a second at rest."""
+    matrices = [np.full((400, 400), 0.5) for _ in range(2)]
+
+    def work(matrix: np.ndarray) -> None:
+        for _ in range(60):
+            np.sin(matrix)
+            np.sqrt(matrix).sum()
+
+    with ThreadPoolExecutor(2) as cores:
+        began = time.perf_counter()
+        list(cores.map(work, matrices))
+        return time.perf_counter() - began
+
+
+def calmness(times: list[float]) -> str:
+    """Say whether the machine had other work, by the times of the fixed computation."""
+    ratio = max(times) / min(times)
+    line = f"a fixed computation between them took up to {ratio:.2f} times its least time"
+    if ratio <= BUSY:
+        return f"{line}: the machine was at rest"
+    return f"{line}: the machine was too busy to believe these figures"
+
+
 def processes(entry: Entry, core: int, arguments: list[str]) -> list[Process]:
     """Return the processes of a copy, as the contender's users would start them."""
     core_variable = {"BENCHMARK_CORE": str(core)}
+    if entry.name.startswith("keras"):
+        backend = "torch" if entry.name.startswith("keras-torch") else "tensorflow"
+        core_variable["KERAS_BACKEND"] = backend
 
     # mpirun starts ours.
     if entry.name in PEERS:
@@ -229,14 +280,15 @@ def report(measurements: Measurements) -> None:
         starts = [m.start for m in of_entry]
         print(
             f"{entry} images/s per rank {spread(speeds[entry], 0):22} "
-            f"first step after {spread(starts, 1)} s"
+            f"first step after {spread(starts, 1)} s, "
+            f"memory {spread([m.memory for m in of_entry], 0)} MB"
         )
 
     # Ours to its peers.
     for name, peers in PEERS.items():
-        for ranks, peer in enumerate(peers, 1):
-            title = f"{name} to {peer}, {ranks_in_words(ranks)}"
-            print_ratio(title, speeds, Entry(name, ranks), Entry(peer, ranks), SPEED_TARGET)
+        for ranks, goal in peers.items():
+            title = f"{name} to {goal.peer}, {ranks_in_words(ranks)}"
+            print_ratio(title, speeds, Entry(name, ranks), Entry(goal.peer, ranks), goal.target)
 
     # Two ranks to one, and what that is the product of.
     for name in CONTENDERS:
@@ -260,7 +312,7 @@ def print_ratio(
         return
     ratios = [a / b for a, b in zip(speeds[one], speeds[other], strict=True)]
     ending = "" if target is None else verdict(ratios, target)
-    print(f"{title:42} {spread(ratios, 3)}{ending}")
+    print(f"{title:46} {spread(ratios, 3)}{ending}")
 
 
 def verdict(values: list[float], target: float) -> str:

@@ -1,10 +1,11 @@
-"""One rank of one contender of `python -m recipe.benchmark`: it trains and notes when steps end.
+"""One rank of one contender of `python -m recipe.benchmark`: it notes when its steps end.
 
 Every rank has one core, also where it is alone, so that two ranks have twice the machine of one.
 """
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -29,19 +30,20 @@ Tick = Callable[[], None]
 
 
 def main(name: str, size: int, result: str) -> None:
-    """Train STEPS steps. Rank 0 writes the times of their ends to the file `result`."""
+    """Train STEPS steps. Rank 0 writes what it measured to the file `result`."""
     ranks = [os.environ[name] for name in RANK_VARIABLES if os.environ.get(name)]
     rank = int(ranks[0]) if ranks else 0
     core = rank + int(os.environ["BENCHMARK_CORE"])
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
     os.environ["OMP_NUM_THREADS"] = "1"
     times: list[float] = []
-    if not name.startswith("torch"):
+    if name in TENSORFLOW:
         with noise.filtered():
             import tensorflow  # noqa: F401  # its chatter
     CONTENDERS[name](settings(size), rank, lambda: times.append(time.time()))
     if rank == 0:
-        Path(result).write_text(json.dumps(times))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        Path(result).write_text(json.dumps({"ends": times, "memory": peak}))
 
 
 def settings(size: int) -> Recipe:
@@ -212,8 +214,11 @@ CONTENDERS: dict[str, Callable[[Recipe, int, Tick], None]] = {
     "torch-ddp": ddp,
     "keras-here": ours("keras"),
     "keras-fit": keras_fit,
+    "keras-torch-here": ours("keras"),
+    "keras-torch-fit": keras_fit,
     "tf-mirrored": mirrored,
 }
+TENSORFLOW = ("keras-here", "keras-fit", "tf-mirrored")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,19 @@ def load_framework(name: str) -> Framework:
     return cast(Framework, importlib.import_module(f"recipe.frameworks.{name}.replica"))
 
 
+def first_loss_scale(recipe: Recipe) -> float | None:
+    """Return the loss scale that a run begins with; None when it has none.
+
+    A scaled loss keeps small gradients above zero where they are float16: in the arithmetic, or on
+    the wire alone. There 2¹⁰ suits, as gradients are summed in float16 over all ranks.
+    """
+    if recipe.model.precision == "mixed_float16":
+        return 2.0**15
+    if recipe.optimizer.compression == "fp16":
+        return 2.0**10
+    return None
+
+
 def gradient_groups(recipe: Recipe, parameters: int) -> int | None:
     """Return into how many fixed groups a deterministic run fuses its gradients."""
     return max(1, 4 * parameters // GROUP) if recipe.run.deterministic else None

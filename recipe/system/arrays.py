@@ -19,8 +19,8 @@ def check_structure(shapes: dict[str, tuple], arrays: Arrays) -> None:
         where = "the model lacks" if name in arrays else "the checkpoint lacks"
         raise RunError(
             f"{where} {name}: since the checkpoint config.model, its precision, "
-            "config.optimizer.momentum or a library has changed, or the framework, for which "
-            "there is `python -m recipe.convert`"
+            "config.optimizer.momentum, config.optimizer.compression or a library has changed, "
+            "or the framework, for which there is `python -m recipe.convert`"
         )
 
     # The same shapes.

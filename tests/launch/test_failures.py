@@ -15,6 +15,7 @@ import pytest
 
 from tests.hosts import Hosts, hosts, needs_hosts
 from tests.ranks import BIN, ROOT, environment
+from tests.recipes import LONG
 
 pytestmark = [pytest.mark.ranks, needs_hosts]
 
@@ -23,22 +24,7 @@ pytestmark = [pytest.mark.ranks, needs_hosts]
 START = 120
 PATIENCE = 24
 RANK = f"{sys.executable} -m recipe.train"
-LONG = [  # a run that would take minutes
-    "-m",
-    "recipe.train",
-    "--config=quick",
-    "--config.n=8",
-    "--config.epochs=100",
-    "--config.schedule.decay_epochs=()",
-    "--config.data.name=synthetic",
-    "--config.data.train_examples=1600",
-    "--config.data.eval_examples=8",
-    "--config.model.blocks=(1,)",
-    "--config.model.width=4",
-    "--config.run.log_every=1",
-    f"--config.run.step_timeout={START}",
-    "--config.framework=torch",
-]
+RUN = LONG.but(step_timeout=START)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +39,9 @@ class Job:
     What it prints goes to a file, so that no reader keeps anybody alive.
     """
 
-    def __init__(self, pair: Hosts, folder: Path, launcher: list[str], *options: str) -> None:
+    def __init__(self, pair: Hosts, folder: Path, launcher: list[str], **changes: object) -> None:
         self.hosts, self.log = pair, folder / "log"
-        run = [*LONG, f"--run_dir={folder / 'run'}", *options]
+        run = RUN.but(**changes).train(folder / "run")
         with self.log.open("w") as log:
             self.process = pair.popen(
                 "h1",
@@ -138,8 +124,7 @@ def test_a_cut_link_ends_the_job(pair, tmp_path):
     ids=["mpirun-torch", "mpirun-keras", "gloo-torch"],
 )
 def test_ranks_behind_a_cut_link_leave_by_themselves(pair, tmp_path, launcher, framework):
-    options = [f"--config.framework={framework}", f"--config.run.step_timeout={PATIENCE}"]
-    job = Job(pair, tmp_path, launcher(pair), *options)
+    job = Job(pair, tmp_path, launcher(pair), framework=framework, step_timeout=PATIENCE)
     pair.cut("h2")
     try:
         job.until(lambda: not [*job.ranks("h1"), *job.ranks("h2")], PATIENCE + 20)

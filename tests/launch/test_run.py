@@ -16,6 +16,7 @@ import pytest
 from launch import run
 from tests.hosts import hosts, needs_hosts
 from tests.ranks import ROOT, command, environment
+from tests.recipes import LONG
 
 HELLO = (
     "import os, socket, numpy, horovod.torch as hvd, torch; hvd.init(); "
@@ -73,7 +74,7 @@ def test_mpirun_on_32_servers():
     assert command[-3:] == ["python", "-m", "x"]
     sent = [command[i + 1] for i, word in enumerate(command) if word == "-x"]
     assert (
-        {"PATH", "PYTHONPATH", "NCCL_SOCKET_IFNAME", "HOROVOD_HIERARCHICAL_ALLREDUCE"}
+        {"PATH", "PYTHONPATH", "NCCL_SOCKET_IFNAME", "HOROVOD_CYCLE_TIME"}
         <= set(sent)
         <= set(variables)
     )
@@ -214,16 +215,41 @@ def test_an_elastic_run_asks_for_the_hosts_again_and_again():
     assert command[: 4 + len(elastic)] == ["horovodrun", "--gloo", "-np", "32", *elastic]
 
 
-def test_settings_follow_the_topology():
-    assert run.settings(1, 8, "", "mpirun") == {}
-    assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in run.settings(
-        4, 4, "", "mpirun"
-    )  # one rank a server
-    assert run.settings(4, 32, "ib0,ib1", "srun-gloo")["HOROVOD_GLOO_IFACE"] == "ib0", (
-        "Gloo takes one"
-    )
-    assert run.settings(4, 32, "eth0", "mpirun")["HOROVOD_HIERARCHICAL_ALLREDUCE"] == "1"
-    assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in run.settings(4, 32, "", "horovodrun")
+def test_one_server_gets_no_settings():
+    assert run.settings(1, False, "") == {}
+
+
+def test_several_servers_reduce_by_nccl_alone_without_delay():
+    assert run.settings(4, False, "ib0,ib1") == {
+        "HOROVOD_FUSION_THRESHOLD": "67108864",
+        "HOROVOD_CYCLE_TIME": "0.5",
+        "NCCL_SOCKET_IFNAME": "ib0,ib1",
+        "HOROVOD_GLOO_IFACE": "ib0",  # Gloo takes one
+    }
+
+
+def test_the_papers_three_phases_are_an_option():
+    words = ["--hostfile", "hostfiles/bigbasin-4", "x"]
+    assert "HOROVOD_HIERARCHICAL_ALLREDUCE" not in dry(*words).variables
+    assert dry("--hierarchical", *words).variables["HOROVOD_HIERARCHICAL_ALLREDUCE"] == "1"
+
+
+def test_what_compilers_and_allocators_read_is_sent():
+    values = {
+        "XLA_FLAGS": "--xla_gpu_autotune_level=2 --xla_dump_to=a b",
+        "TF_XLA_FLAGS": "--tf_xla_auto_jit=2",
+        "TF_GPU_ALLOCATOR": "cuda_malloc_async",
+        "TORCHINDUCTOR_CACHE_DIR": "cache",
+        "TRITON_CACHE_DIR": "cache",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NVIDIA_TF32_OVERRIDE": "0",
+    }
+    variables, command = dry("--hostfile", "hostfiles/bigbasin-4", "x", **values)
+    assert variables.items() >= values.items()
+    assert values.keys() <= set(command)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +277,18 @@ def test_settings_follow_the_topology():
             ["--launcher", "horovodrun", "--elastic", "1:2", "-np", "2", "x"],
             "--elastic needs --hostfile",
         ),
+        (
+            [
+                "--launcher",
+                "horovodrun",
+                "--hostfile",
+                "hostfiles/bigbasin-4",
+                "--hierarchical",
+                "x",
+            ],
+            "--hierarchical needs MPI between the servers",
+        ),
+        (["-np", "2", "--hierarchical", "x"], "needs several servers of several ranks, not 2 on 1"),
         (["--elastic", "2", "x"], "'2' is not MIN:MAX ranks"),
         ([*ELASTIC, "8:9", "x"], "2 ranks to begin with are not among --elastic=8:9"),
         (
@@ -358,7 +396,7 @@ def test_ranks_of_three_hosts(tmp_path, launcher):
         done = cluster.run("h1", command, **SECRETS)
     assert done.returncode == 0, done.stdout
     for host in ("h1", "h2", "h3"):
-        assert f"of 3 on {host}, secrets [] {32 * 2**20}" in done.stdout
+        assert f"of 3 on {host}, secrets [] {64 * 2**20}" in done.stdout
 
 
 @pytest.mark.ranks
@@ -377,7 +415,7 @@ def test_ranks_of_hosts_with_full_names_and_underscores(tmp_path, launcher):
         doctor += ["--interface", "eth0"]
         examination = cluster.run(names[0], doctor) if launcher == "mpirun" else None
     for name in names:
-        assert f"of 3 on {name}, secrets [] {32 * 2**20}" in done.stdout
+        assert f"of 3 on {name}, secrets [] {64 * 2**20}" in done.stdout
     if examination is not None:
         assert "all is well (3 hosts, " in examination.stdout, examination.stdout
 
@@ -426,21 +464,6 @@ def test_a_user_without_a_home_is_told_and_served(tmp_path):
     assert not (tmp_path / "~" / ".horovod").exists(), "horovodrun's cache"
 
 
-RUN = [
-    "-m",
-    "recipe.train",
-    "--config=quick",
-    "--config.framework=torch",
-    "--config.n=8",
-    "--config.epochs=200",
-    "--config.schedule.decay_epochs=()",
-    "--config.data.name=synthetic",
-    "--config.data.train_examples=1600",
-    "--config.data.eval_examples=8",
-    "--config.model.blocks=(1,)",
-    "--config.model.width=4",
-    "--config.run.log_every=1",
-]
 START = 120  # seconds, on a busy machine
 
 
@@ -456,7 +479,7 @@ def test_the_readmes_signal_reaches_the_ranks_of_every_launcher(tmp_path, launch
     words = start if launcher == "launch.run" else command(2, [], launcher)
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [*words, *RUN, f"--run_dir={run_dir}"],
+            [*words, *LONG.train(run_dir)],
             cwd=ROOT,
             env=environment(),
             stdout=log,

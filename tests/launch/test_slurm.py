@@ -15,26 +15,16 @@ import pytest
 
 from recipe.run import runlog
 from tests.ranks import BIN, ROOT
+from tests.recipes import SYNTHETIC
+from tests.runs import has_line, series
 from tests.slurm import Slurm, needs_pmix, needs_slurm, slurm
 
 pytestmark = [pytest.mark.ranks, needs_slurm]
 
 TEMPLATE = str(ROOT / "launch/slurm/train.sbatch")
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=10"]
-TINY = [
-    "--config=quick",
-    "--config.n=16",
-    "--config.epochs=2",
-    "--config.schedule.warmup_epochs=1.0",
-    "--config.schedule.decay_epochs=()",
-    "--config.data.name=synthetic",
-    "--config.data.train_examples=128",
-    "--config.data.eval_examples=20",
-    "--config.model.blocks=(1,)",
-    "--config.model.width=8",
-    "--config.framework=torch",
-]
-LONGER = ["--config.data.train_examples=6400", "--config.run.log_every=5"]  # 400 steps
+RECIPE = SYNTHETIC.flags
+LONGER = SYNTHETIC.but(train_examples=6400, log_every=5).flags  # 400 steps
 HOLD = """\
 import sys, time
 from pathlib import Path
@@ -76,7 +66,7 @@ def log(project: Path, job: str) -> str:
 
 def weights(run: Path) -> list[str]:
     """Return the digests of the weights after each epoch."""
-    return [line["weights"] for line in runlog.read_epochs(run)]
+    return series(run, "epoch", "weights")
 
 
 def output(ranks: Path) -> str:
@@ -99,7 +89,7 @@ def undisturbed(cluster, tmp_path_factory) -> list[str]:
     It runs on the same nodes, since the number of torch's threads changes the rounding.
     """
     project = project_at(tmp_path_factory.mktemp("undisturbed"))
-    job = submit(cluster, project, TEMPLATE, *TINY, *LONGER)
+    job = submit(cluster, project, TEMPLATE, *LONGER)
     assert cluster.ends(job) == "COMPLETED", log(project, job)
     return weights(project / f"runs/imagenet-1hr-{job}")
 
@@ -110,9 +100,9 @@ def undisturbed(cluster, tmp_path_factory) -> list[str]:
 )
 def test_a_preempted_job_goes_on_and_ends_the_same(cluster, project, undisturbed, launcher, signal):
     cluster.preempt_with(signal)
-    job = submit(cluster, project, TEMPLATE, *TINY, *LONGER, LAUNCHER=launcher)
+    job = submit(cluster, project, TEMPLATE, *LONGER, LAUNCHER=launcher)
     run = project / f"runs/imagenet-1hr-{job}"
-    cluster.until(lambda: (run / "metrics.jsonl").exists() and runlog.read_lines(run, "step"), 60)
+    cluster.until(lambda: has_line(run, "step"), 60)
     preempt(cluster)
     assert cluster.ends(job, 200) == "COMPLETED", log(project, job)
     assert "--resume" in log(project, job)
@@ -125,7 +115,7 @@ def test_a_preempted_job_goes_on_and_ends_the_same(cluster, project, undisturbed
 
 def test_a_job_told_to_leave_before_its_run_began_begins_it_later(cluster, project):
     (project / "sitecustomize.py").write_text(HOLD)
-    job = submit(cluster, project, TEMPLATE, *TINY, PYTHONPATH=f"{project}:{ROOT}")
+    job = submit(cluster, project, TEMPLATE, *RECIPE, PYTHONPATH=f"{project}:{ROOT}")
     log_file = project / f"imagenet-1hr-{job}.log"
     # Launched: the ranks start Python.
     cluster.until(lambda: log_file.exists() and "env -i " in log_file.read_text(), 60)
@@ -150,7 +140,7 @@ def test_a_job_told_to_leave_before_it_has_launched_anything_begins_later(cluste
     (project / "early").write_text(EARLY)
     (project / "sitecustomize.py").write_text(HOLD)
     early = {"BASH_ENV": str(project / "early"), "PYTHONPATH": f"{project}:{ROOT}"}
-    job = submit(cluster, project, TEMPLATE, *TINY, **early)
+    job = submit(cluster, project, TEMPLATE, *RECIPE, **early)
     run = project / f"runs/imagenet-1hr-{job}"
     cluster.until((run / f"ranks/{job}-1").exists, 60)  # it was queued again
     (project / "go").touch()
@@ -161,9 +151,9 @@ def test_a_job_told_to_leave_before_it_has_launched_anything_begins_later(cluste
 
 def test_a_cancelled_job_stays_cancelled(cluster, project):
     """It is a job of an array, whose runs the user has named."""
-    job = submit(cluster, project, "--array=3", TEMPLATE, *TINY, *LONGER, RUN_DIR="runs/five seeds")
+    job = submit(cluster, project, "--array=3", TEMPLATE, *LONGER, RUN_DIR="runs/five seeds")
     run = project / "runs/five seeds-seed3"
-    cluster.until(lambda: (run / "metrics.jsonl").exists() and runlog.read_lines(run, "step"), 60)
+    cluster.until(lambda: has_line(run, "step"), 60)
     cluster.run("scancel", job)
     cluster.until(lambda: not cluster.run("squeue", "-h").stdout, 60)
     assert cluster.state(job) == "CANCELLED", log(project, job)
@@ -171,14 +161,9 @@ def test_a_cancelled_job_stays_cancelled(cluster, project):
 
 def test_a_job_that_may_not_queue_again_says_how_to_go_on(cluster, project):
     """When such a run has done all its epochs and is resumed once more, it ends at once."""
-    job = submit(cluster, project, "--no-requeue", TEMPLATE, *TINY, *LONGER)
+    job = submit(cluster, project, "--no-requeue", TEMPLATE, *LONGER)
     run = f"runs/imagenet-1hr-{job}"
-    cluster.until(
-        lambda: (
-            (project / run / "metrics.jsonl").exists() and runlog.read_lines(project / run, "step")
-        ),
-        60,
-    )
+    cluster.until(lambda: has_line(project / run, "step"), 60)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert cluster.ends(job) == "FAILED"
     assert "preempted: told to leave after step" in log(project, job)
@@ -188,7 +173,7 @@ def test_a_job_that_may_not_queue_again_says_how_to_go_on(cluster, project):
     )
     assert again in log(project, job)
     for ends in (True, False):
-        job = submit(cluster, project, TEMPLATE, *TINY, *LONGER, RUN_DIR=run)
+        job = submit(cluster, project, TEMPLATE, *LONGER, RUN_DIR=run)
         assert cluster.ends(job) == "COMPLETED", log(project, job)
         assert ("epoch 2 of 2" in log(project, job)) == ends
 
@@ -198,7 +183,7 @@ def test_an_array_of_seeds_and_its_summary(cluster, project):
 
     Told to leave, each queues itself again, and not the others.
     """
-    job = submit(cluster, project, "--nodes=1", "--array=0-1", TEMPLATE, *TINY)
+    job = submit(cluster, project, "--nodes=1", "--array=0-1", TEMPLATE, *RECIPE)
     cluster.until(
         lambda: sum("env -i " in log_file.read_text() for log_file in project.glob("*.log")) == 2,
         60,
@@ -253,14 +238,14 @@ def test_nodes_that_are_down_drop_out_of_an_elastic_run(cluster):
 
 
 def test_a_k_that_the_tasks_cannot_share_fails_at_once(cluster, project):
-    job = submit(cluster, project, TEMPLATE, *TINY, "--config.k=3")
+    job = submit(cluster, project, TEMPLATE, *SYNTHETIC.but(k=3).flags)
     assert cluster.ends(job, 60) == "FAILED"
     assert "error: config.k=3 workers can't be shared evenly by 2 ranks" in log(project, job)
     assert not list((project / "runs").rglob("config.json"))
 
 
 def test_a_run_named_in_the_recipes_way_is_refused(cluster, project):
-    job = submit(cluster, project, TEMPLATE, *TINY, "--run_dir=runs/mine")
+    job = submit(cluster, project, TEMPLATE, *RECIPE, "--run_dir=runs/mine")
     assert cluster.ends(job, 60) == "FAILED"
     assert "error: --run_dir is set here: name the run by RUN_DIR=" in log(project, job)
 
@@ -275,10 +260,7 @@ def test_tasks_of_an_srun_without_mpi_refuse_to_train_alone(cluster, project):
         "srun",
         "--mpi=none",
         ".venv/bin/python",
-        "-m",
-        "recipe.train",
-        *TINY,
-        "--run_dir=runs/mine",
+        *SYNTHETIC.train("runs/mine"),
     ]
     words = f"{shlex.join(['.venv/bin/python', '-c', alone])}; {shlex.join(srun)}"
     job = cluster.submit("--chdir", str(project), *TWO_NODES, "--output=alone.log", "--wrap", words)

@@ -8,26 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipe.run import runlog
 from tests.hosts import Hosts, hosts, needs_hosts
 from tests.ranks import ROOT
+from tests.recipes import SYNTHETIC
+from tests.runs import series, succeeded
 
 pytestmark = [pytest.mark.ranks, needs_hosts]
 
-TINY = [
-    "--config=quick",
-    "--config.k=3",
-    "--config.n=16",
-    "--config.epochs=2",
-    "--config.schedule.warmup_epochs=1.0",
-    "--config.schedule.decay_epochs=()",
-    "--config.data.name=synthetic",
-    "--config.data.train_examples=480",
-    "--config.data.eval_examples=20",
-    "--config.model.blocks=(1,)",
-    "--config.model.width=8",
-    "--config.framework=torch",
-]
+RECIPE = SYNTHETIC.but(k=3, train_examples=480)  # 20 steps, of a worker on each host
 LAUNCH_RUN = "python -m launch.run --hostfile {file} --interface eth0"
 COMMANDS = {
     "launch.run, mpirun": LAUNCH_RUN,
@@ -52,10 +40,8 @@ def train(three: Hosts, folder: Path, command: str) -> Path:
     """Run a command of COMMANDS, from the project's folder on h1. Return the run's folder."""
     file, run = folder / "three", folder / "run"
     file.write_text("# one GPU each\nh1 slots=1\nh2 slots=1\nh3 slots=1\n")
-    options = shlex.join([*TINY, f"--run_dir={run}"])
-    line = f"{command.format(file=file)} .venv/bin/python -m recipe.train {options}"
-    done = three.run("h1", ["sh", "-c", f"cd {ROOT} && {line}"])
-    assert done.returncode == 0, done.stdout[-3000:]
+    line = f"{command.format(file=file)} .venv/bin/python {shlex.join(RECIPE.train(run))}"
+    succeeded(three.run("h1", ["sh", "-c", f"cd {ROOT} && {line}"]))
     return run
 
 
@@ -65,12 +51,13 @@ def test_all_commands_train_the_same(three, tmp_path_factory):
         run = train(three, tmp_path_factory.mktemp("run"), command)
         environment = json.loads((run / "environment.json").read_text())
         assert environment["hosts"] == ["h1", "h2", "h3"], name
-        runs[name] = runlog.read_epochs(run)
-    digests = {name: [line["weights"] for line in epochs] for name, epochs in runs.items()}
+        runs[name] = run
+    digests = {name: series(run, "epoch", "weights") for name, run in runs.items()}
+    assert {len(each) for each in digests.values()} == {RECIPE.value.epochs}
     assert digests["mpirun"] == digests["launch.run, mpirun"]
     assert digests["horovodrun"] == digests["launch.run, horovodrun"]
-    losses = [[line["loss"] for line in runs[name]] for name in ("mpirun", "horovodrun")]
-    norms = [[line["norm"] for line in runs[name]] for name in ("mpirun", "horovodrun")]
+    mpi_and_gloo = [runs["mpirun"], runs["horovodrun"]]
+    losses, norms = ([series(run, "epoch", n) for run in mpi_and_gloo] for n in ("loss", "norm"))
     for mpi, gloo in (losses, norms):
         print("MPI and Gloo apart by", np.abs(np.array(mpi) / gloo - 1).max())
         assert np.allclose(mpi, gloo, rtol=BOUND, atol=0)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from recipe.benchmark import __main__
-from recipe.benchmark.__main__ import speed, verdict
+from recipe.benchmark.__main__ import calmness, speed, verdict
 from recipe.errors import RunError
 from tests.ranks import ROOT, environment
 
@@ -36,6 +36,8 @@ def test_the_benchmark_runs_and_prints_speeds_and_ratios():
     ):
         assert any(line.startswith(ratio) and "target" in line for line in lines), ratio
     assert any(line.startswith("torch-here, kept by working together") for line in lines)
+    assert all(" MB" in line for line in speeds)
+    assert lines[-1].startswith("a fixed computation between them took")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ contender.CONTENDERS[sys.argv[1]] = lambda *_: None
 contender.main(sys.argv[1], 1, sys.argv[2])
 assert 'tensorflow' not in sys.modules
 """
-    for name in ("torch-here", "torch-ddp"):
+    for name in ("torch-here", "torch-ddp", "keras-torch-here"):
         command = [sys.executable, "-c", program, name, str(tmp_path / "result")]
         subprocess.run(command, cwd=ROOT, env=environment(BENCHMARK_CORE="0"), check=True)
 
@@ -73,6 +75,11 @@ def test_a_contender_that_hangs_is_ended_and_named(monkeypatch):
     with pytest.raises(RunError, match=r"tf-mirrored .* has not ended"):
         __main__.outputs(__main__.Entry("tf-mirrored", 2), jobs)
     assert [job.wait(timeout=10) for job in jobs] == [-signal.SIGTERM] * 2
+
+
+def test_a_busy_machine_is_told():
+    assert calmness([1.0, 1.1, 1.2]).endswith("1.20 times its least time: the machine was at rest")
+    assert calmness([1.0, 1.3]).endswith("too busy to believe these figures")
 
 
 def test_the_verdict_is_by_the_median_then_by_the_spread():

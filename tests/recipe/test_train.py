@@ -2,7 +2,6 @@
 evaluation.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -15,51 +14,26 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
-from recipe.run import checkpoint
-from recipe.system import checkpoint_file
-from recipe.system.arrays import digest
 from recipe.system.processor import processor
-from tests.ranks import BIN, ROOT, command, environment, launch
+from tests import faults
+from tests.ranks import BIN, command, environment, launch
+from tests.recipes import MIXED, SMALL
+from tests.runs import (
+    check_printed_evaluation,
+    check_same_state,
+    lines,
+    refused,
+    saved,
+    saved_steps,
+    series,
+    state,
+    succeeded,
+    the_line,
+)
 
 pytestmark = pytest.mark.ranks
-
-SMALL = [
-    "-m",
-    "recipe.train",
-    "--config=quick",
-    "--config.n=64",
-    "--config.epochs=3",
-    "--config.optimizer.base_rate=0.1",
-    "--config.data.train_examples=448",  # 3.5 minibatches of 128: the last one is short
-    "--config.data.eval_examples=131",  # a prime: no number of ranks divides it
-    "--config.schedule.warmup_epochs=1.5",
-    "--config.schedule.decay_epochs=(2.0,)",
-    "--config.model.blocks=(1,1)",
-    "--config.model.width=8",
-    "--config.run.log_every=2",
-    "--config.run.replica_check_every=3",
-]
-
-
-MIXED = [  # imagenet_8gpu, thin, in float16 with loss scaling and on the wire
-    "-m",
-    "recipe.train",
-    "--config=imagenet_8gpu",
-    "--config.k=2",
-    "--config.n=4",
-    "--config.epochs=1",
-    "--config.schedule.decay_epochs=()",
-    "--config.data.name=synthetic",
-    "--config.data.image_size=64",
-    "--config.data.train_examples=16",
-    "--config.data.eval_examples=5",
-    "--config.model.width=4",
-    "--config.model.precision=mixed_float16",
-    "--config.optimizer.compression=fp16",
-]
 
 
 @pytest.fixture(scope="session")
@@ -71,27 +45,7 @@ def data_dir(tmp_path_factory) -> str:
 def finished(tmp_path_factory, data_dir) -> tuple[Path, str]:
     """An undisturbed run of two ranks under mpirun: its directory and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    done = launch(2, [*SMALL, f"--run_dir={folder}"], TFDS_DATA_DIR=data_dir)
-    assert done.returncode == 0, done.stdout[-4000:]
-    return folder, done.stdout
-
-
-def lines(folder: Path, kind: str) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
-
-
-def weights(folder: Path) -> dict[str, np.ndarray]:
-    return checkpoint_file.load(checkpoint.checkpoints(folder / "checkpoints")[-1])[0]
-
-
-def refused(done: subprocess.CompletedProcess, status: int, *parts: str) -> None:
-    """One sentence, said once, and no traceback."""
-    assert done.returncode == status, done.stdout
-    (sentence,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    for part in parts:
-        assert part in sentence
-    assert "Traceback" not in done.stdout
+    return folder, succeeded(launch(2, SMALL.train(folder), TFDS_DATA_DIR=data_dir))
 
 
 def test_the_run_directory_says_what_ran(finished):
@@ -105,7 +59,7 @@ def test_the_run_directory_says_what_ran(finished):
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"
     }  # fmt: skip
-    assert [path.name for path in checkpoint.checkpoints(folder / "checkpoints")] == [
+    assert [path.name for path in saved(folder)] == [
         f"step-0000{step:04d}.npz" for step in (4, 8, 12)
     ]
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
@@ -113,20 +67,21 @@ def test_the_run_directory_says_what_ran(finished):
 
 def test_the_rates_are_the_schedules(finished):
     """4 steps an epoch, kη = 0.1·128/256 below η = 0.1: no ramp; ÷10 at epoch 2."""
-    steps = lines(finished[0], "step")
-    assert [line["step"] for line in steps] == [2, 4, 6, 8, 10, 12]
-    assert [line["rate"] for line in steps] == pytest.approx([0.05] * 4 + [0.005] * 2)
+    assert series(finished[0], "step", "step") == [2, 4, 6, 8, 10, 12]
+    assert series(finished[0], "step", "rate") == pytest.approx([0.05] * 4 + [0.005] * 2)
 
 
 def test_every_example_is_counted_once(finished):
     """Traps 7 and 11: also when neither minibatches nor ranks divide the data."""
-    for line in lines(finished[0], "epoch"):
+    epochs = lines(finished[0], "epoch")
+    assert len(epochs) == 3
+    for line in epochs:
         assert line["eval_examples"] == 131
         assert (line["error"] * 448) == pytest.approx(round(line["error"] * 448), abs=1e-6)
 
 
 def test_it_learns(finished):
-    losses = [line["loss"] for line in lines(finished[0], "epoch")]
+    losses = series(finished[0], "epoch", "loss")
     assert losses[-1] < losses[0] < 2.6  # ln 10 ≈ 2.3 knows nothing
 
 
@@ -141,32 +96,28 @@ def test_only_rank_0_speaks_and_no_framework_does(finished):
 
 @pytest.mark.parametrize("launcher", ["gloo", "horovodrun-mpi"])
 def test_other_launchers_train_the_same(finished, tmp_path, data_dir, launcher):
-    done = launch(2, [*SMALL, f"--run_dir={tmp_path / 'run'}"], launcher, TFDS_DATA_DIR=data_dir)
-    assert done.returncode == 0, done.stdout[-4000:]
-    for one, other in zip(
-        lines(tmp_path / "run", "epoch"), lines(finished[0], "epoch"), strict=True
-    ):
-        assert one["loss"] == other["loss"]  # a sum of two is the same in any order
+    run = tmp_path / "run"
+    succeeded(launch(2, SMALL.train(run), launcher, TFDS_DATA_DIR=data_dir))
+    # A sum of two is the same in any order.
+    assert series(run, "epoch", "loss") == series(finished[0], "epoch", "loss")
 
 
 def test_the_torch_backend_runs_the_recipe_too(tmp_path, data_dir):
-    done = launch(
-        2, [*SMALL, f"--run_dir={tmp_path / 'run'}"], TFDS_DATA_DIR=data_dir, KERAS_BACKEND="torch"
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert lines(tmp_path / "run", "epoch")[-1]["loss"] < 2.6
+    run = tmp_path / "run"
+    succeeded(launch(2, SMALL.train(run), TFDS_DATA_DIR=data_dir, KERAS_BACKEND="torch"))
+    assert series(run, "epoch", "loss")[-1] < 2.6
 
 
 def test_the_imagenet_preset_in_mixed_precision_on_synthetic_data(tmp_path):
     """The 16 layers of stages and the stem of imagenet_8gpu, thin; float16 with loss scaling, and
     on the wire.
     """
-    done = launch(2, [*MIXED, f"--run_dir={tmp_path / 'run'}"])
-    assert done.returncode == 0, done.stdout[-4000:]
-    (epoch,) = lines(tmp_path / "run", "epoch")
+    run = tmp_path / "run"
+    succeeded(launch(2, MIXED.train(run)))
+    (epoch,) = lines(run, "epoch")
     assert epoch["eval_examples"] == 5
     assert 6 < epoch["loss"] < 8  # ln 1000 ≈ 6.9
-    assert any(name.endswith("dynamic_scale") for name in weights(tmp_path / "run"))
+    assert any(name.endswith("dynamic_scale") for name in state(run))
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -174,68 +125,25 @@ def test_evaluation_does_not_depend_on_the_ranks(finished, data_dir, size):
     done = launch(
         size, ["-m", "recipe.evaluate", f"--run_dir={finished[0]}"], TFDS_DATA_DIR=data_dir
     )
-    assert done.returncode == 0, done.stdout
-    last = lines(finished[0], "epoch")[-1]
-    assert f"top-1 error {last['eval_error']:.2%}" in done.stdout
-    assert "examples 131" in done.stdout
-    printed = float(done.stdout.split("loss ")[1].split()[0])
-    assert printed == pytest.approx(
-        last["eval_loss"], abs=2e-4
-    )  # four decimals, other batch shapes
-
-
-def killed_after_epoch(
-    folder: Path, epoch: int, data_dir: str, launcher: str, *arguments: str
-) -> tuple[float, int, str]:
-    """Starts a run, kills rank 1 once an epoch has its checkpoint: (seconds to the job's end,
-    status, output).
-    """
-    job = subprocess.Popen(
-        command(2, [*SMALL, f"--run_dir={folder}", *arguments], launcher),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(TFDS_DATA_DIR=data_dir),
-    )
-    try:
-        deadline, ranks = time.monotonic() + 120, []
-        while len(ranks) < 2 or not (folder / f"checkpoints/step-{4 * epoch:08d}.npz").exists():
-            assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0]
-            time.sleep(0.01)
-            if (
-                len(ranks) < 2
-            ):  # looked for before there is haste: then the run is over in half a second
-                with contextlib.suppress(psutil.Error):
-                    processes = psutil.Process(job.pid).children(recursive=True)
-                    ranks = [p for p in processes if "recipe.train" in p.cmdline()[1:3]]
-        max(ranks, key=lambda p: p.pid).kill()
-        began = time.monotonic()
-        printed = job.communicate(timeout=60)[0]
-        return time.monotonic() - began, job.returncode, printed
-    finally:
-        job.kill()
+    check_printed_evaluation(finished[0], succeeded(done))
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
 def test_a_killed_rank_ends_the_job_and_the_run_resumes(finished, tmp_path, data_dir, launcher):
     folder = tmp_path / "run"
-    seconds, status, printed = killed_after_epoch(folder, 1, data_dir, launcher)
-    assert status != 0
-    assert seconds < 20  # a hang is the bug; the launchers take 0.4 to 3 s here
-    assert (
-        "signal 9" in printed or "exit code" in printed.lower() or "exit status" in printed.lower()
-    )
-    done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "median of the last 3 epochs" in done.stdout  # those before the kill count
-    assert [line["epoch"] for line in lines(folder, "epoch")] == [1, 2, 3]
-    assert [line["step"] for line in lines(folder, "step")] == [2, 4, 6, 8, 10, 12]
-    assert digest(weights(folder)) == digest(weights(finished[0]))
+    words = command(2, SMALL.train(folder), launcher)
+    printed = faults.kill_last_rank(words, folder, after_step=4, TFDS_DATA_DIR=data_dir).lower()
+    assert "signal 9" in printed or "exit code" in printed or "exit status" in printed
+    printed = succeeded(launch(2, SMALL.train(folder, "--resume"), TFDS_DATA_DIR=data_dir))
+    assert "median of the last 3 epochs" in printed  # those before the kill count
+    assert series(folder, "epoch", "epoch") == [1, 2, 3]
+    assert series(folder, "step", "step") == [2, 4, 6, 8, 10, 12]
+    check_same_state(folder, finished[0])
 
 
 def test_one_rank_without_data_ends_the_run_with_its_message(tmp_path, data_dir):
     """A failed read on one rank is agreed upon: no traceback, no hang, the rank is named."""
-    program = [sys.executable, *SMALL, f"--run_dir={tmp_path / 'run'}"]
+    program = [sys.executable, *SMALL.train(tmp_path / "run")]
     empty = tmp_path / "empty"
     empty.mkdir()
     done = two_ranks(program, ["env", f"TFDS_DATA_DIR={empty}", *program], TFDS_DATA_DIR=data_dir)
@@ -256,7 +164,7 @@ def test_one_rank_that_fails_before_horovod_starts_says_why(finished, tmp_path):
 )
 def test_a_rank_with_another_recipe_is_named(tmp_path, data_dir, name, value, other):
     """Other examples without a word, or a hang, or both."""
-    program = [sys.executable, *SMALL, f"--run_dir={tmp_path / 'run'}"]
+    program = [sys.executable, *SMALL.train(tmp_path / "run")]
     done = two_ranks(program, [*program, f"--config.{name}={value}"], TFDS_DATA_DIR=data_dir)
     refused(
         done, 2, f"rank 1 has another recipe than rank 0: config.{name}={value} instead of {other};"
@@ -271,8 +179,8 @@ def test_a_rank_that_hangs_before_the_first_step_ends_the_run(tmp_path, data_dir
     for index in silent.rglob("*.npz"):
         index.unlink()
         os.mkfifo(index)
-    program = [sys.executable, *SMALL, "--config.framework=torch", f"--run_dir={tmp_path / 'run'}"]
-    program.append("--config.run.step_timeout=5")
+    recipe = SMALL.but(framework="torch", step_timeout=5)
+    program = [sys.executable, *recipe.train(tmp_path / "run")]
     done = two_ranks(program, ["env", f"TFDS_DATA_DIR={silent}", *program], TFDS_DATA_DIR=data_dir)
     assert done.returncode == 1
     told = r"error: rank \d on .*: nothing was heard for .*; the last sign of life was the start"
@@ -280,12 +188,7 @@ def test_a_rank_that_hangs_before_the_first_step_ends_the_run(tmp_path, data_dir
 
 
 def test_a_rank_that_never_starts_horovod_ends_the_run(tmp_path):
-    program = [
-        sys.executable,
-        *MIXED,
-        "--config.run.step_timeout=5",
-        f"--run_dir={tmp_path / 'run'}",
-    ]
+    program = [sys.executable, *MIXED.but(step_timeout=5).train(tmp_path / "run")]
     done = two_ranks(program, ["sleep", "90"])
     assert done.returncode == 1
     assert (
@@ -318,7 +221,7 @@ def test_a_damaged_image_is_named(tmp_path, data_dir, finished):
                 content[place + 2 : place + 40] = b"\xff\xd9" * 19  # and end at once
         shard.write_bytes(content)
     began = time.monotonic()
-    done = launch(2, [*SMALL, f"--run_dir={tmp_path / 'run'}"], TFDS_DATA_DIR=str(copy))
+    done = launch(2, SMALL.train(tmp_path / "run"), TFDS_DATA_DIR=str(copy))
     assert time.monotonic() - began < 90
     assert done.returncode == 1
     assert "error: rank" in done.stdout
@@ -327,7 +230,7 @@ def test_a_damaged_image_is_named(tmp_path, data_dir, finished):
 
 
 def test_ranks_must_divide_the_recipes_workers(tmp_path, data_dir):
-    done = launch(3, [*SMALL, f"--run_dir={tmp_path / 'run'}"], TFDS_DATA_DIR=data_dir)
+    done = launch(3, SMALL.train(tmp_path / "run"), TFDS_DATA_DIR=data_dir)
     refused(done, 2, "config.k=2", "by 3 ranks", "(1, 2)")
     assert not (tmp_path / "run").exists()
 
@@ -360,38 +263,33 @@ def test_programs_explain_themselves(program):
 
 
 def test_a_backend_without_a_binding_is_refused_before_keras_looks_for_it(tmp_path):
-    done = launch(2, [*SMALL, f"--run_dir={tmp_path / 'run'}"], KERAS_BACKEND="jax")
+    done = launch(2, SMALL.train(tmp_path / "run"), KERAS_BACKEND="jax")
     refused(done, 2, "'jax'", "KERAS_BACKEND=torch")
 
 
 def test_a_run_directory_is_not_overwritten(finished, data_dir):
     folder = finished[0]
-    done = launch(2, [*SMALL, f"--run_dir={folder}"], TFDS_DATA_DIR=data_dir)
+    done = launch(2, SMALL.train(folder), TFDS_DATA_DIR=data_dir)
     refused(done, 2, str(folder), "--resume")
-    done = launch(
-        2,
-        [*SMALL, "--config.optimizer.momentum=0.8", f"--run_dir={folder}", "--resume"],
-        TFDS_DATA_DIR=data_dir,
-    )
+    other = SMALL.but(momentum=0.8)
+    done = launch(2, other.train(folder, "--resume"), TFDS_DATA_DIR=data_dir)
     refused(done, 2, "config.optimizer.momentum=0.8 (was 0.9)")
     assert len(lines(folder, "epoch")) == 3
 
 
 def test_a_finished_run_resumes_to_its_result(finished, data_dir):
     folder, printed = finished
-    done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.splitlines()[-2:] == printed.splitlines()[-2:]
+    again = succeeded(launch(2, SMALL.train(folder, "--resume"), TFDS_DATA_DIR=data_dir))
+    assert again.splitlines()[-2:] == printed.splitlines()[-2:]
     assert len(lines(folder, "epoch")) == 3
 
 
 def test_a_run_forced_to_fewer_epochs_than_it_has_done_is_finished(finished, tmp_path, data_dir):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
-    arguments = [*SMALL, "--config.epochs=2", "--config.schedule.decay_epochs=()", "--resume=force"]
-    done = launch(2, [*arguments, f"--run_dir={folder}"], TFDS_DATA_DIR=data_dir)
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.splitlines()[-2].startswith("top-1 error ")
+    fewer = SMALL.but(epochs=2, decay_epochs=())
+    printed = succeeded(launch(2, fewer.train(folder, "--resume=force"), TFDS_DATA_DIR=data_dir))
+    assert printed.splitlines()[-2].startswith("top-1 error ")
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_resumes_from_the_start(
@@ -404,10 +302,9 @@ def test_a_run_that_ended_before_its_first_checkpoint_resumes_from_the_start(
     (folder / "metrics.jsonl").write_text(
         "".join(metrics[:2])
     )  # the start and step 2 of 4 an epoch
-    done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
-    assert done.returncode == 0, done.stdout
-    assert "holds no checkpoint: the run begins at step 0" in done.stdout
-    assert [line["epoch"] for line in lines(folder, "epoch")] == [1, 2, 3]
+    printed = succeeded(launch(2, SMALL.train(folder, "--resume"), TFDS_DATA_DIR=data_dir))
+    assert "holds no checkpoint: the run begins at step 0" in printed
+    assert series(folder, "epoch", "epoch") == [1, 2, 3]
 
 
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_unless_told_so(
@@ -417,35 +314,27 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_unless_told_so(
     shutil.copytree(finished[0], folder)
     shutil.rmtree(folder / "checkpoints")
     before = (folder / "metrics.jsonl").read_bytes()
-    done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume"], TFDS_DATA_DIR=data_dir)
+    done = launch(2, SMALL.train(folder, "--resume"), TFDS_DATA_DIR=data_dir)
     refused(done, 2, str(folder), "has 3 finished epochs", "holds no checkpoint", "--resume=force")
     assert (folder / "metrics.jsonl").read_bytes() == before
     assert not (folder / ".lock").exists()
-    done = launch(2, [*SMALL, f"--run_dir={folder}", "--resume=force"], TFDS_DATA_DIR=data_dir)
-    assert done.returncode == 0, done.stdout
+    succeeded(launch(2, SMALL.train(folder, "--resume=force"), TFDS_DATA_DIR=data_dir))
     (aside,) = folder.glob("aside-*-metrics.jsonl")
     assert aside.read_bytes() == before
-    assert digest(weights(folder)) == digest(weights(finished[0]))
+    check_same_state(folder, finished[0])
 
 
 def test_there_must_be_something_to_resume(tmp_path, data_dir):
-    done = launch(2, [*SMALL, f"--run_dir={tmp_path / 'run'}", "--resume"], TFDS_DATA_DIR=data_dir)
+    done = launch(2, SMALL.train(tmp_path / "run", "--resume"), TFDS_DATA_DIR=data_dir)
     refused(done, 2, "holds no run to resume")
 
 
 def test_divergence_stops_all_ranks(tmp_path, data_dir):
-    arguments = [*SMALL, f"--run_dir={tmp_path / 'run'}", "--config.optimizer.base_rate=1e30"]
-    refused(
-        launch(2, arguments, TFDS_DATA_DIR=data_dir),
-        1,
-        "the loss is",
-        "at step 2",
-        "worker",
-        "base_rate",
-    )
+    done = launch(2, SMALL.but(base_rate=1e30).train(tmp_path / "run"), TFDS_DATA_DIR=data_dir)
+    refused(done, 1, "the loss is", "at step 2", "worker", "base_rate")
 
 
-NATIVE = [*SMALL, "--config.framework=torch", "--config.n=32"]
+NATIVE = SMALL.but(framework="torch", n=32)
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -454,41 +343,27 @@ def test_an_epoch_whose_last_update_diverges_is_not_kept(tmp_path, data_dir, epo
     evaluation only.
     """
     folder = tmp_path / "run"
-    options = [
-        "--config.data.train_examples=128",
-        "--config.k=2",
-        "--config.n=64",
-        "--config.optimizer.base_rate=1e22",
-    ]
-    options += [
-        f"--config.epochs={epochs}",
-        "--config.schedule.warmup=none",
-        "--config.schedule.warmup_epochs=0",
-    ]
-    options += [
-        "--config.schedule.decay_epochs=()",
-        "--config.framework=torch",
-        f"--run_dir={folder}",
-    ]
-    done = launch(2, [*SMALL, *options], TFDS_DATA_DIR=data_dir)
-    assert done.returncode == 1, done.stdout
-    (sentence,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert "training has diverged" in sentence and "base_rate" in sentence
-    assert not checkpoint.checkpoints(folder / "checkpoints")
+    recipe = SMALL.but(
+        framework="torch",
+        epochs=epochs,
+        train_examples=128,
+        base_rate=1e22,
+        warmup="none",
+        warmup_epochs=0,
+        decay_epochs=(),
+    )
+    done = launch(2, recipe.train(folder), TFDS_DATA_DIR=data_dir)
+    refused(done, 1, "training has diverged", "base_rate")
+    assert not saved(folder)
     assert not lines(folder, "epoch")
     assert f"--run_dir={folder} --resume" in done.stdout
 
 
 def test_a_run_that_runs_is_not_started_once_more(tmp_path, data_dir):
     folder = tmp_path / "run"
-    long = [
-        *NATIVE,
-        f"--run_dir={folder}",
-        "--config.epochs=400",
-        "--config.run.checkpoint_steps=1",
-    ]
+    long = NATIVE.but(epochs=400, checkpoint_steps=1)
     first = subprocess.Popen(
-        command(1, long),
+        command(1, long.train(folder)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=environment(TFDS_DATA_DIR=data_dir),
@@ -498,9 +373,8 @@ def test_a_run_that_runs_is_not_started_once_more(tmp_path, data_dir):
         while not (folder / "checkpoints/step-00000001.npz").exists():
             assert time.monotonic() < deadline and first.poll() is None
             time.sleep(0.05)
-        refused(
-            launch(1, [*long, "--resume"], TFDS_DATA_DIR=data_dir), 2, "in use by process", "since"
-        )
+        second = launch(1, long.train(folder, "--resume"), TFDS_DATA_DIR=data_dir)
+        refused(second, 2, "in use by process", "since")
         assert first.poll() is None
     finally:
         first.kill()
@@ -510,7 +384,7 @@ def test_a_run_that_runs_is_not_started_once_more(tmp_path, data_dir):
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data_dir):
     """As SIGUSR1 does: to the rank itself, and to its launcher, which passes it on as SIGTERM."""
     folder = tmp_path / "my runs" / "größe"
-    program = [sys.executable, *NATIVE, f"--run_dir={folder}", "--config.epochs=400"]
+    program = [sys.executable, *NATIVE.but(epochs=400).train(folder)]
     values = environment(TFDS_DATA_DIR=data_dir, OMPI_MCA_odls_base_sigkill_timeout="5")
 
     def interrupted(words: list[str]) -> tuple[int, str]:
@@ -527,13 +401,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data_dir):
 
     status, printed = interrupted(program)
     assert status == 75, printed
-    first = checkpoint.step_of(checkpoint.checkpoints(folder / "checkpoints")[-1])
+    first = saved_steps(folder)[-1]
     assert f"run directory: {folder}" in printed and "Ctrl-C: saving" in printed
-    (advice,) = [
-        line
-        for line in printed.splitlines()
-        if line.startswith(f"saved after step {first}; to go on")
-    ]
+    advice = the_line(printed, f"saved after step {first}; to go on")
+    assert advice.startswith("saved after")
     again = shlex.split(advice.partition("launcher: ")[2])
     assert again[:3] == ["python", "-m", "recipe.train"] and again[-2:] == [
         f"--run_dir={folder}",
@@ -541,8 +412,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, data_dir):
     ]
     status, printed = interrupted([str(BIN / "mpirun"), "-np", "1", *again])
     assert "preempted: told to leave after step" in printed, (status, printed)
-    second = checkpoint.step_of(checkpoint.checkpoints(folder / "checkpoints")[-1])
-    assert second > first
+    assert saved_steps(folder)[-1] > first
 
 
 def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path, data_dir):
@@ -553,12 +423,11 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(tmp_path, data_dir):
         'exec "$@" <&- >&- 2>&-',
         "sh",
         sys.executable,
-        *NATIVE,
-        f"--run_dir={folder}",
+        *NATIVE.train(folder),
     ]
     done = subprocess.run(words, env=environment(TFDS_DATA_DIR=data_dir), timeout=200, check=False)
     assert done.returncode == 0
-    assert [line["epoch"] for line in lines(folder, "epoch")] == [1, 2, 3]
+    assert series(folder, "epoch", "epoch") == [1, 2, 3]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounts file systems of its own, which needs root")
@@ -576,10 +445,8 @@ def test_without_room_for_tensorboard_or_shared_memory_it_trains(tmp_path, data_
         script + 'exec "$@"',
         "sh",
         sys.executable,
-        *NATIVE,
-        f"--run_dir={folder}",
+        *NATIVE.but(epochs=12, log_every=1).train(folder),
     ]
-    words += ["--config.run.log_every=1", "--config.epochs=12"]
     done = subprocess.run(
         words,
         capture_output=True,
@@ -599,7 +466,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, data_dir):
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], check=True)
     try:
-        done = launch(2, [*SMALL, f"--run_dir={folder / 'run'}"], TFDS_DATA_DIR=data_dir)
+        done = launch(2, SMALL.train(folder / "run"), TFDS_DATA_DIR=data_dir)
         refused(done, 1, "cannot write the checkpoint", "No space left on device")
         assert not list(folder.rglob("*.partial"))
     finally:
@@ -610,11 +477,10 @@ def test_reports_are_the_papers(finished, tmp_path):
     runs = [tmp_path / name for name in ("a", "b")]
     for run in runs:
         shutil.copytree(finished[0], run)
-    done = launch(1, ["-m", "recipe.report", *map(str, runs)])
-    assert done.returncode == 0, done.stdout
-    errors = [line["eval_error"] for line in lines(finished[0], "epoch")]
-    assert f"top-1 error {np.median(errors):.2%}, median of the last 3 of 3 epochs" in done.stdout
-    assert f"2 runs: {np.median(errors):.2%} ± 0.00%" in done.stdout
+    printed = succeeded(launch(1, ["-m", "recipe.report", *map(str, runs)]))
+    error = np.median(series(finished[0], "epoch", "eval_error"))
+    assert f"top-1 error {error:.2%}, median of the last 3 of 3 epochs" in printed
+    assert f"2 runs: {error:.2%} ± 0.00%" in printed
     assert (runs[0] / "report.png").read_bytes().startswith(b"\x89PNG")
     refused(launch(1, ["-m", "recipe.report", str(tmp_path)]), 2, "metrics.jsonl")
 
@@ -622,17 +488,13 @@ def test_reports_are_the_papers(finished, tmp_path):
 def test_a_run_says_how_long_it_waited_for_images(finished, tmp_path, data_dir):
     """The rank that waits longest counts: all others then wait for it, in the allreduce."""
     folder, printed = finished
-    assert all(0 < line["data_wait"] < 1 for line in lines(folder, "epoch"))
+    assert all(0 < wait < 1 for wait in series(folder, "epoch", "data_wait"))
     assert re.search(
         r"^images: \d+\.\d% of the time of a step was spent waiting for them", printed, re.MULTILINE
     )
-    program = str(ROOT / "tests/recipe/run/slow_images_program.py")
-    options = [
-        *SMALL[2:],
-        "--config.framework=torch",
-        f"--config.data.data_dir={data_dir}",
-        f"--run_dir={tmp_path}/r",
-    ]
-    done = launch(2, [program, *options])
-    (told,) = re.findall(r"^images: (\d+)\.\d% .*: docs/data.md says", done.stdout, re.MULTILINE)
+    fault = faults.late_images(rank=1, seconds=0.3)
+    recipe = SMALL.but(framework="torch")
+    words = recipe.train(tmp_path / "run", program=fault.program)
+    printed = succeeded(launch(2, words, TFDS_DATA_DIR=data_dir))
+    (told,) = re.findall(r"^images: (\d+)\.\d% .*: docs/data.md says", printed, re.MULTILINE)
     assert int(told) > 40, "12 steps of far less than 0.3 s"

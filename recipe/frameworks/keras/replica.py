@@ -20,7 +20,7 @@ from recipe.frameworks.keras.step import (
     moving_statistics,
     split,
 )
-from recipe.frameworks.replica import Replica, gradient_groups
+from recipe.frameworks.replica import Replica, first_loss_scale, gradient_groups
 from recipe.frameworks.vector import StepResult
 from recipe.keras import backend, state
 from recipe.keras.callbacks import BroadcastState, ReplicaCheck, ScheduledRate, rate_of
@@ -137,9 +137,10 @@ def _optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
         decay=settings.weight_decay,
         name="sgd",
     )
-    if recipe.model.precision == "mixed_float16":
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
-    return optimizer
+    scale = first_loss_scale(recipe)
+    if scale is None:
+        return optimizer
+    return keras.optimizers.LossScaleOptimizer(optimizer, scale, name="loss_scale_optimizer")
 
 
 def _distribute(recipe: Recipe, model: keras.Model) -> None:

@@ -1,1 +1,1 @@
-"""The recipe in native PyTorch, on Horovod's hooks: the network, the step, the replica."""
+"""The recipe in native PyTorch, on Horovod's collectives: the network, the step, the replica."""

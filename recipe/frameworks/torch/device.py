@@ -1,7 +1,7 @@
 """The device of a rank in PyTorch, its GPU or its share of the CPU, and the input's way to it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ def use_local_device(local_rank: int, threads: int, deterministic: bool = False)
         torch.use_deterministic_algorithms(True)
     # Batches have one shape: the fastest kernels are worth finding.
     torch.backends.cudnn.benchmark = not deterministic
+    # Convolutions of float32 keep 10 of its 23 bits on GPUs with TF32, as is PyTorch's default.
+    torch.backends.cudnn.allow_tf32 = not deterministic
     if torch.cuda.is_available():
         check_gpus(torch.cuda.device_count(), local_rank)
         torch.cuda.set_device(local_rank)
@@ -35,6 +37,26 @@ def on_device(element: Sequence[np.ndarray | None]) -> tuple[torch.Tensor, ...]:
     waiting for the copy.
     """
     return tuple(_on_device(part) for part in element if part is not None)
+
+
+def when_done(tensor: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Copy a tensor as it is now; return a function that waits for the copy and returns it.
+
+    On a GPU the copy goes to pinned memory behind the work that is queued now. The function then
+    waits for that work alone, and not for what is queued later.
+    """
+    if tensor.device.type == "cpu":
+        return tensor.clone().numpy
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return copy.numpy()
+
+    return wait
 
 
 def _on_device(array: np.ndarray) -> torch.Tensor:

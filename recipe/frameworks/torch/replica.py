@@ -1,4 +1,4 @@
-"""The recipe's replica in native PyTorch: network, Horovod's optimizer and the state of both."""
+"""The recipe's replica in native PyTorch: network, optimizer and the state of both."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,12 +11,12 @@ import torch
 
 from recipe.config import Recipe
 from recipe.data.element import Element
-from recipe.frameworks.replica import Replica, gradient_groups
+from recipe.frameworks.replica import Replica
 from recipe.frameworks.torch import device, resnet
 from recipe.frameworks.torch.normalization import batch_statistics
-from recipe.frameworks.torch.step import HorovodOptimizer, Step
+from recipe.frameworks.torch.step import Step
 from recipe.frameworks.torch.weights import from_keras, keras_path, to_keras
-from recipe.frameworks.torch.wire import PackedCompression, packed
+from recipe.frameworks.torch.wire import packed
 from recipe.frameworks.vector import StepResult
 from recipe.ranks import binding, collectives
 from recipe.rules.epoch import Share
@@ -55,8 +55,7 @@ class TorchReplica:
         self.recipe = recipe
         self.network = resnet.build(recipe, num_classes).to(device.local_device())
         share = Share.of(recipe, collectives.rank(), collectives.size())
-        passes = max(1, share.passes)  # an evaluation may have ranks without workers
-        self.optimizer = _optimizer(recipe, self.network, passes)
+        self.optimizer = _optimizer(recipe, self.network)
         self._step = Step(self.network, self.optimizer, recipe, share)
         self._schedule = recipe_rate(recipe)
         self._epoch = self._steps_done = 0
@@ -173,21 +172,17 @@ def sgd(recipe: Recipe, network: torch.nn.Module) -> torch.optim.SGD:
     decayed: dict[str, Any] = {"params": kernels, "weight_decay": settings.weight_decay}
     groups = [decayed, {"params": others}]
     return torch.optim.SGD(
-        groups, lr=settings.base_rate, momentum=settings.momentum, nesterov=settings.nesterov
+        groups,
+        lr=settings.base_rate,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        fused=True,  # one kernel for all parameters, or few
     )
 
 
-def _optimizer(recipe: Recipe, network: resnet.ResNet, passes: int) -> HorovodOptimizer:
-    """Return Horovod's optimizer around `sgd`, for so many backward passes per step."""
-    parameters = sum(p.numel() for p in network.parameters())
-    optimizer = hvd.DistributedOptimizer(
-        sgd(recipe, network),
-        named_parameters=network.named_parameters(),
-        compression=PackedCompression(getattr(hvd.Compression, recipe.optimizer.compression)),
-        backward_passes_per_step=passes,
-        groups=gradient_groups(recipe, parameters),
-    )
-    # The velocities are there before the first step, so that they can be broadcast and restored.
+def _optimizer(recipe: Recipe, network: torch.nn.Module) -> torch.optim.SGD:
+    """Return `sgd` with velocities of zero, so that they can be broadcast and restored."""
+    optimizer = sgd(recipe, network)
     if recipe.optimizer.momentum:
         for p in network.parameters():
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -1,7 +1,6 @@
 """One step of one rank in PyTorch: forward and backward, one round of allreduces, one update."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import horovod.torch as hvd
 import torch
@@ -9,21 +8,22 @@ from torch.nn import functional
 
 from recipe.config import Recipe
 from recipe.data.element import Element
-from recipe.frameworks.torch.device import on_device
+from recipe.frameworks.replica import first_loss_scale
+from recipe.frameworks.torch.device import on_device, when_done
 from recipe.frameworks.torch.normalization import batch_statistics, moving_statistics
+from recipe.frameworks.torch.reduction import Reduction
 from recipe.frameworks.torch.resnet import ResNet
 from recipe.frameworks.vector import StepResult, StepVector
 from recipe.rules.epoch import Share
 
-HorovodOptimizer = Any  # a torch.optim.Optimizer with synchronize() and skip_synchronize()
 AUTOCAST = {"float32": None, "mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16}
 
 
 class Step:
     """The step of a rank.
 
-    Gradients add up over its forward passes, and Horovod's hooks reduce them while the last one's
-    backward pass is still running. Then the optimizer updates.
+    Gradients add up over its forward passes, and are reduced while the last one's backward pass is
+    still running. Then the optimizer updates.
 
     A StepVector goes with the gradients. Its statistics are the batches' own, summed over the
     workers. The moving ones move by their mean over all k, so that they are equal on all ranks at
@@ -31,19 +31,21 @@ class Step:
     """
 
     def __init__(
-        self, network: ResNet, optimizer: HorovodOptimizer, recipe: Recipe, share: Share
+        self, network: ResNet, optimizer: torch.optim.Optimizer, recipe: Recipe, share: Share
     ) -> None:
-        """Take Horovod's optimizer, which must be for as many backward passes as the share has."""
+        """Take the network and its optimizer, and this rank's share of the k workers."""
         self.network, self.optimizer = network, optimizer
         self.k, self.share = recipe.k, share
         self.moving, self._momentum = moving_statistics(network), recipe.model.bn_momentum
         self._device, self._dtype = self.moving.device, AUTOCAST[recipe.model.precision]
-        # The scale begins and grows as Keras's does; without float16 the scaler does nothing.
-        enabled = self._dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(self._device.type, init_scale=2.0**15, enabled=enabled)
+        # The scale grows as Keras's does. A disabled scaler does nothing.
+        scale = first_loss_scale(recipe)
+        enabled = scale is not None
+        self.scaler = torch.amp.GradScaler(self._device.type, scale or 1.0, enabled=enabled)
         self._forward = torch.compile(network) if recipe.run.compile else network
         # What all ranks' gradients are divided by: their passes, where every rank has as many.
         self._mean_passes = self.k / (hvd.size() * share.workers_at_once)
+        self.reduction = Reduction(network, half=recipe.optimizer.compression == "fp16")
         self.layout = StepVector(len(self.moving), self.k)
         self.vector = torch.zeros(self.layout.length, device=self._device)
 
@@ -52,10 +54,12 @@ class Step:
 
         The function that comes back waits for the step and returns its result.
         """
-        # Forward and backward; Horovod reduces the gradients meanwhile.
+        # Forward and backward. The last pass reduces the gradients meanwhile.
         self.network.train()
         self.vector.zero_()
         for i in range(self.share.passes):
+            if i == self.share.passes - 1:
+                self.reduction.expect()
             self.backward(self.share.workers_of(i)[0], *on_device(next(elements)))
 
         # Reduce the vector while the optimizer waits for the gradients and applies them.
@@ -67,8 +71,8 @@ class Step:
         vector = reduced_vector()
         statistics = vector[self.layout.statistics]
         self.moving.lerp_(statistics / self.k, 1 - self._momentum)
-        result = vector[self.layout.result].clone()  # the vector is the next step's
-        return lambda: self.layout.read(result.numpy(force=True))
+        values = when_done(vector[self.layout.result])
+        return lambda: self.layout.read(values())
 
     def autocast(self) -> torch.autocast:
         """Return a context of the recipe's precision."""
@@ -111,9 +115,8 @@ class Step:
 
         Ranks that test before they reduce would disagree, and wait for each other.
         """
-        self.optimizer.synchronize()
+        self.reduction.finish()
         self.scaler.unscale_(self.optimizer)
-        with self.optimizer.skip_synchronize():
-            self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

@@ -16,10 +16,10 @@ from recipe.config import Data
 from recipe.data import folders, shared_files, sources
 from recipe.data.prepare import builders, verify
 from recipe.errors import RunError, UsageError
-from recipe.run import checkpoint
-from recipe.system import checkpoint_file
 from tests.ranks import launch
 from tests.recipe.data.conftest import photo
+from tests.recipes import OWN_IMAGES
+from tests.runs import refused, state, succeeded
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
 
@@ -346,17 +346,6 @@ def in_sorted_order(tree: Path, data_dir: Path) -> Data:
 @pytest.mark.ranks
 def test_two_ranks_learn_the_same_from_a_tree_as_from_tfds(tree: Path, tmp_path: Path) -> None:
     """Where the images lie is no part of the recipe. The weights are equal to the bit."""
-    sizes = {
-        "k": 2,
-        "n": 4,
-        "epochs": 1,
-        "data.image_size": 32,
-        "data.remainder": "drop",
-        "data.train_examples": 0,
-    }
-    sizes |= {"schedule.decay_epochs": "()", "schedule.warmup_epochs": 0.5, "data.eval_examples": 0}
-    sizes |= {"model.blocks": "(1,)", "model.width": 4, "run.deterministic": True}
-    small = ["--config=quick", *(f"--config.{name}={value}" for name, value in sizes.items())]
     weights = []
     for data in (data_of(tree, eval_split="val"), in_sorted_order(tree, tmp_path / "tfds")):
         assert (
@@ -364,13 +353,9 @@ def test_two_ranks_learn_the_same_from_a_tree_as_from_tfds(tree: Path, tmp_path:
             == [0] * 8 + [1] * 8 + [2] * 8
         )
         run_dir = tmp_path / f"run-{data.name}"
-        of_data = [
-            f"--config.data.{name}={getattr(data, name)}"
-            for name in ("name", "data_dir", "eval_split")
-        ]
-        done = launch(2, ["-m", "recipe.train", *small, *of_data, f"--run_dir={run_dir}"])
-        assert done.returncode == 0, done.stdout[-3000:]
-        weights.append(checkpoint_file.load(checkpoint.checkpoints(run_dir / "checkpoints")[-1])[0])
+        where = {name: getattr(data, name) for name in ("name", "data_dir", "eval_split")}
+        succeeded(launch(2, OWN_IMAGES.but(**where).train(run_dir)))
+        weights.append(state(run_dir))
     one, other = weights
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[name], other[name]) for name in one)
@@ -384,22 +369,14 @@ def test_a_rank_with_other_data_ends_the_job(tree: Path, original: Path, tmp_pat
     program = "import os, sys; folder = os.environ['DATA' + os.environ['OMPI_COMM_WORLD_RANK']]; "
     program += "sys.argv.append(f'--config.data.data_dir={folder}'); "
     program += "from recipe import cli, train; cli.run(train.main, train.VALUES)"
-    options = [
-        "--config=quick",
-        "--config.n=4",
-        "--config.data.name=folder",
-        "--config.framework=torch",
-    ]
-    options += [
-        "--config.data.train_examples=0",
-        "--config.data.eval_examples=0",
-        f"--run_dir={tmp_path}/run",
-    ]
-    done = launch(2, ["-c", program, *options], DATA0=str(other), DATA1=str(tree))
-    assert done.returncode == 1, done.stdout
-    (error,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert (
+    arguments = OWN_IMAGES.but(name="folder", framework="torch").train(
+        tmp_path / "run", program=("-c", program)
+    )
+    done = launch(2, arguments, DATA0=str(other), DATA1=str(tree))
+    refused(
+        done,
+        1,
         "rank 1 has other data than rank 0: (examples, classes) [(23, 3), (6, 3)] instead of "
-        "[(24, 3), (6, 3)]" in error
+        "[(24, 3), (6, 3)]",
     )
     assert not (tmp_path / "run").exists()

@@ -19,7 +19,7 @@ from recipe.keras.callbacks import ReplicaCheck
 from recipe.keras.distributed import is_distributed, reduction_of, use_compression
 from recipe.rules.schedule import Rate
 from tests.ranks import report
-from tests.recipe.keras.program import EXAMPLES, LABELS, compiled, fit, nesterov, network
+from tests.recipe.keras.classification import EXAMPLES, LABELS, compiled, fit, nesterov, network
 
 optimizers = keras.optimizers
 EXTENSIONS = ("keras", "h5")

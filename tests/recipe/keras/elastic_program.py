@@ -12,7 +12,7 @@ from pathlib import Path
 import keras
 
 import recipe.keras as hvd
-from tests.recipe.keras.program import (
+from tests.recipe.keras.classification import (
     EXAMPLES,
     LABELS,
     MINIBATCH,

@@ -14,7 +14,7 @@ import pytest
 import recipe.keras as hvd
 from recipe.keras.callbacks import BroadcastState, GradualWarmup, ScheduledRate, StepDecay
 from tests.pools import on_ranks
-from tests.recipe.keras.program import (
+from tests.recipe.keras.classification import (
     EXAMPLES,
     LABELS,
     MINIBATCH,

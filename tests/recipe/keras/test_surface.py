@@ -24,7 +24,7 @@ What Horovod 0.28.1's own tests for Keras check, and the test here that covers i
 import contextlib
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ from recipe.rules.schedule import Rate
 from tests import rank_worker
 from tests.pools import on_ranks, run_on_ranks
 from tests.ranks import ROOT
-from tests.recipe.keras.program import (
+from tests.recipe.keras.classification import (
     EXAMPLES,
     LABELS,
     MINIBATCH,
@@ -50,6 +50,7 @@ from tests.recipe.keras.program import (
     network,
     share,
 )
+from tests.recipe.keras.comparing import Weights, assert_same, value, values
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
 
@@ -57,8 +58,6 @@ TENSORFLOW = keras.backend.backend() == "tensorflow"
 # After 4 to 6 steps of η = 0.01 to 0.1 the weights differ by 5e-7 at most, as was seen for every
 # optimizer, both backends, 2 and 4 ranks.
 ROUNDING = {"rtol": 1e-5, "atol": 5e-6}
-
-Weights = list[np.ndarray]
 
 on_2_and_4_ranks = pytest.mark.parametrize("size", (2, 4))
 pytestmark = pytest.mark.ranks
@@ -69,10 +68,6 @@ def run_alone(backend: str, function: Callable[[], Any]) -> Any:
     """Return what a function returns on one rank."""
     (result,) = run_on_ranks(backend, 1, function)
     return result
-
-
-def value(v: Any) -> np.ndarray:
-    return keras.ops.convert_to_numpy(v).copy()
 
 
 def number(v: Any) -> float:
@@ -96,14 +91,6 @@ class SumsUp(keras.optimizers.Optimizer):
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         self.assign_add(variable, gradient)
-
-
-def assert_same(one: Sequence, other: Sequence, **bound: float) -> None:
-    for a, b in zip(one, other, strict=True):
-        if bound:
-            np.testing.assert_allclose(a, b, **bound)
-        else:
-            np.testing.assert_array_equal(a, b)
 
 
 @on_ranks(2, 4)
@@ -272,7 +259,7 @@ def train(make: Callable, steps: int = 6, **options: Any) -> Weights:
     for t in range(steps):
         part = slice((t % 4) * n, (t % 4 + 1) * n)
         model.train_on_batch(x[part], y[part])
-    return [value(v) for v in model.trainable_variables + model.optimizer.variables]
+    return values(model.trainable_variables + model.optimizer.variables)
 
 
 def train_with_each_setting() -> dict[str, Weights]:
@@ -460,7 +447,7 @@ def train_after_uneven_creation() -> Weights:
     )
     model.add(keras.layers.Dense(3))
     fit(compiled(model, nesterov()), 1, ReplicaCheck())
-    return [value(v) for v in model.trainable_variables]
+    return values(model.trainable_variables)
 
 
 def test_ranks_that_made_other_optimizers_before_do_not_hang(backend):
@@ -500,8 +487,8 @@ def test_saved_models_load_with_and_without_the_wrapper(tmp_path, name):
         assert is_distributed(wrapped.optimizer) and isinstance(wrapped.optimizer, kind)
     assert reduction_of(loaded.optimizer).options.compression is hvd.Compression.fp16
     for other in (plain, loaded, by_objects):
-        saved = [value(v) for v in state.everything(model)]
-        assert_same(saved, [value(v) for v in state.everything(other)])
+        saved = values(state.everything(model))
+        assert_same(saved, values(state.everything(other)))
     assert np.isfinite(loaded.train_on_batch(EXAMPLES[:4], LABELS[:4])[0])
 
     with pytest.raises(ValueError, match="Keras 3 has no legacy optimizers"):

@@ -1,283 +1,365 @@
 """What one rank of a Keras `fit` decides, all do: on 2 real ranks, on both backends.
 
-Data that end early are tested on 4 ranks, too. Also tested here: models that are built at their
-first batch, the logs of all ranks, and jobs that can't go on.
+The body of a test with `@on_ranks` runs on the ranks. Also tested here: models that are built at
+their first batch, and jobs that can't go on.
 """
 
-import functools
+import contextlib
+import io
+import logging
+import re
 import subprocess
 import sys
-from pathlib import Path
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import pytest
 
+import recipe.keras as hvd
+from recipe.errors import RunError
 from recipe.keras import rollcall
-from tests.ranks import ROOT, environment, launch, results
-
-PROGRAM = str(ROOT / "tests/recipe/keras/together_program.py")
-FAILING = str(ROOT / "tests/recipe/keras/failing_program.py")
-KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
-SEVERAL = ("uneven", "even_generators", "two_optimizers")
-ON_TWO = (
-    *SEVERAL,
-    "stopping",
-    "deciding",
-    "refused",
-    "quiet",
-    "validations",
-    "replica_checks",
-    "late_models",
-    "logs",
+from recipe.keras.callbacks import BroadcastState, MetricSums, ReplicaCheck
+from tests.pools import on_ranks, run_on_ranks, stop_pools
+from tests.ranks import ROOT, environment, launch
+from tests.recipe.keras.comparing import assert_same, assert_same_on_all_ranks, values
+from tests.recipe.keras.regression import (
+    BATCH,
+    Steps,
+    compiled,
+    data,
+    fit,
+    minibatches,
+    momentum,
+    network,
+    target,
 )
 
-# A gradient is a float32 sum of 16 to 64 terms in an order that depends on the ranks: 1e-6 of it,
-# over 10 steps of η ≤ 0.2 on weights around 1. The smallest mistake, one batch more or less in one
+FAILING = str(ROOT / "tests/recipe/keras/failing_program.py")
+KERAS = tuple(int(part) for part in keras.__version__.split(".")[:2])
+TENSORFLOW = keras.backend.backend() == "tensorflow"
+
+# A gradient is a float32 sum of 32 terms in an order that depends on the ranks: 1e-6 of it, over 4
+# steps of Adam, η = 0.02, on weights around 1. The smallest mistake, one batch more or less in one
 # step, is 1e-2.
 ROUNDING = {"rtol": 1e-5, "atol": 5e-6}
 
 pytestmark = pytest.mark.ranks
 
 
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    """Run the scenarios once for each backend and size; return one scenario's results by rank."""
+class Stop(NamedTuple):
+    """Where a callback of rank 1 stops the training, and what is then the last step of all."""
 
-    @functools.cache
-    def ranks(backend: str, size: int) -> list[dict]:
-        scenarios = SEVERAL if size == 4 else ON_TWO
-        folder: Path = tmp_path_factory.mktemp(f"together-{backend}-{size}")
-        return results(folder, size, PROGRAM, *scenarios, KERAS_BACKEND=backend)
-
-    def of_scenario(scenario: str, backend: str, size: int = 2) -> list:
-        return [of_rank[scenario] for of_rank in ranks(backend, size)]
-
-    return of_scenario
+    event: str
+    epoch: int
+    batch: int | None  # None: at the event of the epoch
+    last_step: tuple[int, int]
 
 
-@pytest.fixture(params=("tensorflow", "torch"))
-def backend(request) -> str:
-    return request.param
+STOPS = {
+    "mid-epoch": Stop("on_train_batch_end", 1, 1, last_step=(1, 2)),
+    "last step": Stop("on_train_batch_end", 0, 3, last_step=(0, 3)),
+    "end of epoch": Stop("on_epoch_end", 1, None, last_step=(1, 3)),
+    "validation": Stop("on_test_end", 0, None, last_step=(0, 3)),
+}
+at_each_place = pytest.mark.parametrize("place", STOPS)
 
 
-@pytest.fixture(params=(2, 4))
-def size(request) -> int:
-    return request.param
+class Stopper(Steps):
+    """Stops the training of rank 1."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__()
+        self.stop = stop
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        super().on_train_batch_end(batch, logs)
+        self._perhaps_stop("on_train_batch_end", batch)
+
+    def on_test_end(self, logs: dict | None = None) -> None:
+        self._perhaps_stop("on_test_end")
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        self._perhaps_stop("on_epoch_end")
+
+    def _perhaps_stop(self, event: str, batch: int | None = None) -> None:
+        here = (event, self.epoch, batch)
+        if hvd.rank() == 1 and here == self.stop[:3]:
+            self.model.stop_training = True
 
 
-def assert_close(one: list, other: list) -> None:
-    for a, b in zip(one, other, strict=True):
-        np.testing.assert_allclose(a, b, **ROUNDING)
+def validation(stop: Stop) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the data of a validation, if the training is to be stopped there."""
+    x = data(1, 5)
+    return (x, target(x)) if stop.event == "on_test_end" else None
 
 
-def assert_same(one: list, other: list) -> None:
-    for a, b in zip(one, other, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_data_that_end_early_are_the_mean_over_those_who_have_some(run, backend, size):
-    """Weights and logs are those of one process on the union of the ranks' batches.
-
-    So it is with arrays, data of unknown length, accumulation, sparse gradients, groups,
-    synchronised normalisation and loss scaling.
-    """
-    ranks = run("uneven", backend, size)
-    for name, on_rank_0 in ranks[0].items():
-        expected = on_rank_0["expected"]
-        for of_rank in ranks:
-            together = of_rank[name]["together"]
-            assert_same(together["weights"], on_rank_0["together"]["weights"])
-            assert together["loss"] == on_rank_0["together"]["loss"]
-            if expected:
-                assert_close(together["weights"], expected["weights"])
-                np.testing.assert_allclose(
-                    together["loss"], expected["loss"], rtol=1e-5, err_msg=name
-                )
-
-
-def steps_of_two_epochs(batches: int) -> list[tuple[int, int]]:
-    """Return the (epoch, batch) that callbacks see."""
-    return [(epoch, batch) for epoch in (0, 1) for batch in range(batches)]
-
-
-def test_callbacks_of_all_ranks_see_all_steps(run, backend, size):
-    for cases in run("uneven", backend, size):
-        for name, case in cases.items():
-            if name != "steps_per_epoch":
-                assert case["together"]["steps"] == steps_of_two_epochs(5), name
-
-
-def test_data_that_end_for_good_are_no_hang(run, backend):
-    """steps_per_epoch asks for more than a generator has: rank 0's five batches are used, once."""
-    for cases in run("uneven", backend):
-        steps = cases["steps_per_epoch"]["together"]["steps"]
-        assert steps[:5] == [(0, b) for b in range(5)]
-        assert all(epoch == 1 for epoch, _ in steps[5:])
-
-
-def test_one_warning_has_the_numbers(run, backend, size):
-    on_rank_0, *on_others = run("uneven", backend, size)
-    for name, case in on_rank_0.items():
-        (message,) = case["together"]["warnings"]
-        assert "takes part with nothing" in message and "recipe.keras.divide" in message
-        knows_steps = name not in ("generators", "steps_per_epoch")
-        assert ("5 steps" in message) == knows_steps, name
-    for cases in on_others:
-        assert not any(case["together"]["warnings"] for case in cases.values())
-
-
-def test_data_of_unknown_length_that_end_together_are_one_process(run, backend, size):
-    for of_rank in run("even_generators", backend, size):
-        assert_close(of_rank["weights"], of_rank["expected"]["weights"])
-        np.testing.assert_allclose(of_rank["loss"], of_rank["expected"]["loss"], rtol=1e-5)
-        assert of_rank["steps"] == steps_of_two_epochs(3)
-        assert not of_rank["warnings"]
-
-
-def test_two_optimizers_and_a_step_of_its_own(run, backend, size):
-    """Layers that come to exist in the step, data that end early: as one process."""
-    first, *others = run("two_optimizers", backend, size)
-    assert_close(first["weights"], first["expected"])
-    for of_rank in others:
-        assert_same(of_rank["weights"], first["weights"])
-        assert of_rank["history"] == first["history"]
-    assert set(first["history"]) == {"a_loss", "b_loss"}
-    assert first["steps"] == steps_of_two_epochs(4)
-
-
-def test_what_one_rank_stops_all_stop_in_the_same_step(run, backend):
+@at_each_place
+@on_ranks(2)
+def test_what_one_rank_stops_all_stop_in_the_same_step(place):
     """In mid-epoch a step later, in which the others hear of it."""
-    first, second = run("stopping", backend)
-    last = {"mid-epoch": (1, 2), "last step": (0, 3), "end of epoch": (1, 3), "validation": (0, 3)}
-    for name, step in last.items():
-        assert first[name]["steps"][-1] == second[name]["steps"][-1] == step, name
-        assert first[name]["epochs"] == second[name]["epochs"] == list(range(step[0] + 1))
-        assert_same(first[name]["weights"], second[name]["weights"])
+    stop = STOPS[place]
+    model, stopper = compiled(network()), Stopper(stop)
+    epochs = fit(stopper, model=model, validation_data=validation(stop)).epoch
+    assert stopper.seen[-1] == stop.last_step
+    assert epochs == list(range(stop.epoch + 1))
+    assert_same_on_all_ranks(values(model.trainable_variables))
 
 
-def test_rank_0_says_which_rank_stopped_and_why(run, backend):
-    first, second = run("stopping", backend)
-    for name, case in first.items():
-        assert "rank 1 stops the training of all ranks" in case["stderr"], name
-        assert "Steps" in case["stderr"], name
-    assert "in epoch 1, step 2" in first["mid-epoch"]["stderr"]
-    assert not any(case["stderr"] for case in second.values())
+@at_each_place
+@on_ranks(2)
+def test_rank_0_says_which_rank_stopped_and_why(place):
+    stop = STOPS[place]
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        fit(Stopper(stop), validation_data=validation(stop))
+    printed = stderr.getvalue()
+    if hvd.rank() == 0:
+        assert "rank 1 stops the training of all ranks" in printed
+        assert "Stopper" in printed
+        assert place != "mid-epoch" or "in epoch 1, step 2" in printed
+    else:
+        assert not printed
 
 
-def test_callbacks_that_decide_by_their_own_ranks_numbers_are_no_hang(run, backend):
-    """EarlyStopping without MetricSums, before and after it; TerminateOnNaN on one rank's data."""
-    first, second = run("deciding", backend)
-    assert first == second
-    assert first["nan"] == 1
-    assert first["alone"] == first["before"] < 30
+def epochs_until_stop(*callbacks: keras.callbacks.Callback) -> int:
+    """Count the epochs of a training in which rank 0's targets are only noise."""
+    x = data(4, hvd.rank())
+    noise = np.random.default_rng(9).normal(size=(len(x), 1)).astype(np.float32)
+    y = target(x) * hvd.rank() + noise
+    model = compiled(network(), keras.optimizers.SGD(0.2))
+    callbacks = [BroadcastState(), *callbacks]
+    return len(model.fit(x, y, BATCH, epochs=30, verbose=0, callbacks=callbacks).epoch)
 
 
-def test_what_cannot_be_agreed_on_is_refused_on_all_ranks(run, backend):
-    words = {  # that the error must have
-        "rates": (
-            "RunError: the ranks' learning rates differ: 0.01 on rank 0, 0.02 on rank 1",
-            "MetricSums",
-        ),
-        "first epochs": (
-            "RunError: rank 0 begins with epoch 0 and rank 1 with epoch 1",
-            "BackupAndRestore",
-        ),
-        "no epoch": ("RunError: rank 0 begins with epoch 0 and rank 1 with no epoch at all",),
-        "epochs": ("ValueError: fit(epochs=…) is 3 on rank 0 and 4 on rank 1",),
-        "callbacks": (
-            "ValueError: the ranks meet in these callbacks",
-            "rank 0 has BroadcastState, MetricSums; rank 1 has BroadcastState",
-        ),
-        "Keras's restore": (
-            "ValueError: rank 0: keras.callbacks.BackupAndRestore",
-            "recipe.keras.callbacks",
-        ),
-        "scaled outside": (
-            "ValueError: the LossScaleOptimizer is outside",
-            "use DistributedOptimizer(",
-        ),
-        "strategy": ("ValueError: MirroredStrategy and a DistributedOptimizer both average",),
-        "steps per execution": (
-            "ValueError: with steps_per_execution > 1",
-            "not 4, 6",
-            "steps_per_epoch",
-        ),
-    }
-    for errors in run("refused", backend):
-        assert len(errors) == (9 if backend == "tensorflow" else 7)
-        for name, sentence in errors.items():
-            assert all(word in sentence for word in words[name]), (name, sentence)
-            assert len(sentence) < 260 and "\n" not in sentence
+@on_ranks(2)
+def test_callbacks_that_decide_by_their_own_ranks_numbers_are_no_hang():
+    """EarlyStopping without MetricSums, before and after it."""
+    stop = {"monitor": "loss", "patience": 1}
+    alone = epochs_until_stop(keras.callbacks.EarlyStopping(**stop))
+    before = epochs_until_stop(keras.callbacks.EarlyStopping(**stop), MetricSums())
+    after = epochs_until_stop(MetricSums(), keras.callbacks.EarlyStopping(**stop))
+    assert_same_on_all_ranks([alone, before, after])
+    assert alone == before < 30
 
 
-def test_the_frameworks_say_nothing(run, backend):
+@on_ranks(2)
+def test_a_nan_in_one_ranks_data_terminates_all_ranks():
+    """Rank 1 has it in its second batch."""
+    x = data(4, hvd.rank())
+    y = target(x)
+    if hvd.rank() == 1:
+        y[BATCH + 3] = np.nan
+    options = {"epochs": 3, "shuffle": False, "verbose": 0}
+    terminate = keras.callbacks.TerminateOnNaN()
+    with contextlib.redirect_stdout(io.StringIO()):
+        history = compiled(network()).fit(x, y, BATCH, callbacks=[terminate], **options)
+    assert len(history.epoch) == 1
+
+
+class OwnRate(keras.callbacks.Callback):
+    """Sets another rate on each rank, in the second step."""
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        if batch == 1:
+            self.model.optimizer.learning_rate = 0.01 * (1 + hvd.rank())
+
+
+def assert_refused(
+    error: type, pattern: str, action: Callable, *arguments: Any, **options: Any
+) -> None:
+    """Check that an action is refused in one sentence, whose beginning the pattern matches."""
+    with pytest.raises(error) as refusal:
+        action(*arguments, **options)
+    sentence = str(refusal.value)
+    assert type(refusal.value) is error
+    assert re.match(pattern, sentence), sentence
+    assert len(sentence) < 248 and "\n" not in sentence
+
+
+@on_ranks(2)
+def test_what_cannot_be_agreed_on_is_refused_on_all_ranks():
+    rank = hvd.rank()
+    rates = "the ranks' learning rates differ: 0.01 on rank 0, 0.02 on rank 1.*MetricSums"
+    assert_refused(RunError, rates, fit, OwnRate())
+
+    # The epochs.
+    first = "rank 0 begins with epoch 0 and rank 1 with epoch 1.*BackupAndRestore"
+    assert_refused(RunError, first, fit, initial_epoch=rank)
+    none = "rank 0 begins with epoch 0 and rank 1 with no epoch at all"
+    assert_refused(RunError, none, fit, initial_epoch=3 if rank == 1 else 0)
+    last = r"fit\(epochs=…\) is 3 on rank 0 and 4 on rank 1"
+    assert_refused(ValueError, last, fit, epochs=3 + rank)
+
+    # The callbacks.
+    sums = [MetricSums()] if rank == 0 else []
+    both = "rank 0 has BroadcastState, MetricSums; rank 1 has BroadcastState"
+    assert_refused(ValueError, f"the ranks meet in these callbacks.*{both}", fit, *sums)
+    restore = [keras.callbacks.BackupAndRestore("unused")] if rank == 0 else []
+    ours = "rank 0: keras.callbacks.BackupAndRestore.*recipe.keras.callbacks"
+    assert_refused(ValueError, ours, fit, *restore)
+
+
+@on_ranks(2)
+def test_optimizers_that_would_average_wrongly_are_refused_on_all_ranks():
+    """Loss scaling outside, and TensorFlow's own ways to go on several devices or many steps."""
+    x = data(1, 0)
+    outside = r"the LossScaleOptimizer is outside.*use DistributedOptimizer\("
+    assert_refused(ValueError, outside, scaled_outside().fit, x, target(x), verbose=0)
+    if not TENSORFLOW:
+        return
+
+    import tensorflow as tf
+
+    strategy = "MirroredStrategy and a DistributedOptimizer both average"
+    with tf.distribute.MirroredStrategy(["/cpu:0"]).scope():
+        model = compiled(network())
+        assert_refused(ValueError, strategy, model.fit, x, target(x), verbose=0)
+
+    several = compiled(network(), steps_per_execution=2)
+    batches = 4 + 2 * hvd.rank()
+    uneven = "with steps_per_execution > 1.*not 4, 6.*steps_per_epoch"
+    assert_refused(ValueError, uneven, fit, model=several, batches=batches)
+
+
+def scaled_outside() -> keras.Model:
+    """Make a model whose loss scaling is around the distributed optimizer."""
+    model = network()
+    distributed = hvd.DistributedOptimizer(momentum())
+    scaled = keras.optimizers.LossScaleOptimizer(distributed)
+    model.compile(scaled, "mse", jit_compile=False)
+    return model
+
+
+class Said(NamedTuple):
+    """What the frameworks have said."""
+
+    lines: list[str]  # in their logs
+    warnings: list[str]
+
+
+def listen_to_fits() -> Said:
+    """Return what is said in fits of new models, one with jit_compile=True."""
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    names = ("tensorflow", "torch._dynamo", "torch._logging")
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
+    with warnings.catch_warnings(record=True) as caught_warnings:
+        warnings.simplefilter("always")
+        for _ in range(7):
+            fit(epochs=1, batches=1)
+        fit(epochs=1, batches=1, model=compiled(network(), jit_compile=True))
+    for name in names:
+        logging.getLogger(name).removeHandler(handler)
+    return Said(log.getvalue().splitlines(), [str(w.message) for w in caught_warnings])
+
+
+def test_the_frameworks_say_nothing(backend):
     """TensorFlow may say retraced of Keras's own train function, which each model makes anew."""
-    for rank, of_rank in enumerate(run("quiet", backend)):
-        lines = of_rank["logged"].splitlines()
-        assert not [line for line in lines if "_make_function.<locals>" not in line]
-        ours = [w for w in of_rank["warnings"] if "__array__" not in w]
+    stop_pools()  # fresh ranks: other tests may have heard what is said a few times only
+    for rank, said in enumerate(run_on_ranks(backend, 2, listen_to_fits)):
+        assert not [line for line in said.lines if "_make_function.<locals>" not in line]
+        ours = [message for message in said.warnings if "__array__" not in message]
         expected = ["jit_compile=True is left out: PyTorch's compiler can't compile an allreduce"]
         assert ours == (expected if backend == "torch" and rank == 0 else [])
 
 
-def test_validation_on_one_rank_is_no_hang_and_all_see_its_figures(run, backend):
-    first, second = run("validations", backend)
-    assert first["on root"] == second["on root"]
-    assert len(first["on root"]["val_loss"]) == 3
-    assert first["on root"]["val_loss"][-1] == pytest.approx(first["expected"], rel=1e-6)
-    assert first["freq"] == second["freq"] and len(first["freq"]["val_loss"]) == 3
+@on_ranks(2)
+def test_validation_on_one_rank_is_no_hang_and_all_see_its_figures():
+    """Rank 0 validates, and EarlyStopping looks at it on both ranks."""
+    x = data(2, 77)
+    examples = (x, target(x))
+    model = compiled(network())
+    stop = keras.callbacks.EarlyStopping(monitor="val_loss", patience=30)
+    on_rank_0 = examples if hvd.rank() == 0 else None
+    logs = fit(MetricSums(), stop, model=model, validation_data=on_rank_0).history
+    assert_same_on_all_ranks(logs)
+    assert len(logs["val_loss"]) == 3
+    assert logs["val_loss"][-1] == pytest.approx(model.evaluate(*examples, verbose=0), rel=1e-6)
 
 
-def test_accumulators_are_not_compared(run, backend):
-    first, second = run("replica_checks", backend)
-    assert_same(first["weights"], second["weights"])
+@on_ranks(2)
+def test_validations_in_other_epochs_on_each_rank_are_no_hang():
+    x = data(2, 77)
+    every = 1 + hvd.rank()
+    logs = fit(MetricSums(), validation_data=(x, target(x)), validation_freq=every).history
+    assert_same_on_all_ranks(logs)
+    assert len(logs["val_loss"]) == 3
 
 
-def test_models_that_are_built_at_their_first_batch_begin_with_rank_0s_weights(run, backend):
-    first, second = run("late_models", backend)
-    for name, case in first.items():
-        assert_close(case["weights"], case["expected"])
-        assert_same(case["weights"], second[name]["weights"])
-        assert case["iterations"] == 4
+@on_ranks(2)
+def test_accumulators_are_not_compared():
+    """They hold each rank's own gradients between two updates."""
+    adam = {"learning_rate": 0.01, "gradient_accumulation_steps": 3}
+    model = compiled(network(), keras.optimizers.Adam(**adam))
+    fit(ReplicaCheck(every=2), model=model, epochs=1)
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(**adam))
+    fit(ReplicaCheck(every=500), model=compiled(network(), scaled), epochs=1)
+    assert_same_on_all_ranks(values(model.trainable_variables))
 
 
-def test_logs_are_what_one_process_would_log(run, backend):
-    """Means, areas under curves, one number for each class and a metric of the user's are exact."""
-    first, second = run("logs", backend)
-    validation = {f"val_{name}" for name in first["expected"]}
-    assert first["fit"].keys() == first["expected"].keys() | validation
-    for name, whole in first["expected"].items():
-        for key in (name, f"val_{name}"):
-            np.testing.assert_allclose(first["fit"][key][0], whole, rtol=1e-6, err_msg=key)
-            np.testing.assert_array_equal(first["fit"][key][0], second["fit"][key][0])
-        np.testing.assert_allclose(first["evaluate"][name], whole, rtol=1e-6, err_msg=name)
+class Late(keras.Model):
+    """Makes its layers when it is first called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = None
+
+    def build(self, shape: tuple) -> None:
+        self.late = keras.layers.Dense(3)
+        self.late.build(shape)
+        self.head = keras.layers.Dense(1)
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        return self.head(self.late(x))
+
+    def train_step(self, data: Any) -> dict:
+        return super().train_step(data)
 
 
-def test_logs_of_a_step_of_its_own_keep_their_names(run, backend):
-    """A tracker by another name is exact. A plain number is the ranks' last, weighted."""
-    ranks = run("logs", backend)
-    losses = [of_rank["own losses"] for of_rank in ranks]
-    mean = np.mean(np.concatenate(losses))
-    lasts = [of_rank[-1] for of_rank in losses]
-    last = np.average(lasts, weights=[len(of_rank) for of_rank in losses])
-    for of_rank in ranks:
-        assert of_rank["named"].keys() == {"loss", "last"}
-        assert of_rank["raw"].keys() == {"raw_loss"}
-        assert of_rank["named"]["loss"] == pytest.approx([mean], rel=1e-6)
-        assert of_rank["named"]["last"] == pytest.approx([last], rel=1e-6)
-        assert of_rank["raw"]["raw_loss"] == pytest.approx([last], rel=1e-6)
-        assert of_rank["named"] == ranks[0]["named"]
+class Subclass(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = keras.layers.Dense(3), keras.layers.Dense(1)
+
+    def call(self, x: Any) -> Any:
+        return self.b(self.a(x))
 
 
-def test_what_callbacks_put_into_the_logs_is_averaged(run, backend):
-    """Rank 0 has 3 of 4 examples. A name of one rank is on all. What is no number stays."""
-    for of_rank in run("logs", backend):
-        weighted, unweighted = of_rank["callbacks"], of_rank["unweighted"]
-        assert weighted["everywhere"] == [0.25]
-        assert unweighted["everywhere"] == [0.5]
-        assert weighted["on one rank"] == unweighted["on one rank"] == [7.5]
-        assert weighted["words"] == ["not a number"]
+BUILT_LATE = {
+    "sequential": lambda: keras.Sequential([keras.layers.Dense(3), keras.layers.Dense(1)]),
+    "subclass": Subclass,
+    "late layers": Late,
+}
+
+
+@pytest.mark.parametrize("kind", BUILT_LATE)
+@pytest.mark.parametrize("whose", ("ours", "Horovod's"))
+@on_ranks(2)
+def test_models_that_are_built_at_their_first_batch_begin_with_rank_0s_weights(kind, whose):
+    """So does one process, whose seed is rank 0's."""
+    make = BUILT_LATE[kind]
+    horovods = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
+    callbacks = [BroadcastState() if whose == "ours" else horovods]
+    keras.utils.set_random_seed(100 + hvd.rank())
+    model = compiled(make(), keras.optimizers.Adam(0.02))
+    x = data(2, hvd.rank())
+    options = {"epochs": 2, "shuffle": False, "verbose": 0}
+    model.fit(x, target(x), BATCH, callbacks=callbacks, **options)
+    weights = values(model.trainable_variables)
+
+    keras.utils.set_random_seed(100)
+    alone = make()
+    alone.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=False)
+    for minibatch in minibatches([2, 2]) * 2:
+        alone.train_on_batch(minibatch, target(minibatch))
+
+    assert_same(weights, values(alone.trainable_variables), **ROUNDING)
+    assert_same_on_all_ranks(weights)
+    assert int(model.optimizer.iterations) == 4
 
 
 def run_failing(backend: str, way: str, **options: str) -> subprocess.CompletedProcess:

@@ -10,6 +10,7 @@ import pytest
 from recipe.ranks import binding, launched
 from tests.hosts import named, needs_names
 from tests.ranks import BIN, ROOT, environment, launch
+from tests.recipes import NEVER_BEGUN
 
 VARIABLES = (
     *launched.LAUNCHERS,
@@ -19,13 +20,6 @@ VARIABLES = (
     "SLURM_PTY_PORT",
     "HOROVOD_ELASTIC",
 )
-TRAIN = [
-    "-m",
-    "recipe.train",
-    "--config=quick",
-    "--config.framework=torch",
-    "--config.data.name=synthetic",
-]
 
 
 @pytest.mark.parametrize("variable", [None, *binding.SIZE_VARIABLES])
@@ -105,7 +99,7 @@ def alone(*words: str, **variables: str) -> subprocess.CompletedProcess:
 )
 def test_ranks_of_another_mpis_mpiexec_refuse_to_train_alone(tmp_path):
     """Each rank says so, because MPICH's mpiexec ends no rank when another has failed."""
-    command = ["mpiexec.hydra", "-n", "2", sys.executable, *TRAIN, f"--run_dir={tmp_path / 'run'}"]
+    command = ["mpiexec.hydra", "-n", "2", sys.executable, *NEVER_BEGUN.train(tmp_path / "run")]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -125,7 +119,7 @@ def test_ranks_of_another_mpis_mpiexec_refuse_to_train_alone(tmp_path):
 @pytest.mark.ranks
 @pytest.mark.parametrize("variables", [step(**PMI2), TORCHRUN], ids=["srun", "torchrun"])
 def test_a_rank_that_finds_no_other_refuses_to_train_alone(tmp_path, variables):
-    done = alone(*TRAIN, f"--run_dir={tmp_path / 'run'}", **variables)
+    done = alone(*NEVER_BEGUN.train(tmp_path / "run"), **variables)
     assert done.returncode == 2, done.stderr
     assert "started 2 processes" in done.stderr, done.stderr
     assert "python -m launch.run --launcher=srun-gloo" in done.stderr

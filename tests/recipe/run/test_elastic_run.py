@@ -15,29 +15,14 @@ import numpy as np
 import psutil
 import pytest
 
-from recipe.run import runlog
 from tests.ranks import BIN, ROOT, environment, launch
+from tests.recipes import ELASTIC, RecipeFlags
+from tests.runs import series, succeeded
 
 pytestmark = pytest.mark.ranks
 
-EPOCHS, STEPS, COMMIT = 4, 75, 10
-RUN = [
-    "-m",
-    "recipe.train",
-    "--config=quick",
-    "--config.k=3",  # two ranks share it unevenly
-    "--config.n=16",
-    f"--config.epochs={EPOCHS}",
-    "--config.optimizer.base_rate=0.01",
-    f"--config.data.train_examples={STEPS * 48}",
-    "--config.data.eval_examples=131",
-    "--config.schedule.warmup_epochs=1.5",
-    "--config.schedule.decay_epochs=(3.0,)",
-    "--config.model.blocks=(1,)",
-    "--config.model.width=8",
-    "--config.run.log_every=1",
-    f"--config.run.commit_steps={COMMIT}",
-]
+COMMIT = ELASTIC.value.run.commit_steps  # steps between two commits
+STEPS = ELASTIC.value.epochs * ELASTIC.steps
 # Other ranks sum in another order, a rounding of 6e-8 that 300 steps amplify. Measured: see
 # LOSS_BOUND's test; a factor of ten for other processors.
 LOSS_BOUND = 1e-3
@@ -48,10 +33,10 @@ class Elastic:
 
     With Keras by launch.run, with PyTorch by horovodrun."""
 
-    def __init__(self, folder: Path, framework: str, *options: str) -> None:
+    def __init__(self, folder: Path, recipe: RecipeFlags) -> None:
         self.hosts, self.log, self.run = folder / "hosts", folder / "log", folder / "run"
         self.set_hosts("localhost")
-        if framework == "keras":
+        if "--config.framework=keras" in recipe.flags:  # a recipe that is refused has no value
             front = [
                 sys.executable,
                 "-m",
@@ -78,8 +63,7 @@ class Elastic:
                 "--host-discovery-script",
                 f"{sys.executable} -m launch.hostfile discover {self.hosts}",
             ]
-        command = [*front, sys.executable, *RUN]
-        command += [f"--config.framework={framework}", f"--run_dir={self.run}", *options]
+        command = [*front, sys.executable, *recipe.train(self.run)]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=ROOT, env=environment(), start_new_session=True
@@ -140,14 +124,14 @@ def job():
 
 
 def losses(run: Path) -> np.ndarray:
-    lines = runlog.read_lines(run, "step")
-    assert [line["step"] for line in lines] == list(range(1, EPOCHS * STEPS + 1))
-    return np.array([line["loss"] for line in lines])
+    assert series(run, "step", "step") == list(range(1, STEPS + 1))
+    return np.array(series(run, "step", "loss"))
 
 
 @pytest.mark.parametrize("framework", ["torch", "keras"])
 def test_a_rank_joins_and_rank_0_dies(tmp_path, job, framework):
-    elastic = job(tmp_path, framework)
+    recipe = ELASTIC.but(framework=framework)
+    elastic = job(tmp_path, recipe)
     elastic.until(lambda: elastic.step() >= 5)
     elastic.write("localhost slots=none\n")  # a slip while the run goes on costs nothing
     elastic.until(
@@ -164,35 +148,34 @@ def test_a_rank_joins_and_rank_0_dies(tmp_path, job, framework):
     assert last - COMMIT <= resumed, "more was lost than the steps since the last commit"
     assert elastic.process.wait(120) == 0, elastic.printed[-3000:]
 
-    alone = launch(1, [*RUN, f"--config.framework={framework}", f"--run_dir={tmp_path / 'alone'}"])
-    assert alone.returncode == 0, alone.stdout[-3000:]
+    succeeded(launch(1, recipe.train(tmp_path / "alone")))
     disturbed, undisturbed = losses(elastic.run), losses(tmp_path / "alone")
     print(
         framework, "losses apart by at most", (worst := np.abs(disturbed / undisturbed - 1).max())
     )
     assert worst < LOSS_BOUND
-    assert resumed < EPOCHS * STEPS - COMMIT, "the rank was lost too late to show anything"
+    assert resumed < STEPS - COMMIT, "the rank was lost too late to show anything"
 
 
 def test_a_broken_hostfile_at_the_start_is_an_error(tmp_path, job, monkeypatch):
     monkeypatch.setattr(Elastic, "set_hosts", lambda self, *names: self.write("localhost\n"))
     for framework, status in (("torch", 1), ("keras", 2)):
-        elastic = job(tmp_path, framework)
+        elastic = job(tmp_path, ELASTIC.but(framework=framework))
         assert elastic.process.wait(30) == status
         assert f"error: {elastic.hosts}:1: localhost has no slots" in elastic.printed
 
 
 @pytest.mark.parametrize(
-    ("option", "says"),
+    ("change", "says"),
     [
-        ("--config.optimizer.base_rate=1e12", "error: the loss is"),
+        ({"base_rate": 1e12}, "error: the loss is"),
         (
-            "--config.run.workers_at_once=2",
+            {"workers_at_once": 2},
             "error: config.run.workers_at_once=2 must divide config.k=3",
         ),
     ],
 )
-def test_an_error_ends_an_elastic_job(tmp_path, job, option, says):
-    elastic = job(tmp_path, "torch", option)
+def test_an_error_ends_an_elastic_job(tmp_path, job, change, says):
+    elastic = job(tmp_path, ELASTIC.but(framework="torch", **change))
     assert elastic.process.wait(60) == 1
     assert says in elastic.printed

@@ -3,7 +3,6 @@ nothing is lost.
 """
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -20,38 +19,36 @@ import numpy as np
 import psutil
 import pytest
 
-from recipe.cli import parse_recipe
 from recipe.errors import RunError, UsageError
 from recipe.rules.epoch import Epoch, permutation
 from recipe.run import checkpoint, runlog
 from recipe.run.resume import Mode, check_directory
 from recipe.system import checkpoint_file
 from recipe.system.arrays import digest
+from tests import faults
+from tests.faults import Fault
 from tests.ranks import command, environment
+from tests.recipes import TINY, TRAIN, RecipeFlags
+from tests.runs import (
+    check_same_run,
+    figures,
+    has_line,
+    refused,
+    saved,
+    saved_steps,
+    series,
+    state,
+    succeeded,
+    the_line,
+)
 
 pytestmark = pytest.mark.ranks
 
-STEPS, EPOCHS = 4, 4  # steps of an epoch, epochs
-TINY = [
-    "--config=quick",
-    "--config.n=16",
-    f"--config.epochs={EPOCHS}",
-    "--config.optimizer.base_rate=0.1",
-    "--config.data.train_examples=112",  # 3.5 minibatches of 32: the last one is short
-    "--config.data.eval_examples=131",  # a prime: no number of ranks divides it
-    "--config.schedule.warmup_epochs=1.5",
-    "--config.schedule.decay_epochs=(2.0,)",
-    "--config.model.blocks=(1,)",
-    "--config.model.width=8",
-    "--config.run.log_every=3",  # the sums of a line reach over the ends of epochs
-    "--config.run.replica_check_every=3",
-    "--config.run.keep_checkpoints=100",
-]
-EVERY_STEP = "--config.run.checkpoint_steps=1"
-FOUR = ["--config.k=4", "--config.n=8"]  # the same minibatch by four workers
-NATIVE = [*FOUR, "--config.framework=torch"]
-FAULTS = str(Path(__file__).parent / "interruption_program.py")
-LAUNCHER = -1  # who gets a signal
+STEPS, EPOCHS = TINY.steps, TINY.value.epochs  # steps of an epoch, epochs
+EVERY_STEP = TINY.but(checkpoint_steps=1)  # a checkpoint of every step
+FOUR = TINY.but(k=4, n=8)  # the same minibatch by four workers
+NATIVE = FOUR.but(framework="torch")
+NATIVE_EVERY_STEP = NATIVE.but(checkpoint_steps=1)
 SEED = 1706  # of the moments at which the run is killed
 
 # Ranks of another number add the same float32 numbers in another order. Measured after the 16 steps
@@ -73,15 +70,15 @@ class Job:
     """A run of recipe.train on `size` ranks. None of its processes outlives its `with` block."""
 
     def __init__(
-        self, data: str, size: int, folder: Path, *options: str, launcher: str = "mpirun", backend: str = "tensorflow",
-        fault: tuple = (),
+        self, data: str, size: int, folder: Path, recipe: RecipeFlags, *options: str,
+        launcher: str = "mpirun", backend: str = "tensorflow", fault: Fault | None = None,
     ) -> None:  # fmt: skip
-        program = [FAULTS, *map(str, fault)] if fault else ["-m", "recipe.train"]
+        program = fault.program if fault else TRAIN
         self.folder, self._size, self._tag = folder, size, uuid.uuid4().hex
         self._kept = contextlib.ExitStack()
         self._output = self._kept.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
         self.process = subprocess.Popen(
-            command(size, [*program, *TINY, f"--run_dir={folder}", *options], launcher),
+            command(size, recipe.train(folder, *options, program=program), launcher),
             stdout=self._output,
             stderr=subprocess.STDOUT,
             env=environment(
@@ -135,51 +132,16 @@ class Job:
 
     def wait_for_line(self, kind: str, step: int) -> None:
         """Until the run has written this line of figures."""
-        self.wait_until(
-            lambda: any(
-                (line["kind"], line["step"]) == (kind, step) for line in figures(self.folder)
-            )
-        )
+        self.wait_until(lambda: has_line(self.folder, kind, step))
 
-    def end(self, timeout: float = 300) -> tuple[int, str]:
-        """(exit status, output); fails when the job takes longer."""
+    def end(self, timeout: float = 300) -> subprocess.CompletedProcess:
+        """How it ended, and its output; fails when the job takes longer."""
         status = self.process.wait(timeout)
-        return status, self.text()
+        return subprocess.CompletedProcess(self.process.args, status, self.text())
 
     def text(self) -> str:
         self._output.seek(0)
         return self._output.read()
-
-
-def figures(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl without the speed and the time spent waiting, which is all that
-    may differ.
-    """
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [
-        {name: v for name, v in line.items() if name not in ("images_per_second", "data_wait")}
-        for line in found
-    ]
-
-
-def saved(folder: Path) -> list[Path]:
-    return checkpoint.checkpoints(folder / "checkpoints")
-
-
-def same_run(folder: Path, reference: Path) -> None:
-    """Bit for bit the same figures and, at each of its steps, the same state; and nothing left of
-    what was killed.
-    """
-    assert figures(folder) == figures(reference)
-    assert saved(folder)[-1].name == saved(reference)[-1].name
-    for path in saved(folder):
-        arrays, meta = checkpoint_file.load(path)
-        expected, expected_meta = checkpoint_file.load(reference / "checkpoints" / path.name)
-        assert digest(arrays) == digest(expected), path.name
-        assert meta == expected_meta
-    assert not list(folder.rglob("*.partial"))
 
 
 def cut(reference: Path, folder: Path, step: int) -> Path:
@@ -193,22 +155,6 @@ def cut(reference: Path, folder: Path, step: int) -> Path:
     return folder
 
 
-def one_sentence(job: Job, status: int, *parts: str) -> None:
-    """The job ends with one line that says why, once, without a traceback."""
-    found, text = job.end()
-    assert found == status, text
-    (sentence,) = [line for line in text.splitlines() if line.startswith("error: ")]
-    for part in parts:
-        assert part in sentence
-    assert "Traceback" not in text
-
-
-def run_to_end(job: Job) -> str:
-    status, text = job.end()
-    assert status == 0, text
-    return text
-
-
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("data"))
@@ -219,7 +165,7 @@ def undisturbed(tmp_path_factory, data) -> Path:
     """Two ranks, a worker each, TensorFlow; a checkpoint of every step."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     with Job(data, 2, folder, EVERY_STEP) as job:
-        run_to_end(job)
+        succeeded(job.end())
     return folder
 
 
@@ -227,8 +173,8 @@ def undisturbed(tmp_path_factory, data) -> Path:
 def undisturbed_four(tmp_path_factory, data) -> Path:
     """Two ranks, two virtual workers each, native PyTorch; a checkpoint of every step."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed_four"
-    with Job(data, 2, folder, *NATIVE, EVERY_STEP) as job:
-        run_to_end(job)
+    with Job(data, 2, folder, NATIVE_EVERY_STEP) as job:
+        succeeded(job.end())
     return folder
 
 
@@ -236,13 +182,9 @@ def undisturbed_four(tmp_path_factory, data) -> Path:
 def alone(tmp_path_factory, data, undisturbed) -> Path:
     """The recipe of `undisturbed` on one rank, which keeps few of its checkpoints."""
     folder = tmp_path_factory.mktemp("runs") / "alone"
-    kept = [
-        "--config.run.checkpoint_steps=2",
-        "--config.run.keep_checkpoints=1",
-        "--config.run.keep_every=2",
-    ]
-    with Job(data, 1, folder, *kept) as job:
-        run_to_end(job)
+    recipe = TINY.but(checkpoint_steps=2, keep_checkpoints=1, keep_every=2)
+    with Job(data, 1, folder, recipe) as job:
+        succeeded(job.end())
     return folder
 
 
@@ -250,7 +192,7 @@ def test_the_last_checkpoints_and_those_of_every_second_epoch_are_kept(alone):
     """checkpoint_steps=2, keep_checkpoints=1, keep_every=2: of 2, 4, … 16 steps the ends of epochs
     2 and 4.
     """
-    assert [checkpoint.step_of(path) for path in saved(alone)] == [2 * STEPS, 4 * STEPS]
+    assert saved_steps(alone) == [2 * STEPS, 4 * STEPS]
 
 
 # Kills
@@ -285,8 +227,8 @@ def killed(job: Job, chance: random.Random, first: int, moment: str) -> bool:
     if victims == "everything":
         job.process.kill()
     began = time.monotonic()
-    status, text = job.end(60)
-    assert status != 0, text
+    done = job.end(60)
+    assert done.returncode != 0, done.stdout
     assert time.monotonic() - began < 20  # a hang is the bug; the launchers take 0.4 to 3 s here
     return bool(list(job.folder.glob("checkpoints/.*.partial")))
 
@@ -315,7 +257,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run_bit_for_bit
     moments = ["save", "save", "start", "step", "step", "step"]
     chance.shuffle(moments)
     for moment in moments:
-        first = checkpoint.step_of(saved(folder)[-1]) if saved(folder) else 0
+        first = max(saved_steps(folder), default=0)
         resume = ["--resume"] if (folder / "config.json").exists() else []
         with Job(data, 2, folder, EVERY_STEP, *resume) as job:
             half = killed(job, chance, first, moment)
@@ -324,10 +266,10 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run_bit_for_bit
         for path in saved(folder):
             checkpoint_file.load(path)  # what has its name is whole
     with Job(data, 2, folder, EVERY_STEP, "--resume") as job:
-        run_to_end(job)
+        succeeded(job.end())
     assert halves >= 2
     assert len(saved(folder)) == STEPS * EPOCHS
-    same_run(folder, undisturbed)
+    check_same_run(folder, undisturbed)
 
 
 # Preemption
@@ -337,7 +279,8 @@ def preempted(
     data: str,
     size: int,
     folder: Path,
-    signaled: tuple[str, int, int],
+    recipe: RecipeFlags,
+    fault: Fault,
     *options: str,
     launcher: str = "mpirun",
 ) -> int:
@@ -347,19 +290,18 @@ def preempted(
     mpirun leaves with the ranks' 75; horovodrun --gloo with 1 and an error of its own that names
     the 75.
     """
-    with Job(data, size, folder, *options, fault=signaled, launcher=launcher) as job:
-        job.wait_until(lambda: any(line["step"] == signaled[2] for line in figures(folder)))
+    with Job(data, size, folder, recipe, *options, fault=fault, launcher=launcher) as job:
+        job.wait_for_line("step", int(fault.when))
         began = time.monotonic()
-        found, text = job.end(60)
-    assert found == (1 if launcher == "gloo" else 75), text
+        done = job.end(60)
+    text = done.stdout
+    assert done.returncode == (1 if launcher == "gloo" else 75), text
     assert (
         time.monotonic() - began < 20
     )  # it takes one or two steps, a save and the launcher's 1 to 3 s
-    (sentence,) = [part for part in text.splitlines() if "preempted: " in part]
-    last = saved(folder)[-1]
-    step = checkpoint.step_of(last)
+    sentence, step = the_line(text, "preempted: "), saved_steps(folder)[-1]
     assert f"after step {step}:" in sentence
-    assert str(last) in sentence
+    assert str(saved(folder)[-1]) in sentence
     assert "--resume" in sentence
     assert "error: " not in text
     assert text.count("Traceback") == (1 if launcher == "gloo" else 0), text
@@ -371,7 +313,7 @@ def test_a_run_told_to_leave_all_the_time_leaves_all_the_same(data, tmp_path):
     """Schedulers signal more than once, launchers pass on what the ranks got too, and not all ranks
     get it at once.
     """
-    with Job(data, 2, tmp_path / "run") as job:
+    with Job(data, 2, tmp_path / "run", TINY) as job:
         ranks = job.wait_for_ranks()
         job.wait_for_line("step", 3)
         end = time.monotonic() + 60
@@ -380,9 +322,9 @@ def test_a_run_told_to_leave_all_the_time_leaves_all_the_same(data, tmp_path):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGTERM)
             time.sleep(0.001)
-        status, text = job.end(0)
-    assert status == 75, text
-    assert "preempted: told to leave after step" in text
+        done = job.end(0)
+    assert done.returncode == 75, done.stdout
+    assert "preempted: told to leave after step" in done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -393,9 +335,12 @@ def thrice_preempted(tmp_path_factory, data, undisturbed) -> Path:
     The wish goes with the next step and is heard with the step after that, or at the epoch's end.
     """
     folder = tmp_path_factory.mktemp("runs") / "preempted"
-    assert preempted(data, 2, folder, ("SIGTERM", 0, 3)) == 4
-    assert preempted(data, 2, folder, ("SIGTERM", 1, 6), "--resume", launcher="gloo") == 8
-    assert preempted(data, 2, folder, ("SIGUSR1", 1, 9), "--resume") == 11
+    told = faults.told_to_leave(signal.SIGTERM, rank=0, step=3)
+    assert preempted(data, 2, folder, TINY, told) == 4
+    told = faults.told_to_leave(signal.SIGTERM, rank=1, step=6)
+    assert preempted(data, 2, folder, TINY, told, "--resume", launcher="gloo") == 8
+    told = faults.told_to_leave(signal.SIGUSR1, rank=1, step=9)
+    assert preempted(data, 2, folder, TINY, told, "--resume") == 11
     return folder
 
 
@@ -408,23 +353,24 @@ def test_a_preempted_run_is_the_undisturbed_run_bit_for_bit(
     leaves only after it.
     """
     folder = shutil.copytree(thrice_preempted, tmp_path / "run")
-    assert preempted(data, 2, folder, ("SIGUSR1", LAUNCHER, 3 * STEPS), "--resume") == 3 * STEPS + 2
-    assert [line["epoch"] for line in figures(folder) if line["kind"] == "epoch"] == [1, 2, 3]
-    with Job(data, 2, folder, "--resume") as job:
-        run_to_end(job)
-    same_run(folder, undisturbed)
+    told = faults.told_to_leave(signal.SIGUSR1, faults.LAUNCHER, step=3 * STEPS)
+    assert preempted(data, 2, folder, TINY, told, "--resume") == 3 * STEPS + 2
+    assert series(folder, "epoch", "epoch") == [1, 2, 3]
+    with Job(data, 2, folder, TINY, "--resume") as job:
+        succeeded(job.end())
+    check_same_run(folder, undisturbed)
 
 
 def test_a_signal_while_the_job_starts_is_heeded_after_the_first_steps(data, tmp_path):
     """As soon as the program can hear it at all: while TensorFlow is still being imported, say."""
     folder = tmp_path / "run"
-    with Job(data, 2, folder) as job:
+    with Job(data, 2, folder, TINY) as job:
         rank = job.wait_for_ranks()[1]
         job.wait_until(lambda: hears(rank, signal.SIGUSR1))
         rank.send_signal(signal.SIGUSR1)
-        status, text = job.end()
-    assert status == 75, text
-    assert [path.name for path in saved(folder)] == ["step-00000002.npz"]
+        done = job.end()
+    assert done.returncode == 75, done.stdout
+    assert saved_steps(folder) == [2]
 
 
 def hears(process: psutil.Process, number: int) -> bool:
@@ -465,12 +411,8 @@ def loss_deviation(one: Path, other: Path) -> float:
 
 def lost_epoch(folder: Path) -> float:
     """The relative difference of the last two evaluations' losses."""
-    *_, before, last = [line["eval_loss"] for line in figures(folder) if line["kind"] == "epoch"]
+    *_, before, last = series(folder, "epoch", "eval_loss")
     return abs(before / last - 1)
-
-
-def state(folder: Path, back: int = 1) -> dict[str, np.ndarray]:
-    return checkpoint_file.load(saved(folder)[-back])[0]
 
 
 @pytest.mark.slow
@@ -479,8 +421,8 @@ def test_a_run_goes_on_with_fewer_ranks(data, undisturbed, alone, thrice_preempt
     that near.
     """
     folder = shutil.copytree(thrice_preempted, tmp_path / "run")
-    with Job(data, 1, folder, "--resume") as job:
-        run_to_end(job)
+    with Job(data, 1, folder, TINY, "--resume") as job:
+        succeeded(job.end())
     found = {
         "alone": deviation(state(undisturbed), state(alone)),
         "resumed": deviation(state(undisturbed), state(folder)),
@@ -503,10 +445,12 @@ def test_a_run_goes_on_with_fewer_ranks(data, undisturbed, alone, thrice_preempt
 def test_a_run_goes_on_with_one_rank_and_then_with_two(data, undisturbed_four, tmp_path):
     """4 → 1 → 2, the four workers' places in the middle of an epoch; a lost step is not that near."""
     folder = tmp_path / "run"
-    assert preempted(data, 4, folder, ("SIGUSR1", 3, 3), *NATIVE) == 4
-    assert preempted(data, 1, folder, ("SIGTERM", 0, 9), *NATIVE, "--resume") == 11
-    with Job(data, 2, folder, *NATIVE, "--resume") as job:
-        run_to_end(job)
+    told = faults.told_to_leave(signal.SIGUSR1, rank=3, step=3)
+    assert preempted(data, 4, folder, NATIVE, told) == 4
+    told = faults.told_to_leave(signal.SIGTERM, rank=0, step=9)
+    assert preempted(data, 1, folder, NATIVE, told, "--resume") == 11
+    with Job(data, 2, folder, NATIVE, "--resume") as job:
+        succeeded(job.end())
     found = {
         "resumed": deviation(state(undisturbed_four), state(folder)),
         "lost step": deviation(state(undisturbed_four), state(undisturbed_four, back=2)),
@@ -520,10 +464,10 @@ def test_a_run_goes_on_with_one_rank_and_then_with_two(data, undisturbed_four, t
 # Agreement
 
 
-NANS = {  # fault, recipe, where
-    "tensorflow": ("nan", FOUR, {"launcher": "mpirun"}),
-    "keras-torch": ("nan", FOUR, {"launcher": "gloo", "backend": "torch"}),
-    "native": ("native nan", NATIVE, {"launcher": "mpirun"}),
+NANS = {  # recipe, where
+    "tensorflow": (FOUR, {"launcher": "mpirun"}),
+    "keras-torch": (FOUR, {"launcher": "gloo", "backend": "torch"}),
+    "native": (NATIVE, {"launcher": "mpirun"}),
 }
 
 
@@ -532,42 +476,44 @@ def test_a_loss_that_is_nan_on_one_worker_stops_all_ranks_with_its_examples(
     data, tmp_path, framework
 ):
     worker, step = 3, 6  # the second worker of rank 1, in the second epoch
-    fault, options, where = NANS[framework]
-    with Job(data, 2, tmp_path / "run", *options, fault=(fault, worker, step), **where) as job:
-        status, text = job.end()
-    assert status == 1, text
+    recipe, where = NANS[framework]
+    fault = faults.nan_loss(worker, step)
+    with Job(data, 2, tmp_path / "run", recipe, fault=fault, **where) as job:
+        done = job.end()
+    assert done.returncode == 1, done.stdout
     order = permutation(112, seed=0, epoch=1)
     examples = (
         Epoch(112, k=4, n=8, remainder="short").indices(order, step - 1 - STEPS, worker).tolist()
     )
-    (sentence,) = [line for line in text.splitlines() if "error: the loss" in line]
+    sentence = the_line(done.stdout, "error: the loss")
     assert f"the loss is nan at step {step}, in epoch 1, on worker {worker}:" in sentence
     assert sentence.endswith(f"the training examples {', '.join(map(str, examples))}")
     assert "Traceback" not in sentence
 
 
 FAILURES = {
-    "error": "error: rank 1 of 2: ValueError: made to fail",
-    "unreadable": "can't be read: Bad file descriptor",
+    "error": (faults.error, "error: rank 1 of 2: ValueError: made to fail"),
+    "unreadable": (faults.unreadable_example, "can't be read: Bad file descriptor"),
 }
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
-@pytest.mark.parametrize("fault", FAILURES)
-def test_a_rank_that_fails_at_a_step_ends_the_job_with_its_message(data, tmp_path, fault, launcher):
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_rank_that_fails_at_a_step_ends_the_job_with_its_message(
+    data, tmp_path, failure, launcher
+):
     """No hang, though the other rank waits for it in an allreduce."""
     folder = tmp_path / "run"
-    with Job(
-        data, 2, folder, EVERY_STEP, fault=(fault, 1, 3), launcher=launcher, backend="torch"
-    ) as job:
+    fails, says = FAILURES[failure]
+    fault = fails(rank=1, step=3)
+    with Job(data, 2, folder, EVERY_STEP, fault=fault, launcher=launcher, backend="torch") as job:
         job.wait_until((folder / "checkpoints/step-00000002.npz").exists)
         began = time.monotonic()
-        status, text = job.end(60)
+        done = job.end(60)
         assert time.monotonic() - began < 20
-    assert status == 1, text
-    (sentence,) = [line for line in text.splitlines() if FAILURES[fault] in line]
-    assert "error: rank 1" in sentence
-    assert [checkpoint.step_of(path) for path in saved(folder)] == [1, 2]
+    assert done.returncode == 1, done.stdout
+    assert "error: rank 1" in the_line(done.stdout, says)
+    assert saved_steps(folder) == [1, 2]
 
 
 # Damage
@@ -604,10 +550,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(
     newest = saved(folder)[-1]
     flip_a_bit(newest)
     with Job(data, 2, folder, EVERY_STEP, "--resume") as job:
-        text = run_to_end(job)
-    (warning,) = [line for line in text.splitlines() if line.startswith("warning: ")]
+        warning = the_line(succeeded(job.end()), "warning: ")
+    assert warning.startswith("warning: ")
     assert str(newest) in warning and "falling back" in warning
-    same_run(folder, undisturbed)
+    check_same_run(folder, undisturbed)
 
 
 def test_a_run_of_which_all_checkpoints_are_damaged_is_not_begun_anew(
@@ -616,9 +562,9 @@ def test_a_run_of_which_all_checkpoints_are_damaged_is_not_begun_anew(
     folder = cut(undisturbed_four, tmp_path / "run", 3)
     for path in saved(folder):
         flip_a_bit(path)
-    before = {path: path.read_bytes() for path in [*saved(folder), folder / "metrics.jsonl"]}
-    with Job(data, 2, folder, *NATIVE, "--resume") as job:
-        one_sentence(job, 1, str(folder / "checkpoints"), "is whole")
+    before = {path: path.read_bytes() for path in [*saved(folder), folder / runlog.METRICS]}
+    with Job(data, 2, folder, NATIVE, "--resume") as job:
+        refused(job.end(), 1, str(folder / "checkpoints"), "is whole")
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -641,8 +587,8 @@ def test_a_disk_that_fills_up_in_mid_run_ends_it_with_a_sentence_and_whole_check
     room = 4 * saved(undisturbed_four)[0].stat().st_size + 40_000
     with mounted(tmp_path / "disk", room) as disk:
         folder = disk / "run"
-        with Job(data, 2, folder, *NATIVE, EVERY_STEP) as job:
-            one_sentence(job, 1, "cannot write", "No space left on device")
+        with Job(data, 2, folder, NATIVE_EVERY_STEP) as job:
+            refused(job.end(), 1, "cannot write", "No space left on device")
         assert not list(folder.rglob("*.partial"))
         assert 2 <= len(saved(folder)) <= 5
         for path in saved(folder):
@@ -670,16 +616,15 @@ def test_a_run_directory_on_a_read_only_disk_is_one_sentence(data, undisturbed_f
     with mounted(tmp_path / "disk", 8_000_000) as disk:
         folder = cut(undisturbed_four, disk / "run", 3)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        with Job(data, 2, folder, *NATIVE, "--resume") as job:
-            one_sentence(job, 2, str(folder), "Read-only file system")
+        with Job(data, 2, folder, NATIVE, "--resume") as job:
+            refused(job.end(), 2, str(folder), "Read-only file system")
 
 
 # Another recipe
 
 
 def test_a_changed_recipe_is_refused_with_its_fields(undisturbed_four):
-    arguments = ["--config.optimizer.momentum=0.8", "--config.seed=5", "--config.run.log_every=7"]
-    changed = parse_recipe([*TINY, *FOUR, *arguments])[0]
+    changed = FOUR.but(momentum=0.8, seed=5, log_every=7).value
     with pytest.raises(UsageError) as raised:
         check_directory(undisturbed_four, changed, Mode.YES)
     assert "config.optimizer.momentum=0.8 (was 0.9)" in str(raised.value)
@@ -690,19 +635,14 @@ def test_a_changed_recipe_is_refused_with_its_fields(undisturbed_four):
 
 def test_another_momentum_goes_on_by_force(data, undisturbed_four, tmp_path):
     folder = cut(undisturbed_four, tmp_path / "run", 6)
-    with Job(data, 1, folder, *NATIVE, "--config.optimizer.momentum=0.8", "--resume=force") as job:
-        run_to_end(job)
-    steps = [line["step"] for line in figures(folder) if line["kind"] == "step"]
-    assert steps == list(range(3, STEPS * EPOCHS + 1, 3))
+    with Job(data, 1, folder, NATIVE.but(momentum=0.8), "--resume=force") as job:
+        succeeded(job.end())
+    assert series(folder, "step", "step") == list(range(3, STEPS * EPOCHS + 1, 3))
     assert runlog.read_recipe(folder).optimizer.momentum == 0.8
     assert deviation(state(undisturbed_four), state(folder)) > NATIVE_WEIGHTS_BOUND
 
 
-WIDER = [
-    "--config.k=2",
-    "--config.n=32",
-    "--config.framework=torch",
-]  # a minibatch of 64: two steps an epoch
+WIDER = TINY.but(k=2, n=32, framework="torch")  # a minibatch of 64: two steps an epoch
 
 
 def test_another_minibatch_is_refused_within_an_epoch_and_the_run_can_go_on(
@@ -710,10 +650,9 @@ def test_another_minibatch_is_refused_within_an_epoch_and_the_run_can_go_on(
 ):
     """Also by force: the epoch's examples that are left can't be divided as they were."""
     folder = cut(undisturbed_four, tmp_path / "run", 2 * STEPS + 2)
-    with Job(data, 2, folder, *WIDER, "--resume=force") as job:
-        one_sentence(job, 2, "2 steps into an epoch of 4 steps", "2:", "an epoch's end")
-    old_recipe = parse_recipe([*TINY, *NATIVE])[0]
-    check_directory(folder, old_recipe, Mode.YES)  # the old recipe is still the run's
+    with Job(data, 2, folder, WIDER, "--resume=force") as job:
+        refused(job.end(), 2, "2 steps into an epoch of 4 steps", "2:", "an epoch's end")
+    check_directory(folder, NATIVE.value, Mode.YES)  # the old recipe is still the run's
 
 
 def test_another_minibatch_goes_on_by_force_at_an_epochs_end(data, undisturbed_four, tmp_path):
@@ -721,8 +660,8 @@ def test_another_minibatch_goes_on_by_force_at_an_epochs_end(data, undisturbed_f
     for that.
     """
     folder = cut(undisturbed_four, tmp_path / "run", 3 * STEPS)
-    with Job(data, 1, folder, *WIDER, EVERY_STEP, "--resume=force") as job:
-        run_to_end(job)
-    assert [line["epoch"] for line in figures(folder) if line["kind"] == "epoch"] == [1, 2, 3, 4]
+    with Job(data, 1, folder, WIDER.but(checkpoint_steps=1), "--resume=force") as job:
+        succeeded(job.end())
+    assert series(folder, "epoch", "epoch") == [1, 2, 3, 4]
     found = checkpoint_file.load(saved(folder)[-1])[1]
     assert (found["epochs"], found["steps_per_epoch"]) == (4, 2)

@@ -2,36 +2,17 @@
 native PyTorch.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from recipe.run import checkpoint
-from recipe.system import checkpoint_file
 from tests.ranks import launch
+from tests.recipes import TWELVE_WORKERS
+from tests.runs import lines, refused, series, state, succeeded
 
 pytestmark = pytest.mark.ranks
 
-RECIPE = [
-    "-m",
-    "recipe.train",
-    "--config=quick",
-    "--config.k=12",
-    "--config.n=8",
-    "--config.epochs=3",
-    "--config.optimizer.base_rate=0.1",
-    "--config.data.train_examples=250",  # 2 minibatches of 96 and a short one, whose workers have 5 or 4 examples
-    "--config.data.eval_examples=131",
-    "--config.schedule.warmup_epochs=1.5",
-    "--config.schedule.decay_epochs=(2.0,)",
-    "--config.model.blocks=(1,1)",
-    "--config.model.width=8",
-    "--config.model.dropout=0.2",
-    "--config.run.log_every=1",
-    "--config.run.replica_check_every=2",
-]
 # Sums of float32 in another order: 6e-8 of a loss, which the steps amplify. Measured over these 9
 # steps: up to 4e-8; other batch-norm groups, which are the smallest mistake there is, make 3e-3.
 BOUND = 1e-6
@@ -46,32 +27,25 @@ def backend(request):
 def train(tmp_path_factory, backend):
     """A function that trains on so many ranks and gives the run's directory; once for each setting."""
     folder, done = tmp_path_factory.mktemp("runs"), {}
+    native = backend == "native"
+    framework = TWELVE_WORKERS.but(framework="torch" if native else "keras")
+    variables = {"TFDS_DATA_DIR": str(folder / "data")}
+    if not native:
+        variables["KERAS_BACKEND"] = backend
 
-    def run(size: int, *changes: str) -> Path:
-        key = (size, changes)
-        if key not in done:
-            done[key] = folder / str(len(done))
-            arguments = [*RECIPE, *changes, f"--run_dir={done[key]}"]
-            native = backend == "native"
-            extra = {} if native else {"KERAS_BACKEND": backend}
-            arguments.append(f"--config.framework={'torch' if native else 'keras'}")
-            ended = launch(size, arguments, TFDS_DATA_DIR=str(folder / "data"), **extra)
-            assert ended.returncode == 0, ended.stdout[-4000:]
-        return done[key]
+    def run(size: int, **changes: object) -> Path:
+        recipe = framework.but(**changes)
+        if (size, recipe) not in done:
+            done[size, recipe] = run_dir = folder / str(len(done))
+            succeeded(launch(size, recipe.train(run_dir), **variables))
+        return done[size, recipe]
 
     return run
 
 
-def lines(run: Path, kind: str) -> list[dict]:
-    return [
-        line for line in map(json.loads, (run / "metrics.jsonl").open()) if line["kind"] == kind
-    ]
-
-
 def losses(run: Path) -> np.ndarray:
     """Of every step, and of the evaluation after every epoch."""
-    steps, epochs = lines(run, "step"), lines(run, "epoch")
-    return np.array([line["loss"] for line in steps] + [line["eval_loss"] for line in epochs])
+    return np.array(series(run, "step", "loss") + series(run, "epoch", "eval_loss"))
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -88,10 +62,7 @@ def test_the_number_of_ranks_changes_nothing(train, size):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_moving_statistics_are_those_of_the_workers(train, size):
-    one, several = (
-        checkpoint_file.load(checkpoint.checkpoints(train(s) / "checkpoints")[-1])[0]
-        for s in (1, size)
-    )
+    one, several = state(train(1)), state(train(size))
     moving = [name for name in one if "/moving_" in name]
     assert len(moving) == 2 * 9
     for name in moving:
@@ -104,34 +75,25 @@ def test_other_groups_of_examples_would_be_noticed(train):
     """The same minibatches, in 6 workers of 16 instead of 12 of 8: only batch norm and the short
     step differ.
     """
-    other = train(2, "--config.k=6", "--config.n=16")
+    other = train(2, k=6, n=16)
     assert np.abs(losses(other) / losses(train(2)) - 1).max() > 1000 * BOUND
 
 
 def test_several_workers_in_one_forward_pass_are_the_same_workers(train):
-    full = ["--config.data.remainder=drop", "--config.model.precise_bn=1"]
-    apart, together = train(1, *full), train(2, *full, "--config.run.workers_at_once=3")
+    full = {"remainder": "drop", "precise_bn": 1}
+    apart, together = train(1, **full), train(2, **full, workers_at_once=3)
     np.testing.assert_allclose(losses(together), losses(apart), rtol=BOUND)
 
 
 def test_precise_statistics_are_others_than_the_moving_ones(train):
     """But only in evaluation: training goes on as without."""
-    full = ["--config.data.remainder=drop", "--config.model.precise_bn=1"]
-    precise, moving = losses(train(1, *full)), losses(train(1, "--config.data.remainder=drop"))
+    precise = losses(train(1, remainder="drop", precise_bn=1))
+    moving = losses(train(1, remainder="drop"))
     np.testing.assert_array_equal(precise[:6], moving[:6])
     assert np.abs(precise[6:] / moving[6:] - 1).min() > 1e-4
 
 
 def test_a_rank_count_must_divide_the_workers_of_a_forward_pass(tmp_path):
-    arguments = [
-        *RECIPE,
-        "--config.data.remainder=drop",
-        "--config.run.workers_at_once=4",
-        f"--run_dir={tmp_path / 'r'}",
-    ]
-    done = launch(2, arguments, TFDS_DATA_DIR=str(tmp_path))
-    assert done.returncode == 2
-    assert (
-        "error: config.run.workers_at_once=4 doesn't divide the 6 workers of each of 2 ranks"
-        in done.stdout
-    )
+    recipe = TWELVE_WORKERS.but(remainder="drop", workers_at_once=4)
+    done = launch(2, recipe.train(tmp_path / "r"), TFDS_DATA_DIR=str(tmp_path))
+    refused(done, 2, "config.run.workers_at_once=4 doesn't divide the 6 workers of each of 2 ranks")

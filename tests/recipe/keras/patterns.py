@@ -1,20 +1,17 @@
-"""The usual training patterns of Keras, small and in their usual form, for test_patterns.py.
+"""The usual training patterns of Keras, small and in their usual form.
 
-They run on 1 and 2 real ranks. On 1 rank each is also trained by plain Keras. There, where a
-pattern draws noise or contrasts examples with each other, the halves of the minibatch do what two
-ranks do with theirs.
+They are for 1 and 2 ranks. On 1 rank, where a pattern draws noise or contrasts examples with each
+other, the halves of the minibatch do what two ranks do with theirs.
 """
 
-import warnings
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import layers, ops
 
 import recipe.keras as hvd
-from recipe.keras.callbacks import BroadcastState, MetricSums, ReplicaCheck
-from tests.ranks import report
 
 if TENSORFLOW := keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -22,7 +19,20 @@ else:
     import torch
 
 STEPS, EPOCHS, BATCH, WIDTH = 2, 2, 16, 6  # of the whole minibatch
+
 Wrap = Callable[[keras.optimizers.Optimizer], keras.optimizers.Optimizer]
+MakeCallbacks = Callable[[], list[keras.callbacks.Callback]]
+Logs = dict[str, list[float]]
+
+
+class Training(NamedTuple):
+    """What a pattern has trained."""
+
+    variables: list[keras.Variable]
+    logs: Logs
+
+
+Pattern = Callable[[Wrap, MakeCallbacks], Training]
 
 
 def parts() -> int:
@@ -60,7 +70,12 @@ def network(*more: layers.Layer, outputs: int = 1, inputs: int = WIDTH) -> keras
     )
 
 
-def minimise(optimizer, variables: list, loss_of: Callable, method: str = "apply") -> object:
+def minimise(
+    optimizer: keras.optimizers.Optimizer,
+    variables: list,
+    loss_of: Callable[[], Any],
+    method: str = "apply",
+) -> Any:
     """Do one update as Keras's guides write it for either backend. Return the loss."""
     if TENSORFLOW:
         with tf.GradientTape() as tape:
@@ -76,14 +91,16 @@ def minimise(optimizer, variables: list, loss_of: Callable, method: str = "apply
     return loss.detach()
 
 
-def update(optimizer, gradients: list, variables: list, method: str) -> None:
+def update(
+    optimizer: keras.optimizers.Optimizer, gradients: list, variables: list, method: str
+) -> None:
     if method == "apply":
         optimizer.apply(gradients, variables)
     else:
         optimizer.apply_gradients(zip(gradients, variables, strict=True))
 
 
-def drawn(draw: Callable, rows: object, width: int, seed: keras.random.SeedGenerator) -> object:
+def drawn(draw: Callable, rows: Any, width: int, seed: keras.random.SeedGenerator) -> Any:
     """Draw noise as two ranks do with `same_seeds=True`: the noise of their halves is equal."""
     rows_of_part = -(-rows // parts())
     noise = draw((rows_of_part, width), seed=seed)
@@ -415,29 +432,29 @@ def mixed_float16(wrap: Wrap) -> keras.Model:
     return model
 
 
-def fit(model: keras.Model, data: tuple, hooks: list) -> dict:
+def fit(model: keras.Model, data: tuple, callbacks: list[keras.callbacks.Callback]) -> Logs:
     return model.fit(
         *data,
         batch_size=BATCH // hvd.size(),
         epochs=EPOCHS,
         shuffle=False,
         verbose=0,
-        callbacks=hooks,
+        callbacks=callbacks,
     ).history
 
 
-def fitted(make: Callable, data: Callable) -> Callable:
-    """Return a pattern that one `fit` trains. It gives weights and logs."""
+def fitted(make: Callable[[Wrap], keras.Model], data: Callable[[], tuple]) -> Pattern:
+    """Return a pattern that one `fit` trains."""
 
-    def train(wrap: Wrap, hooks: Callable) -> tuple:
+    def train(wrap: Wrap, make_callbacks: MakeCallbacks) -> Training:
         model = make(wrap)
-        history = fit(model, data(), hooks())
-        return model.weights, history
+        logs = fit(model, data(), make_callbacks())
+        return Training(model.weights, logs)
 
     return train
 
 
-def transfer(wrap: Wrap, hooks: Callable) -> tuple:
+def transfer(wrap: Wrap, make_callbacks: MakeCallbacks) -> Training:
     """Train a new head on a frozen base, then all of it at a lower rate.
 
     The normalisation stays frozen and so as in inference. (`training=False` alone doesn't do that:
@@ -448,19 +465,19 @@ def transfer(wrap: Wrap, hooks: Callable) -> tuple:
     inputs = keras.Input((WIDTH,))
     model = keras.Model(inputs, layers.Dense(1)(base(inputs, training=False)))
     model.compile(wrap(momentum()), "mse", metrics=["mae"])
-    first = fit(model, regression(), hooks())
+    first = fit(model, regression(), make_callbacks())
     base.trainable = True
     base.layers[0].trainable = False
     model.compile(wrap(keras.optimizers.SGD(0.02)), "mse", metrics=["mae"])
-    second = fit(model, regression(), hooks())
+    second = fit(model, regression(), make_callbacks())
     unfrozen = {f"{name} unfrozen": numbers for name, numbers in second.items()}
-    return model.weights, first | unfrozen
+    return Training(model.weights, first | unfrozen)
 
 
-def own_loop(method: str, traced: bool) -> Callable:
+def own_loop(method: str, traced: bool) -> Pattern:
     """Return a loop without fit, which itself calls the broadcast and the mean of the loss."""
 
-    def train(wrap: Wrap, hooks: Callable) -> tuple:
+    def train(wrap: Wrap, make_callbacks: MakeCallbacks) -> Training:
         model, optimizer = network(), wrap(momentum())
         optimizer.build(model.trainable_variables)
         hvd.broadcast_variables(model.variables + optimizer.variables, 0)
@@ -477,7 +494,7 @@ def own_loop(method: str, traced: bool) -> Callable:
         for i in [*range(STEPS)] * EPOCHS:
             here = slice(i * len(x) // STEPS, (i + 1) * len(x) // STEPS)
             losses.append(float(hvd.allreduce(step(x[here], y[here]))))
-        return model.weights, {"loss": losses}
+        return Training(model.weights, {"loss": losses})
 
     return train
 
@@ -486,7 +503,7 @@ def images() -> tuple:
     return (examples(0),)
 
 
-PATTERNS = {
+PATTERNS: dict[str, Pattern] = {
     "own_step": fitted(own_step, regression),
     "custom_loss": fitted(custom_loss, regression),
     "vae": fitted(vae, images),
@@ -502,37 +519,3 @@ PATTERNS = {
     "loop_apply": own_loop("apply", traced=False),
     "loop_apply_gradients": own_loop("apply_gradients", traced=True),
 }
-
-
-def trained(train: Callable, wrap: Wrap, hooks: Callable) -> dict:
-    """Return the weights, logs and warnings of one pattern.
-
-    Each rank begins with other weights, rank 0 with those of the seed 100.
-    """
-    keras.utils.set_random_seed(100 + hvd.rank())
-    with warnings.catch_warnings(record=True) as caught_warnings:
-        warnings.simplefilter("always")
-        weights, logs = train(wrap, hooks)
-    return {
-        "weights": [ops.convert_to_numpy(v).copy() for v in weights],
-        "logs": logs,
-        "warnings": sorted({str(w.message) for w in caught_warnings}),
-    }
-
-
-def own_hooks() -> list:
-    return [BroadcastState(same_seeds=True), MetricSums(), ReplicaCheck(every=1)]
-
-
-def main() -> None:
-    hvd.init()
-    patterns = {}
-    for name, train in PATTERNS.items():
-        patterns[name] = {"wrapped": trained(train, hvd.DistributedOptimizer, own_hooks)}
-        if hvd.size() == 1:
-            patterns[name]["plain"] = trained(train, lambda optimizer: optimizer, list)
-    report(hvd.rank(), patterns)
-
-
-if __name__ == "__main__":
-    main()
