@@ -3,6 +3,7 @@ nothing is lost.
 """
 
 import contextlib
+import functools
 import os
 import random
 import shutil
@@ -52,10 +53,10 @@ NATIVE_EVERY_STEP = NATIVE.but(checkpoint_steps=1)
 SEED = 1706  # of the moments at which the run is killed
 
 # Ranks of another number add the same float32 numbers in another order. Measured after the 16 steps
-# here, relative to a tensor's largest value: two undisturbed runs of Keras were 4e-6 apart, seventy
-# roundings of 6e-8; two of native PyTorch not at all on 2 and 4 ranks, but 1.7e-4 on 1 and 2 (a
-# single rank has two threads), in the velocities of β's, whose terms cancel. The losses: 5e-8 in
-# both. Resumed runs were no further apart. The bounds leave a factor of 18 or more for other
+# here, relative to a tensor's largest value: two undisturbed runs of Keras on 1 and 2 ranks were not
+# apart at all while each rank has one thread, and 2.5e-4 when a single rank has two, in β's, whose
+# terms cancel; two of native PyTorch not at all on 2 and 4 ranks, 1.7e-4 on 1 and 2 with two threads.
+# The losses: 5e-8 in both. Resumed runs were no further apart. The bounds leave room for other
 # processors. A lost step, the last and smallest of all, is 0.24; an epoch is 3e-4 of the
 # evaluation's loss.
 WEIGHTS_BOUND, NATIVE_WEIGHTS_BOUND = 1e-4, 3e-3
@@ -67,7 +68,11 @@ needs_root = pytest.mark.skipif(
 
 
 class Job:
-    """A run of recipe.train on `size` ranks. None of its processes outlives its `with` block."""
+    """A run of recipe.train on `size` ranks. None of its processes outlives its `with` block.
+
+    A single rank gets half of the cores: as many threads as each of two ranks, since threads add up
+    in another order.
+    """
 
     def __init__(
         self, data: str, size: int, folder: Path, recipe: RecipeFlags, *options: str,
@@ -77,6 +82,9 @@ class Job:
         self.folder, self._size, self._tag = folder, size, uuid.uuid4().hex
         self._kept = contextlib.ExitStack()
         self._output = self._kept.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
+        cores = sorted(os.sched_getaffinity(0))
+        if size == 1:
+            cores = cores[: max(1, len(cores) // 2)]
         self.process = subprocess.Popen(
             command(size, recipe.train(folder, *options, program=program), launcher),
             stdout=self._output,
@@ -87,6 +95,7 @@ class Job:
                 OMPI_MCA_mpi_yield_when_idle="1",  # waiting ranks leave the two cores to the others
                 INTERRUPTION_TEST=self._tag,
             ),
+            preexec_fn=functools.partial(os.sched_setaffinity, 0, cores),
         )
 
     def __enter__(self) -> "Job":
