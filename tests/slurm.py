@@ -133,14 +133,19 @@ class Slurm:
     def stop(self) -> None:
         """Daemons and whatever they started, also when they don't answer."""
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-            self.run("scancel", "--user=root")
-            self.until(lambda: not self.run("squeue", "-h").stdout, 10)
+            self.cancel_all()
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("SLURM_CONF") == str(self.conf):
                     process.kill()
         for daemon in self._daemons:
             daemon.wait()
+
+    def cancel_all(self) -> None:
+        """Cancel all jobs and wait until they have gone."""
+        if self.run("squeue", "-h").stdout:
+            self.run("scancel", "--user=root")
+            self.until(lambda: not self.run("squeue", "-h").stdout, 60)
 
     def environment(self, **extra: str) -> dict[str, str]:
         kept = {
