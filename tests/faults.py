@@ -8,6 +8,7 @@ All of them enter where a framework's replica enters the run, `load_framework`. 
 every `Replica` does; the two that concern images act in what reads these. Steps count from 1.
 """
 
+import abc
 import contextlib
 import errno
 import os
@@ -133,7 +134,7 @@ def _two_ranks(job: subprocess.Popen, saved: Path) -> list[psutil.Process]:
 # Faults inside a rank
 
 
-class FaultyReplica:
+class FaultyReplica(abc.ABC):
     """A replica to which something happens at one step. In all else it is the one it is given."""
 
     def __init__(self, replica: Replica, fault: Fault) -> None:
@@ -157,9 +158,9 @@ class FaultyReplica:
             return self.faulty_step(step, elements, stop)
         return self.replica.step(step, elements, stop)
 
+    @abc.abstractmethod
     def faulty_step(self, step: int, elements: Iterator[Element], stop: bool) -> Result:
         """Do the step at which it happens."""
-        raise NotImplementedError
 
 
 class FailingReplica(FaultyReplica):

@@ -1,4 +1,4 @@
-"""Compares what ranks have trained: with each other, and with what one process has trained."""
+"""Notes what ranks have trained, and compares it with other ranks' and with one process's."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -33,3 +33,14 @@ def assert_same_on_all_ranks(own: Any) -> None:
     first, *others = hvd.allgather_object(own)
     for other in others:
         np.testing.assert_equal(other, first)
+
+
+class Rates(keras.callbacks.Callback):
+    """Notes the learning rate of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates: list[float] = []
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self.rates.append(float(value(self.model.optimizer.learning_rate)))

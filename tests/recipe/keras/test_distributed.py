@@ -36,6 +36,7 @@ from tests.recipe.keras.classification import (
     share,
 )
 from tests.recipe.keras.comparing import (
+    Rates,
     Weights,
     assert_same,
     assert_same_on_all_ranks,
@@ -276,15 +277,11 @@ def test_saved_models_load_without_the_wrapper(tmp_path: Path):
     assert_same(values(loaded.optimizer.variables), values(model.optimizer.variables))
 
 
-class NotedRates(keras.callbacks.Callback):
-    """Notes each step's rate, and sets another after the eighth."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rates: list[float] = []
+class AnotherRate(Rates):
+    """Sets another rate after the eighth step."""
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        self.rates.append(float(value(self.model.optimizer.learning_rate)))
+        super().on_train_batch_end(batch, logs)
         if len(self.rates) == 8:
             self.model.optimizer.learning_rate = 0.01
 
@@ -295,7 +292,7 @@ def test_gradual_warmup_reaches_k_times_the_base_rate_and_lets_go():
 
     Then η is another callback's.
     """
-    noted = NotedRates()
+    noted = AnotherRate()
     warmup = GradualWarmup(base_rate=0.1, k=4, epochs=1.5)
     fit(compiled(network(), nesterov()), 3, warmup, noted)
     expected = [0.1 + 0.3 * t / 6 for t in range(6)] + [0.4, 0.4] + [0.01] * 4

@@ -50,7 +50,7 @@ from tests.recipe.keras.classification import (
     network,
     share,
 )
-from tests.recipe.keras.comparing import Weights, assert_same, value, values
+from tests.recipe.keras.comparing import Rates, Weights, assert_same, value, values
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
 
@@ -592,17 +592,6 @@ def begin_with_several_steps_per_execution() -> None:
     callback = ScheduledRate(Rate(0.1, 0.1))
     callback.set_model(model)
     callback.on_train_begin()
-
-
-class Rates(keras.callbacks.Callback):
-    """Notes the learning rate of each step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rates: list[float] = []
-
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        self.rates.append(float(value(self.model.optimizer.learning_rate)))
 
 
 def rates_of(epochs: int, *callbacks: keras.callbacks.Callback) -> list[float]:
