@@ -1,14 +1,20 @@
 """How a rank computes in TensorFlow: its device, the way to it, gradients, batch normalisation."""
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from recipe.config import Recipe
 from recipe.data.batches import ALIGNMENT
+from recipe.frameworks.keras.passes import Forward, LastPass, zeros
 from recipe.frameworks.normalised import Normalised
+from recipe.frameworks.replica import gradient_groups
+from recipe.keras import backend
+from recipe.keras.distributed import DistributedOptimizer
+from recipe.ranks import collectives
 from recipe.ranks.machine import check_gpus
 
 
@@ -39,13 +45,51 @@ def _tensor(array: np.ndarray) -> tf.Tensor:
     return tf.convert_to_tensor(array)
 
 
-def gradients(
-    forward: Callable[[], tuple[Any, Any]], variables: Sequence[keras.Variable]
-) -> tuple[list[Any], Any]:
-    """Return the gradients of the loss, and the vector: `forward` gives both, (loss, vector)."""
-    with tf.GradientTape() as tape:
-        loss, vector = forward()
-    return tape.gradient(loss, [v.value for v in variables]), vector
+class Gradients:
+    """The gradients of a step: sums over its passes on this rank.
+
+    The model's optimizer becomes a DistributedOptimizer, which takes the mean over the ranks.
+    TensorFlow runs its reductions beside the last backward pass.
+    """
+
+    def __init__(self, recipe: Recipe, model: keras.Model, passes: int) -> None:
+        self._variables = model.trainable_variables
+        self._sums = [zeros(v.shape) for v in self._variables] if passes > 1 else []
+        if collectives.size() > 1:  # one rank has nothing to reduce, and needs no copies for it
+            _distribute(recipe, model)
+
+    def add(self, forward: Callable[[], Forward]) -> tf.Tensor:
+        """Run one of several passes, and return its vector."""
+        result = self._backward(forward)
+        for total, gradient in zip(self._sums, result.gradients(), strict=True):
+            total.assign(total + gradient)
+        return result.vector
+
+    def last(self, forward: Callable[[], Forward]) -> LastPass:
+        """Run the last pass. The sums begin anew."""
+        result = self._backward(forward)
+        if not self._sums:
+            return result
+        sums = zip(self._sums, result.gradients(), strict=True)
+        totals = [total + gradient for total, gradient in sums]
+        for total in self._sums:
+            total.assign(tf.zeros_like(total))
+        return LastPass(result.vector, lambda: totals)
+
+    def _backward(self, forward: Callable[[], Forward]) -> LastPass:
+        """Run one pass forward and backward."""
+        with tf.GradientTape() as tape:
+            loss, vector = forward()
+        gradients = tape.gradient(loss, [v.value for v in self._variables])
+        return LastPass(vector, lambda: gradients)
+
+
+def _distribute(recipe: Recipe, model: keras.Model) -> None:
+    """Make the model's optimizer reduce the gradients over the ranks."""
+    parameters = sum(math.prod(v.shape) for v in model.trainable_variables)
+    compression = getattr(backend.Compression, recipe.optimizer.compression)
+    groups = gradient_groups(recipe, parameters)
+    DistributedOptimizer(model.optimizer, compression=compression, groups=groups)
 
 
 def decayed(

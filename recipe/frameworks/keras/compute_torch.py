@@ -1,25 +1,50 @@
 """How a rank computes in Keras's PyTorch backend: with native PyTorch's device and kernels."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 import torch
 
+from recipe.config import Recipe
+from recipe.frameworks.keras.passes import Forward, LastPass
 from recipe.frameworks.normalised import Normalised
 from recipe.frameworks.torch import normalization
 from recipe.frameworks.torch.device import on_device, use_local_device
+from recipe.frameworks.torch.reduction import Reduction
 
-__all__ = ["decayed", "gradients", "normalised", "on_device", "use_local_device"]
+__all__ = ["Gradients", "decayed", "normalised", "on_device", "use_local_device"]
 
 
-def gradients(
-    forward: Callable[[], tuple[Any, Any]], variables: Sequence[keras.Variable]
-) -> tuple[list[Any], Any]:
-    """Return the gradients of the loss, and the vector: `forward` gives both, (loss, vector)."""
-    loss, vector = forward()
-    results = torch.autograd.grad(loss, [v.value for v in variables], allow_unused=True)
-    return list(results), vector.detach()
+class Gradients:
+    """The gradients of a step: sums over its passes, then the mean over the ranks.
+
+    They add up in the parameters. The hooks of native PyTorch reduce them beside the last backward
+    pass. A DistributedOptimizer would get them when that is over.
+    """
+
+    def __init__(self, recipe: Recipe, model: keras.Model, passes: int) -> None:
+        self._parameters = [v.value for v in model.trainable_variables]
+        half = recipe.optimizer.compression == "fp16"
+        self._reduction = Reduction(self._parameters, half)
+
+    def add(self, forward: Callable[[], Forward]) -> torch.Tensor:
+        """Run one of several passes, and return its vector."""
+        loss, vector = forward()
+        loss.backward()
+        return vector.detach()
+
+    def last(self, forward: Callable[[], Forward]) -> LastPass:
+        """Run the last pass, and begin the reductions. Collective."""
+        self._reduction.expect()
+        return LastPass(self.add(forward), self._take)
+
+    def _take(self) -> list[torch.Tensor | None]:
+        """Wait for the mean gradients, and return them. The sums begin anew."""
+        self._reduction.finish()
+        gradients = [parameter.grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        return gradients
 
 
 @torch.no_grad()

@@ -20,11 +20,10 @@ from recipe.frameworks.keras.step import (
     moving_statistics,
     split,
 )
-from recipe.frameworks.replica import Replica, first_loss_scale, gradient_groups
+from recipe.frameworks.replica import Replica, first_loss_scale
 from recipe.frameworks.vector import StepResult
 from recipe.keras import backend, state
 from recipe.keras.callbacks import BroadcastState, ReplicaCheck, ScheduledRate, rate_of
-from recipe.keras.distributed import DistributedOptimizer
 from recipe.ranks import binding, collectives
 from recipe.rules.epoch import Share
 from recipe.rules.schedule import recipe_rate
@@ -48,10 +47,8 @@ class KerasReplica:
     def __init__(self, recipe: Recipe, num_classes: int) -> None:
         self.recipe = recipe
         self.model = compiled(recipe, num_classes)
-        if collectives.size() > 1:  # one rank has nothing to reduce, and needs no copies for it
-            _distribute(recipe, self.model)
         share = Share.of(recipe, collectives.rank(), collectives.size())
-        self._step = Step(self.model, recipe.k, share, signature(recipe))
+        self._step = Step(self.model, recipe, share, signature(recipe))
         self._statistics = batch_statistics(self.model, recipe.model.bn_momentum, signature(recipe))
 
     def begin(self, steps: int) -> None:
@@ -141,14 +138,6 @@ def _optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
     if scale is None:
         return optimizer
     return keras.optimizers.LossScaleOptimizer(optimizer, scale, name="loss_scale_optimizer")
-
-
-def _distribute(recipe: Recipe, model: keras.Model) -> None:
-    """Make the model's optimizer reduce the gradients over the ranks."""
-    parameters = sum(math.prod(v.shape) for v in model.trainable_variables)
-    compression = getattr(backend.Compression, recipe.optimizer.compression)
-    groups = gradient_groups(recipe, parameters)
-    DistributedOptimizer(model.optimizer, compression=compression, groups=groups)
 
 
 def _assign(variables: list[keras.Variable], values: list[Any]) -> None:

@@ -9,8 +9,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from recipe.config import Recipe
 from recipe.data.element import Element
 from recipe.frameworks.keras import compute
+from recipe.frameworks.keras.passes import Forward, zeros
 from recipe.frameworks.vector import StepResult, StepVector
 from recipe.keras import backend, names
 from recipe.ranks import collectives
@@ -26,25 +28,25 @@ class Step:
     """The step of a rank.
 
     Gradients add up over its forward passes, and are reduced while the last one's backward pass is
-    still running. Then the optimizer, a DistributedOptimizer, updates.
+    still running. Then the optimizer updates.
 
     A StepVector goes with the gradients. Its statistics are the moving ones after this step,
     averaged over all k workers, so that they are equal on all ranks at any time.
     """
 
-    def __init__(self, model: keras.Model, k: int, share: Share, signature: Signature) -> None:
+    def __init__(
+        self, model: keras.Model, recipe: Recipe, share: Share, signature: Signature
+    ) -> None:
         """Take the model, whose optimizer must be built, and this rank's share of the k workers."""
-        self.model, self.k, self.share = model, k, share
+        self.model, self.k, self.share = model, recipe.k, share
         self.moving = moving_statistics(model)
-        self.layout = StepVector(_size(self.moving), k)
+        self.layout = StepVector(_size(self.moving), self.k)
         self._vector_name: str | None = None  # of its allreduce
 
         # What all ranks' gradients are divided by: their passes, where every rank has as many.
-        self._mean_passes = k / (collectives.size() * share.workers_at_once)
-        self._gradient_sums = []
-        if share.passes > 1:
-            self._gradient_sums = [_zeros(v.shape) for v in model.trainable_variables]
-        self._vector_sum = _zeros((self.layout.length,))
+        self._mean_passes = self.k / (collectives.size() * share.workers_at_once)
+        self._gradients = compute.Gradients(recipe, model, share.passes)
+        self._vector_sum = zeros((self.layout.length,))
 
         self._accumulate = backend.compiled(self._accumulate_pass, [NUMBER, *signature])
         self._finish = backend.compiled(self._finish_step, [NUMBER, NUMBER, *signature])
@@ -63,33 +65,24 @@ class Step:
 
     def _accumulate_pass(self, first_worker: Any, *element: Any) -> None:
         """Add one pass to the sums."""
-        gradients, vector = self._backward(first_worker, *element)
-        for total, gradient in zip(self._gradient_sums, gradients, strict=True):
-            total.assign(total + gradient)
+        vector = self._gradients.add(self._forward(first_worker, *element))
         self._vector_sum.assign(self._vector_sum + vector)
 
     def _finish_step(self, first_worker: Any, stop: Any, *element: Any) -> Any:
         """Run the last pass, reduce and update. Return the result part of the vector."""
-        gradients, vector = self._backward(first_worker, *element)
-
-        # Add the passes before this one.
+        # The gradients begin to be reduced, then the vector, and the optimizer waits for them.
+        last = self._gradients.last(self._forward(first_worker, *element))
+        vector = last.vector
         if self.share.passes > 1:
-            sums = zip(self._gradient_sums, gradients, strict=True)
-            gradients = [total + gradient for total, gradient in sums]
             vector = self._vector_sum + vector
-        if self._mean_passes != 1:
-            gradients = [gradient / self._mean_passes for gradient in gradients]
-
-        # Reduce over the ranks: the vector here, the gradients in the optimizer.
         vector = self._reduced(vector, stop)
-        self.model.optimizer.apply(gradients, self.model.trainable_variables)
+        self.model.optimizer.apply(last.gradients(), self.model.trainable_variables)
 
         # All ranks have the same statistics from here on.
         for variable, mean in zip(self.moving, split(vector, self.moving), strict=False):
             variable.assign(mean)
         if self.share.passes > 1:
-            for total in [*self._gradient_sums, self._vector_sum]:
-                total.assign(ops.zeros_like(total))
+            self._vector_sum.assign(ops.zeros_like(self._vector_sum))
         return vector[self.layout.result]
 
     def _reduced(self, vector: Any, stop: Any) -> Any:
@@ -101,13 +94,13 @@ class Step:
             return vector
         return backend.total(vector, self._vector_name)
 
-    def _backward(
+    def _forward(
         self, first_worker: Any, images: Any, labels: Any, weights: Any, *keys: Any
-    ) -> tuple[list[Any], Any]:
-        """Return the gradients of one pass's mean loss, and the pass's part of the vector."""
+    ) -> Callable[[], Forward]:
+        """Return a function that runs one pass forward."""
         share_of_k = self.share.workers_at_once / self.k
 
-        def forward() -> tuple[Any, Any]:
+        def forward() -> Forward:
             with keras.StatelessScope() as scope:
                 logits = self.model(inputs(images, *keys), training=True)
             losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
@@ -116,7 +109,8 @@ class Step:
 
             # The paper's remark 3: the mean is over all kn examples. Weight decay (remark 1) is the
             # optimizer's.
-            loss = self.model.optimizer.scale_loss(ops.mean(losses * weights))
+            mean = ops.mean(losses * weights) / self._mean_passes
+            loss = self.model.optimizer.scale_loss(mean)
 
             moved = [ops.convert_to_tensor(scope.get_current_value(v)) for v in self.moving]
             parts = self.layout.parts(
@@ -125,9 +119,9 @@ class Step:
                 hits=self.sums_of_workers(first_worker, hits),
                 stop=ops.zeros(1),
             )
-            return loss, ops.concatenate(parts)
+            return Forward(loss, ops.concatenate(parts))
 
-        return compute.gradients(forward, self.model.trainable_variables)
+        return forward
 
     def sums_of_workers(self, first_worker: Any, values: Any) -> Any:
         """Return float32[k]: the sums of each worker's values in a pass, at the workers' places."""
@@ -177,7 +171,3 @@ def split(vector: Any, variables: Sequence[keras.Variable]) -> list[Any]:
 
 def _size(variables: Sequence[keras.Variable]) -> int:
     return sum(math.prod(v.shape) for v in variables)
-
-
-def _zeros(shape: Sequence[int]) -> keras.Variable:
-    return keras.Variable(initializer="zeros", shape=tuple(shape), dtype="float32", trainable=False)

@@ -1,5 +1,6 @@
 """The mean of all ranks' gradients in PyTorch: groups, reduced while backprop makes the next."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,18 +49,18 @@ class Bucket:
 
 
 class Reduction:
-    """The reduction of a network's gradients over the ranks, by hooks of its parameters.
+    """The reduction of parameters' gradients over the ranks, by hooks.
 
     Horovod's own optimizer calls a collective for each parameter, and its Python takes longer.
     """
 
-    def __init__(self, network: torch.nn.Module, half: bool) -> None:
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], half: bool) -> None:
         """Hang hooks on the parameters; on one rank none, as there is nothing to reduce."""
         self.buckets: list[Bucket] = []
         if hvd.size() == 1:
             return
-        parameters = list(network.parameters())[::-1]  # about the order of backprop
-        for number, members in enumerate(divided(parameters)):
+        in_backprop = list(parameters)[::-1]  # about its order
+        for number, members in enumerate(divided(in_backprop)):
             bucket = Bucket(f"gradients.{number}", members, half)
             self.buckets.append(bucket)
             for parameter in members:

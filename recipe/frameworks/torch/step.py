@@ -45,7 +45,8 @@ class Step:
         self._forward = torch.compile(network) if recipe.run.compile else network
         # What all ranks' gradients are divided by: their passes, where every rank has as many.
         self._mean_passes = self.k / (hvd.size() * share.workers_at_once)
-        self.reduction = Reduction(network, half=recipe.optimizer.compression == "fp16")
+        half = recipe.optimizer.compression == "fp16"
+        self.reduction = Reduction(network.parameters(), half)
         self.layout = StepVector(len(self.moving), self.k)
         self.vector = torch.zeros(self.layout.length, device=self._device)
 

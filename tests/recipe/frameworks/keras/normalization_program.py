@@ -3,13 +3,13 @@ forward and backward, beside the inputs.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from recipe.frameworks.keras import compute
 from recipe.frameworks.keras import replica as fit
 from recipe.frameworks.keras.normalization import WorkerBatchNormalization
 from recipe.keras import backend
@@ -75,7 +75,7 @@ def found_for(
         return ops.sum(ops.cast(y, "float32") * weights), y
 
     def step() -> tuple[Any, Any]:
-        return compute.gradients(forward, [variable, layer.gamma, layer.beta])
+        return gradients(forward, [variable, layer.gamma, layer.beta])
 
     (dx, dgamma, dbeta), y = backend.compiled(step, [])()
     moving = (layer.moving_mean, layer.moving_variance)
@@ -94,6 +94,23 @@ def found_for(
     values["evaluated"] = from_layout(evaluated, first)
     values["moving after"] = [array(v) for v in moving]
     return values
+
+
+def gradients(
+    forward: Callable[[], tuple[Any, Any]], variables: list[keras.Variable]
+) -> tuple[list[Any], Any]:
+    """Gradients of the first result of `forward`, and its second result."""
+    values = [variable.value for variable in variables]
+    if backend.FRAMEWORK == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss, result = forward()
+        return tape.gradient(loss, values), result
+    import torch
+
+    loss, result = forward()
+    return list(torch.autograd.grad(loss, values)), result.detach()
 
 
 def representable(values: np.ndarray, policy: str) -> np.ndarray:

@@ -18,7 +18,6 @@ from recipe.frameworks.keras.dropout import ExampleDropout
 from recipe.frameworks.keras.sgd import DecayedSGD
 from recipe.frameworks.keras.step import Step, batch_statistics, moving_statistics
 from recipe.keras import state
-from recipe.keras.distributed import DistributedOptimizer
 from recipe.ranks import collectives
 from recipe.rules import augment
 from recipe.rules.epoch import Share
@@ -51,10 +50,10 @@ def one_step(together: int) -> dict:
     replica = fit.KerasReplica(recipe(together), 5)
     model = replica.model
     optimizer = DecayedSGD(1.0, decay=recipe().optimizer.weight_decay)
-    model.compile(optimizer=DistributedOptimizer(optimizer), jit_compile=False)
-    state.broadcast_state(model)
+    model.compile(optimizer=optimizer, jit_compile=False)
     share = Share.of(recipe(together), collectives.rank(), collectives.size())
-    step = Step(model, K, share, fit.signature(recipe(together)))
+    step = Step(model, recipe(together), share, fit.signature(recipe(together)))
+    state.broadcast_state(model)
     last_rank = collectives.size() - 1
     own_elements = elements(share.workers, together)
     losses, hits, stop = step(iter(own_elements), stop=collectives.rank() == last_rank)()
