@@ -71,10 +71,24 @@ class Batches(Generic[B]):
         return len(begun) > AHEAD and jobs_ahead >= 2 * self.threads
 
 
+def ordinary_memory(count: int) -> np.ndarray:
+    """Return empty uint8[count]."""
+    return np.empty(count, dtype=np.uint8)
+
+
+_memory: Callable[[int], np.ndarray] = ordinary_memory
+
+
+def use_memory(memory: Callable[[int], np.ndarray]) -> None:
+    """Take the memory of images from `memory(bytes)` from now on."""
+    global _memory
+    _memory = memory
+
+
 def aligned(shape: tuple[int, ...]) -> np.ndarray:
     """Return an empty uint8 array of this shape whose memory begins at a multiple of ALIGNMENT."""
     count = math.prod(shape)
-    memory = np.empty(count + ALIGNMENT, dtype=np.uint8)
+    memory = _memory(count + ALIGNMENT)
     begin = -memory.ctypes.data % ALIGNMENT
     return memory[begin : begin + count].reshape(shape)
 

@@ -30,6 +30,7 @@ WORD_ALONE = _module.WORD_ALONE
 Compression = _module.Compression
 horovod = _module.hvd
 after = _module.after
+array = _module.array
 broadcast = _module.broadcast
 compiled = _module.compiled
 dense = _module.dense

@@ -272,6 +272,11 @@ def prepare(train_function: Callable, batch: Any) -> None:
     tf.function(lambda: train_function([batch]), autograph=False).get_concrete_function()
 
 
+def array(variable: keras.Variable) -> np.ndarray:
+    """Return a variable's value, to compare with other ranks'."""
+    return keras.ops.convert_to_numpy(variable)
+
+
 def random_state() -> np.ndarray:
     """Return nothing: Keras's random layers draw from the seeds among the model's variables."""
     return np.zeros(0, np.uint8)

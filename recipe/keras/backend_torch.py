@@ -224,6 +224,11 @@ def compiled(function: Callable, signature: list[tuple[str, tuple]]) -> Callable
     return function
 
 
+def array(variable: keras.Variable) -> torch.Tensor:
+    """Return a variable's value where it lies, to compare with other ranks'."""
+    return variable.value.data
+
+
 def random_state() -> np.ndarray:
     """Return the states of PyTorch's generators, the CPU's and the GPU's.
 

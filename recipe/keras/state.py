@@ -148,7 +148,7 @@ def check_replicas(model: keras.Model, also: Sequence[keras.Variable] = ()) -> N
     Raise RunError on every rank, naming the first variable that differs. Collective.
     """
     variables = [*replicated(model), *also]
-    named = ((v.path, keras.ops.convert_to_numpy(v)) for v in variables)
+    named = ((v.path, backend.array(v)) for v in variables)
     collectives.check_equal(named, int(keras.ops.convert_to_numpy(model.optimizer.iterations)))
 
 

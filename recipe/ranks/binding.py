@@ -77,6 +77,10 @@ def start(framework: str, deterministic: bool) -> machine.HostShare:
         # Not in `init`: a user's wrapped optimizer on one rank reduces, and would wait for the
         # cycle at each step.
         os.environ.setdefault("HOROVOD_CYCLE_TIME", "10")
+    elif not ({"HOROVOD_ELASTIC", "HOROVOD_TIMELINE"} & set(os.environ)):
+        # A reduction by NCCL then makes the GPU wait for it, and not this process. Where a rank may
+        # be lost, or a timeline is written, the process must wait.
+        os.environ.setdefault("HOROVOD_ENABLE_ASYNC_COMPLETION", "1")
     watchdog.start()
     init(framework)
     check_all_ranks_found()

@@ -3,7 +3,6 @@
 Every function here is collective: all ranks must call it, in the same order.
 """
 
-import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from recipe.errors import RunError, UsageError
 from recipe.ranks.binding import horovod, rank, size
+from recipe.ranks.digest import Array, Digest, digest, numbers
 from recipe.system import watchdog
 
 __all__ = [
@@ -96,27 +96,24 @@ def on_root(action: Callable[[], T], name: str) -> T:
     return cast(T, broadcast(result, name))
 
 
-class _ArrayDigest(NamedTuple):
+class _Compared(NamedTuple):
     name: str
     shape: tuple[int, ...]
-    crc: int
+    digest: Digest
 
 
-def check_equal(named: Iterable[tuple[str, np.ndarray]], step: int) -> None:
-    """Compare the bytes of named arrays over all ranks.
+def check_equal(named: Iterable[tuple[str, Array]], step: int) -> None:
+    """Compare the bits of named arrays over all ranks.
 
     All ranks pass the same names in the same order. Raise RunError on every rank, which names the
     first array that differs.
     """
-    digests = []
-    for name, array in named:
-        crc = zlib.crc32(np.ascontiguousarray(array))  # type: ignore[arg-type]  # it is a buffer
-        digests.append(_ArrayDigest(name, array.shape, crc))
-    least, largest = extremes(np.array([d.crc for d in digests], dtype=np.int64), "replica_check")
-    for digest, is_equal in zip(digests, least == largest, strict=True):
+    compared = [_Compared(name, tuple(array.shape), digest(array)) for name, array in named]
+    least, largest = extremes(numbers([one.digest for one in compared]), "replica_check")
+    for one, is_equal in zip(compared, least == largest, strict=True):
         if not is_equal:
             raise RunError(
-                f"the ranks' replicas differ: {digest.name} {digest.shape} is the first variable "
+                f"the ranks' replicas differ: {one.name} {one.shape} is the first variable "
                 f"that is not equal on all ranks, after step {step}; training can't go on",
                 everywhere=True,
             )

@@ -11,6 +11,7 @@ else:
     from recipe.frameworks.keras import compute_torch as _module
 
 Gradients = _module.Gradients
+Input = _module.Input
 decayed = _module.decayed
 normalised = _module.normalised
 on_device = _module.on_device

@@ -1,7 +1,7 @@
 """How a rank computes in TensorFlow: its device, the way to it, gradients, batch normalisation."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from recipe.config import Recipe
 from recipe.data.batches import ALIGNMENT
+from recipe.data.element import Element
 from recipe.frameworks.keras.passes import Forward, LastPass, zeros
 from recipe.frameworks.normalised import Normalised
 from recipe.frameworks.replica import gradient_groups
@@ -35,6 +36,17 @@ def use_local_device(local_rank: int, threads: int, deterministic: bool = False)
 def on_device(element: Sequence[np.ndarray | None]) -> tuple[tf.Tensor, ...]:
     """Return the arrays of an element of the input pipeline as tensors, for compiled functions."""
     return tuple(_tensor(array) for array in element if array is not None)
+
+
+class Input:
+    """The elements that a rank's passes take. TensorFlow copies each to a GPU when it is used."""
+
+    def take(self, elements: Iterator[Element]) -> tuple[tf.Tensor, ...]:
+        """Return the next element."""
+        return on_device(next(elements))
+
+    def look_ahead(self, elements: Iterator[Element]) -> None:
+        """Do nothing."""
 
 
 def _tensor(array: np.ndarray) -> tf.Tensor:

@@ -10,9 +10,10 @@ from recipe.frameworks.keras.passes import Forward, LastPass
 from recipe.frameworks.normalised import Normalised
 from recipe.frameworks.torch import normalization
 from recipe.frameworks.torch.device import on_device, use_local_device
+from recipe.frameworks.torch.input import Input
 from recipe.frameworks.torch.reduction import Reduction
 
-__all__ = ["Gradients", "decayed", "normalised", "on_device", "use_local_device"]
+__all__ = ["Gradients", "Input", "decayed", "normalised", "on_device", "use_local_device"]
 
 
 class Gradients:

@@ -45,6 +45,7 @@ class Step:
 
         # What all ranks' gradients are divided by: their passes, where every rank has as many.
         self._mean_passes = self.k / (collectives.size() * share.workers_at_once)
+        self._input = compute.Input()
         self._gradients = compute.Gradients(recipe, model, share.passes)
         self._vector_sum = zeros((self.layout.length,))
 
@@ -58,9 +59,10 @@ class Step:
         """
         firsts = [np.int32(self.share.workers_of(i)[0]) for i in range(self.share.passes)]
         for first_worker in firsts[:-1]:
-            self._accumulate(first_worker, *compute.on_device(next(elements)))
-        last_element = compute.on_device(next(elements))
-        result = self._finish(firsts[-1], np.int32(stop), *last_element)
+            self._accumulate(first_worker, *self._input.take(elements))
+            self._input.look_ahead(elements)
+        result = self._finish(firsts[-1], np.int32(stop), *self._input.take(elements))
+        self._input.look_ahead(elements)
         return lambda: self.layout.read(ops.convert_to_numpy(result))
 
     def _accumulate_pass(self, first_worker: Any, *element: Any) -> None:

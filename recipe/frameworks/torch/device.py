@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from recipe.data import batches
 from recipe.ranks.machine import check_gpus
 
 
@@ -22,6 +23,7 @@ def use_local_device(local_rank: int, threads: int, deterministic: bool = False)
     if torch.cuda.is_available():
         check_gpus(torch.cuda.device_count(), local_rank)
         torch.cuda.set_device(local_rank)
+        batches.use_memory(pinned_memory)
     torch.set_num_threads(threads)
 
 
@@ -30,11 +32,19 @@ def local_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def pinned_memory(count: int) -> np.ndarray:
+    """Return empty uint8[count] from which a GPU copies while the host goes on.
+
+    PyTorch keeps it for the next of its size when it is dropped.
+    """
+    return torch.empty(count, dtype=torch.uint8, pin_memory=True).numpy()
+
+
 def on_device(element: Sequence[np.ndarray | None]) -> tuple[torch.Tensor, ...]:
     """Return the arrays of an element of the input pipeline as tensors on this rank's device.
 
     On the CPU they share the arrays' memory. To a GPU they go through pinned memory, without
-    waiting for the copy.
+    waiting for the copy. Images of the input pipeline lie there already.
     """
     return tuple(_on_device(part) for part in element if part is not None)
 
@@ -63,4 +73,6 @@ def _on_device(array: np.ndarray) -> torch.Tensor:
     tensor = torch.as_tensor(array)
     if not torch.cuda.is_available():
         return tensor
-    return tensor.pin_memory().to("cuda", non_blocking=True)
+    if not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to("cuda", non_blocking=True)

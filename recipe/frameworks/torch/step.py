@@ -9,7 +9,8 @@ from torch.nn import functional
 from recipe.config import Recipe
 from recipe.data.element import Element
 from recipe.frameworks.replica import first_loss_scale
-from recipe.frameworks.torch.device import on_device, when_done
+from recipe.frameworks.torch.device import when_done
+from recipe.frameworks.torch.input import Input
 from recipe.frameworks.torch.normalization import batch_statistics, moving_statistics
 from recipe.frameworks.torch.reduction import Reduction
 from recipe.frameworks.torch.resnet import ResNet
@@ -38,6 +39,7 @@ class Step:
         self.k, self.share = recipe.k, share
         self.moving, self._momentum = moving_statistics(network), recipe.model.bn_momentum
         self._device, self._dtype = self.moving.device, AUTOCAST[recipe.model.precision]
+        self._input = Input()
         # The scale grows as Keras's does. A disabled scaler does nothing.
         scale = first_loss_scale(recipe)
         enabled = scale is not None
@@ -61,7 +63,9 @@ class Step:
         for i in range(self.share.passes):
             if i == self.share.passes - 1:
                 self.reduction.expect()
-            self.backward(self.share.workers_of(i)[0], *on_device(next(elements)))
+            self.backward(self.share.workers_of(i)[0], *self._input.take(elements))
+            if i < self.share.passes - 1:
+                self._input.look_ahead(elements)
 
         # Reduce the vector while the optimizer waits for the gradients and applies them.
         self.vector[self.layout.stop] = stop
@@ -73,6 +77,7 @@ class Step:
         statistics = vector[self.layout.statistics]
         self.moving.lerp_(statistics / self.k, 1 - self._momentum)
         values = when_done(vector[self.layout.result])
+        self._input.look_ahead(elements)
         return lambda: self.layout.read(values())
 
     def autocast(self) -> torch.autocast:
