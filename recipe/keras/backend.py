@@ -26,6 +26,7 @@ else:
     )
 
 DEVICES = _module.DEVICES
+OVERLAP_GROUPS = _module.OVERLAP_GROUPS
 WORD_ALONE = _module.WORD_ALONE
 Compression = _module.Compression
 horovod = _module.hvd

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from recipe.keras.reduction import Reduction
 
 Compression = hvd.Compression
+OVERLAP_GROUPS = None  # a graph reduces each gradient beside backprop anyway
 DEVICES = True  # tf.device takes the names that device_dense and device_sparse give
 WORD_ALONE = True  # an agreement's word is an operation of its own, to be heard before any gradient
 

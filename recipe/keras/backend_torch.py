@@ -1,7 +1,7 @@
 """What Horovod does to gradients and variables under Keras's PyTorch backend."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import horovod.torch as hvd
@@ -11,12 +11,14 @@ import torch
 from horovod.common.process_sets import ProcessSet
 
 from recipe.keras import recording
+from recipe.keras.overlap import Overlap
 from recipe.keras.tensors import Gradient, Reduced
 
 if TYPE_CHECKING:
     from recipe.keras.reduction import Reduction
 
 Compression = hvd.Compression
+OVERLAP_GROUPS = 5  # enough to begin early, and few enough calls of Horovod
 DEVICES = False  # a tensor is reduced where it lies
 WORD_ALONE = False  # an agreement's word is part of a vector that goes with the gradients
 
@@ -38,9 +40,10 @@ def reduce(
 ) -> Reduced:
     """Reduce the gradients at the places in `groups` over the ranks, and keep the others.
 
-    Keras hands the gradients over when backprop is done, so they don't overlap with it. A rank that
-    lacks a gradient sends zeros. The others may have it, where only some ranks' examples reach a
-    layer, and would wait for ever. None comes back when no rank has it. Collective.
+    Keras hands the gradients over when backprop is done, so they don't overlap with it, unless the
+    option says so. A rank that lacks a gradient sends zeros. The others may have it, where only
+    some ranks' examples reach a layer, and would wait for ever. None comes back when no rank has
+    it. Collective.
     """
     # Start all before the first is waited for, so that Horovod fuses them.
     places = [i for group in groups for i in group]
@@ -53,7 +56,11 @@ def reduce(
         name=f"{reduction.wire_name}.present",
         process_set=reduction.process_set,
     )
-    started = [_start(gradients, variables, group, reduction) for group in groups]
+    begun = _begun(gradients, variables, groups, reduction)
+    started = [
+        of_group or _start(gradients, variables, group, reduction)
+        for of_group, group in zip(begun, groups, strict=True)
+    ]
 
     # Find out which gradients some rank has.
     message = hvd.synchronize(handle)
@@ -74,8 +81,30 @@ def reduce(
     return Reduced(reduced, summed_word)
 
 
-def _start(
+def _begun(
     gradients: list[Gradient],
+    variables: list[keras.Variable],
+    groups: list[list[int]],
+    reduction: "Reduction",
+) -> list[_Started | None]:
+    """Return the reductions of the groups that hooks have begun beside backprop.
+
+    The first step has none. It makes the hooks, when all that they depend on is known.
+    """
+    if reduction.overlap is None:
+        if reduction.options.overlap:
+
+            def start(made: Mapping[int, Gradient], group: list[int]) -> _Started:
+                return _start(made, variables, group, reduction)
+
+            reduction.overlap = Overlap(variables, groups, start)
+        return [None] * len(groups)
+    reduction.overlap.check(variables, groups)
+    return [reduction.overlap.take(group, gradients) for group in groups]
+
+
+def _start(
+    gradients: Mapping[int, Gradient] | Sequence[Gradient],
     variables: list[keras.Variable],
     group: list[int],
     reduction: "Reduction",

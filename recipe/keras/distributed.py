@@ -256,10 +256,12 @@ def DistributedOptimizer(
     groups: Groups = None,
     process_set: ProcessSet = global_process_set,
     scale_local_gradients: bool = True,
+    overlap: bool = False,
 ) -> keras.optimizers.Optimizer:
     """Make `optimizer` reduce each gradient over all ranks before it uses it, and return it.
 
-    The arguments are Horovod's, in its order: see `Options`. `num_groups` is an old `groups`.
+    The arguments are Horovod's, in its order, and `overlap`: see `Options`. `num_groups` is an old
+    `groups`.
     The same object comes back, with its state. So clipping, weight decay and moving averages act
     on the reduced gradient, and a model saved with it loads without this package.
 
@@ -281,6 +283,7 @@ def DistributedOptimizer(
         groups=_either(groups, num_groups),
         process_set=process_set,
         scale_local_gradients=scale_local_gradients,
+        overlap=overlap,
     )
     return _distribute(optimizer, options)
 
@@ -406,6 +409,11 @@ def _distribute(
     if is_mixed and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
 
+    if options.overlap and optimizer.gradient_accumulation_steps:
+        raise ValueError(
+            "overlap=True reduces each backward pass, and gradient_accumulation_steps="
+            f"{optimizer.gradient_accumulation_steps} adds up several first; use one of the two"
+        )
     loss_scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     optimizer._hvd_reduction = Reduction(options, loss_scaled)
     if optimizer.built:

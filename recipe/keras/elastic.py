@@ -76,10 +76,9 @@ class KerasState(ObjectState):
         self._saved = [np.array(keras.ops.convert_to_numpy(v)) for v in self._variables()]
 
     def _forget_passes(self) -> None:
-        """Drop accumulated gradients: a new rank has none."""
-        reduction = reduction_of(self.optimizer)
-        if reduction and reduction.accumulator:
-            reduction.accumulator.forget()
+        """Drop gradients that no update has used: a new rank has none."""
+        if reduction := reduction_of(self.optimizer):
+            reduction.forget()
 
 
 def run(func: Callable[..., T]) -> Callable[..., T]:

@@ -32,6 +32,7 @@ class Options:
     groups: Groups  # how many groups, or which variables, are reduced together
     process_set: ProcessSet  # ranks outside it keep their own gradients
     scale_local_gradients: bool  # divide gradients of local variables by the number of ranks
+    overlap: bool = False  # with PyTorch: reduce beside backprop, as TensorFlow does anyway
 
     def __post_init__(self) -> None:
         self._check_op()
@@ -44,6 +45,11 @@ class Options:
         self._check_device("device_dense", self.device_dense)
         self._check_device("device_sparse", self.device_sparse)
         self._check_groups()
+        if self.overlap and passes > 1:
+            raise ValueError(
+                f"overlap=True reduces each backward pass, and backward_passes_per_step={passes} "
+                "adds up several first; use one of the two"
+            )
 
     def _check_op(self) -> None:
         if self.op == _hvd.Adasum:

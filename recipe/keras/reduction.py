@@ -13,6 +13,7 @@ from recipe.keras.tensors import Gradient, Reduced, Tensor, Variable
 
 if TYPE_CHECKING:
     from recipe.keras.agreement import Agreement
+    from recipe.keras.overlap import Overlap
 
 
 class Accumulator:
@@ -61,12 +62,20 @@ class Reduction:
     accumulator: Accumulator | None = None  # with several backward passes per step, once built
     agreement: "Agreement | None" = None  # of the `fit` that trains with it; None outside of one
     wire_name: str | None = None  # prefix of its collectives' names; given at its first reduction
+    overlap: "Overlap | None" = None  # with that option, on PyTorch, from the first step on
     local: dict[int, Variable] = field(default_factory=dict)  # local variables, by their id
 
     @property
     def process_set(self) -> ProcessSet:
         """The ranks over which the gradients are reduced."""
         return self.options.process_set
+
+    def forget(self) -> None:
+        """Drop what was begun since the last update."""
+        if self.accumulator is not None:
+            self.accumulator.forget()
+        if self.overlap is not None:
+            self.overlap.forget()
 
     @property
     def accumulates(self) -> bool:
@@ -166,6 +175,8 @@ class Reduction:
     def _group_keys(self, shared: list[int], variables: list[keras.Variable]) -> list[Hashable]:
         """Return a key for each place of `shared`: equal keys are reduced together."""
         groups = self.options.groups
+        if groups is None and self.options.overlap:
+            groups = backend.OVERLAP_GROUPS
         if isinstance(groups, int):
             return [("group", n * groups // len(shared)) for n in range(len(shared))]
         group_of = {}
