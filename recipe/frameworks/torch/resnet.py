@@ -79,9 +79,8 @@ class ResNet(nn.Module):
         return WorkerBatchNorm2d(channels, self._workers, self._eps)
 
     def forward(self, images: torch.Tensor, *keys: torch.Tensor) -> torch.Tensor:
-        """Return logits. Pixels are normalised here, on the device (sec. 5.1)."""
-        x = images.permute(0, 3, 1, 2).float() * self.scale + self.offset
-        x = self.maxpool(self.bn1(self.conv1(x.contiguous(memory_format=self.layout))).relu_())
+        """Return logits."""
+        x = self.stem(images)
         for stage in range(self.stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)
         pooled = x.mean((2, 3), dtype=torch.float32)
@@ -91,6 +90,12 @@ class ResNet(nn.Module):
             pooled = pooled / (1 - self.dropout) * kept
         with torch.autocast(x.device.type, enabled=False):
             return self.fc(pooled)
+
+    def stem(self, images: torch.Tensor) -> torch.Tensor:
+        """Return features of uint8 images, whose pixels are normalised on the device (sec. 5.1)."""
+        x = images.permute(0, 3, 1, 2).float() * self.scale + self.offset
+        x = x.contiguous(memory_format=self.layout)
+        return self.maxpool(self.bn1(self.conv1(x)).relu_())
 
 
 class Bottleneck(nn.Module):

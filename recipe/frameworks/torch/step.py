@@ -13,6 +13,7 @@ from recipe.frameworks.torch.device import when_done
 from recipe.frameworks.torch.input import Input
 from recipe.frameworks.torch.normalization import batch_statistics, moving_statistics
 from recipe.frameworks.torch.reduction import Reduction
+from recipe.frameworks.torch.regions import compile_regions
 from recipe.frameworks.torch.resnet import ResNet
 from recipe.frameworks.vector import StepResult, StepVector
 from recipe.rules.epoch import Share
@@ -44,7 +45,8 @@ class Step:
         scale = first_loss_scale(recipe)
         enabled = scale is not None
         self.scaler = torch.amp.GradScaler(self._device.type, scale or 1.0, enabled=enabled)
-        self._forward = torch.compile(network) if recipe.run.compile else network
+        if recipe.run.compile:
+            compile_regions(network)
         # What all ranks' gradients are divided by: their passes, where every rank has as many.
         self._mean_passes = self.k / (hvd.size() * share.workers_at_once)
         half = recipe.optimizer.compression == "fp16"
@@ -101,7 +103,7 @@ class Step:
     ) -> None:
         """Add the gradients of one pass's workers, and their part of the vector."""
         with self.autocast():
-            logits = self._forward(images, *keys)
+            logits = self.network(images, *keys)
         losses = functional.cross_entropy(logits, labels.long(), reduction="none")
         # The paper's remark 3: the mean is over all kn examples. Weight decay (remark 1) is the
         # optimizer's.
