@@ -138,7 +138,8 @@ class Run:
     # steps between comparisons of all ranks' weights; 0: never
     replica_check_every: int = bounded(500, 0)
     deterministic: bool = False  # the same bits again on the same ranks, no TF32; slower on GPUs
-    # native PyTorch only: torch.compile; gradients are then reduced after the backward pass
+    # compiles the network: with torch.compile, block by block, in native PyTorch, and with XLA in
+    # Keras on TensorFlow, where gradients are then reduced after the backward pass
     compile: bool = False
     # seconds without a step after which a rank leaves: a host or a link is gone; 0: never
     step_timeout: float = bounded(600.0, 0.0)
@@ -411,13 +412,6 @@ def _check_normalization(recipe: Recipe) -> None:
 
 
 def _check_run(recipe: Recipe) -> None:
-    # What only one framework has.
-    if recipe.run.compile and recipe.framework != "torch":
-        raise UsageError(
-            "config.run.compile=true is torch.compile; "
-            "set config.framework='torch', or leave it false"
-        )
-
     # Workers that share a pass are as many in each, with batches of one size.
     workers_at_once = recipe.run.workers_at_once
     if recipe.k % workers_at_once:

@@ -67,6 +67,7 @@ class Gradients:
     def __init__(self, recipe: Recipe, model: keras.Model, passes: int) -> None:
         self._variables = model.trainable_variables
         self._sums = [zeros(v.shape) for v in self._variables] if passes > 1 else []
+        self._compile = recipe.run.compile
         if collectives.size() > 1:  # one rank has nothing to reduce, and needs no copies for it
             _distribute(recipe, model)
 
@@ -89,10 +90,18 @@ class Gradients:
         return LastPass(result.vector, lambda: totals)
 
     def _backward(self, forward: Callable[[], Forward]) -> LastPass:
-        """Run one pass forward and backward."""
-        with tf.GradientTape() as tape:
-            loss, vector = forward()
-        gradients = tape.gradient(loss, [v.value for v in self._variables])
+        """Run one pass forward and backward, with run.compile in one XLA computation.
+
+        That hands over all gradients at its end. Horovod's operations can't be in it.
+        """
+
+        def backward() -> tuple[list[tf.Tensor], tf.Tensor]:
+            with tf.GradientTape() as tape:
+                loss, vector = forward()
+            return tape.gradient(loss, [v.value for v in self._variables]), vector
+
+        run = tf.function(backward, jit_compile=True) if self._compile else backward
+        gradients, vector = run()
         return LastPass(vector, lambda: gradients)
 
 

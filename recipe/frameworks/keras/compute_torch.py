@@ -6,6 +6,7 @@ import keras
 import torch
 
 from recipe.config import Recipe
+from recipe.errors import UsageError
 from recipe.frameworks.keras.passes import Forward, LastPass
 from recipe.frameworks.normalised import Normalised
 from recipe.frameworks.torch import normalization
@@ -24,6 +25,12 @@ class Gradients:
     """
 
     def __init__(self, recipe: Recipe, model: keras.Model, passes: int) -> None:
+        """Hang the hooks on the model's parameters. Raise UsageError for run.compile."""
+        if recipe.run.compile:
+            raise UsageError(
+                "config.run.compile=true: PyTorch's compiler can't take Keras's layers as a whole; "
+                "set config.framework='torch' or KERAS_BACKEND=tensorflow, or leave it false"
+            )
         self._parameters = [v.value for v in model.trainable_variables]
         half = recipe.optimizer.compression == "fp16"
         self._reduction = Reduction(self._parameters, half)

@@ -12,6 +12,7 @@ import numpy as np
 from recipe.benchmark import contender
 from recipe.config import Data, Model, Optimizer, Recipe, Run
 from recipe.data.element import Element
+from recipe.errors import UsageError
 from recipe.frameworks.keras import compute
 from recipe.frameworks.keras import replica as fit
 from recipe.frameworks.keras.dropout import ExampleDropout
@@ -28,14 +29,14 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (K * N, 8, 8, 3)).astype(np.u
 LABELS = np.random.default_rng(1).integers(0, 5, K * N).astype(np.int32)
 
 
-def recipe(together: int = 1) -> Recipe:
+def recipe(together: int = 1, is_compiled: bool = False) -> Recipe:
     return Recipe(
         k=K,
         n=N,
         data=Data(name="synthetic", image_size=8),
         model=Model(blocks=(1,), width=4, stem="small", zero_gamma=False),
         optimizer=Optimizer(weight_decay=0.01),
-        run=Run(workers_at_once=together),
+        run=Run(workers_at_once=together, compile=is_compiled),
     )
 
 
@@ -45,14 +46,15 @@ def elements(workers: range, together: int) -> list[Element]:
     return [Element(IMAGES[p], LABELS[p], np.ones(together * N, np.float32)) for p in parts]
 
 
-def one_step(together: int) -> dict:
+def one_step(together: int, is_compiled: bool = False) -> dict:
     """SGD with rate 1 and no momentum, so that the weights move by the gradient."""
     replica = fit.KerasReplica(recipe(together), 5)
     model = replica.model
     optimizer = DecayedSGD(1.0, decay=recipe().optimizer.weight_decay)
     model.compile(optimizer=optimizer, jit_compile=False)
-    share = Share.of(recipe(together), collectives.rank(), collectives.size())
-    step = Step(model, recipe(together), share, fit.signature(recipe(together)))
+    settings = recipe(together, is_compiled)
+    share = Share.of(settings, collectives.rank(), collectives.size())
+    step = Step(model, settings, share, fit.signature(settings))
     state.broadcast_state(model)
     last_rank = collectives.size() - 1
     own_elements = elements(share.workers, together)
@@ -138,10 +140,19 @@ def decay() -> dict:
     return found
 
 
+def compiled_step() -> dict:
+    """A step with run.compile, or the sentence that refuses it."""
+    try:
+        return {"together 1, compiled": one_step(1, is_compiled=True)}
+    except UsageError as error:
+        return {"refusal": str(error)}
+
+
 def main() -> None:
     fit.start(deterministic=True)
     together = [t for t in (1, 2, 4) if K // collectives.size() % t == 0]
     found = {f"together {t}": one_step(t) for t in together}
+    found |= compiled_step()
     report(
         collectives.rank(),
         found | {name: globals()[name]() for name in itertools.chain(sys.argv[1:])},

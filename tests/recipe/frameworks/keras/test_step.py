@@ -48,6 +48,15 @@ def test_two_steps_are_the_mean_of_the_workers(ranks, by_hand):
                 )
 
 
+def test_keras_is_compiled_on_tensorflow_and_refused_on_pytorch(ranks, backend):
+    """What is compiled is among the steps of the tests around."""
+    for found in ranks:
+        if backend == "tensorflow":
+            assert "together 1, compiled" in found
+        else:
+            assert "set config.framework='torch' or KERAS_BACKEND=tensorflow" in found["refusal"]
+
+
 def test_every_rank_knows_every_workers_loss(ranks, by_hand):
     losses = by_hand["by_hand"]["losses"]
     for found in ranks:
