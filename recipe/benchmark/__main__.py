@@ -12,6 +12,12 @@ medians over the repeats and their range:
   machine keeps (two alone, side by side, share its caches and memory) and what working together
   keeps;
 - whether the machine was too busy: a fixed computation on both cores, before and after each.
+
+`python -m recipe.benchmark --gpu [PART] [--json=FILE] [--device=cpu]` measures ResNet-50 on one GPU
+instead, on PyTorch alone, beside a plain loop and the step of Keras's `fit`. PART is 1 (native
+PyTorch) or 2 (Keras on PyTorch, memory), by default both. Each ends within 9 minutes and names the
+rows that it has not reached. FILE, by default gpu.json, gets all results. --device=cpu is a
+rehearsal without a GPU: it runs each row in a tiny size, and its figures mean nothing.
 """
 
 import json
@@ -30,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recipe import cli
+from recipe.benchmark import gpu
 from recipe.benchmark.contender import BATCH, CONTENDERS, STEPS
 from recipe.errors import RunError, UsageError
 from recipe.ranks import launched
@@ -89,6 +96,11 @@ Measurements = dict[Entry, list[Measurement]]  # of each repeat
 
 
 def main(argv: list[str]) -> None:
+    # A GPU is another program's: it needs neither TensorFlow nor a second core.
+    if argv[:1] == ["--gpu"]:
+        gpu.main(argv[1:])
+        return
+
     # Prepare the images before anything is timed.
     repeats = argv[0] if argv else "3"
     names = argv[1:] or list(CONTENDERS)
