@@ -112,6 +112,16 @@ def test_the_library_loads_only_what_it_needs(backend: str) -> None:
     assert "tensorflow_datasets" not in modules
 
 
+def test_training_in_pytorch_loads_no_tensorflow() -> None:
+    """Where PyTorch alone is installed it must run, on data that need no preparation."""
+    for statement in (
+        "import recipe.frameworks.torch.replica, recipe.data.pipeline, recipe.data.sources",
+        "import recipe.train, recipe.evaluate, recipe.run.training",
+        "import recipe.benchmark.gpu_row",
+    ):
+        assert "tensorflow" not in loaded_by(statement), statement
+
+
 def test_the_network_in_pytorch_loads_no_data_pipeline() -> None:
     modules = loaded_by("import recipe.frameworks.torch.resnet")
     assert not {module for module in modules if module.startswith("recipe.data")}

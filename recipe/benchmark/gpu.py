@@ -75,6 +75,7 @@ def main(argv: list[str]) -> None:
     if unknown := set(names) - set(every_part):
         raise UsageError(f"{min(unknown)} is no part of --gpu; there are {', '.join(every_part)}")
     check_device(device)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends a row's process, as Ctrl-C
 
     results = Results(Path(VALUES.json), device)
     print(

@@ -20,11 +20,14 @@ from recipe.benchmark.gpu_rows import CLASSES, SIZES, Row
 from recipe.config import Recipe
 from recipe.data.batches import aligned
 from recipe.data.element import Element
+from recipe.data.pipeline import TrainingExamples
+from recipe.data.sources import open_source
 from recipe.frameworks.replica import load_framework
 from recipe.frameworks.torch import device, reduction, resnet
 from recipe.frameworks.torch.normalization import WorkerBatchNorm2d
 from recipe.frameworks.torch.replica import sgd
 from recipe.frameworks.torch.step import AUTOCAST
+from recipe.rules.epoch import Share
 from recipe.rules.pixels import MEAN, STD
 from recipe.system import processor
 
@@ -193,8 +196,15 @@ def keras_fit(row: Row, recipe: Recipe) -> Step:
 def elements(row: Row, recipe: Recipe) -> Iterator[Element]:
     """Return the elements of a contender, which has chosen its device."""
     if row.has_pipeline:
-        return iter(contender.batches(recipe, range(recipe.k)))
+        return pipeline(recipe)
     return itertools.cycle([element(recipe, number) for number in range(IN_MEMORY)])
+
+
+def pipeline(recipe: Recipe) -> Iterator[Element]:
+    """Return the elements of a rank alone, as the recipe's own training has them."""
+    source = open_source(recipe.data, "train", recipe.seed)
+    share = Share.of(recipe, 0, 1)
+    return iter(TrainingExamples(source, recipe, share, processor.cores()).elements())
 
 
 def element(recipe: Recipe, number: int) -> Element:
