@@ -86,6 +86,7 @@ def main(argv: list[str]) -> None:
     for name in names or every_part:
         measure_part(name, every_part[name], results)
     print_waits(results)
+    print_machine(results)
     print(f"all of it is in {results.path}")
 
 
@@ -177,3 +178,10 @@ def print_waits(results: Results) -> None:
     for name, result in results.rows.items():
         for place in result.get("waits", []):
             print(f"{name} waits at {place}")
+
+
+def print_machine(results: Results) -> None:
+    """Print what the rows were measured on, and with which versions, if any was."""
+    facts = [result["machine"] for result in results.rows.values() if "machine" in result]
+    for name, value in facts[-1].items() if facts else ():
+        print(f"{name}: {value}")
