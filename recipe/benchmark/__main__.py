@@ -1,9 +1,10 @@
 """PyTorch and Keras here beside their peers: `python -m recipe.benchmark [REPEATS] [CONTENDER …]`.
 
-By default three repeats of all. Each contender (torch-here, torch-ddp, keras-here, keras-fit,
-tf-mirrored, and keras-torch-here, keras-torch-fit on Keras's PyTorch backend) trains the same small
-network on the same images on 1 and 2 ranks of this machine, one core a rank, all in turns. Prints
-medians over the repeats and their range:
+By default three repeats of all but the last two. Each contender (torch-here, torch-ddp, keras-here,
+keras-fit, tf-mirrored, and keras-torch-here, keras-torch-fit, keras-wrapped, keras-parallel on
+Keras's PyTorch backend) trains the same small network on the same images on 1 and 2 ranks of this
+machine, one core a rank, all in turns. The last two, on the coming Keras, are recipe.keras in `fit`
+and Keras's own DataParallel. Prints medians over the repeats and their range:
 
 - images/s of a rank, the seconds from the launch to the end of the first step, and the most memory
   of rank 0;
@@ -57,8 +58,13 @@ PEERS = {
     "torch-here": {1: Goal("torch-ddp", 1.0), 2: Goal("torch-ddp", 1.0)},
     "keras-here": {1: Goal("keras-fit", 1.25), 2: Goal("tf-mirrored", 1.2)},
     "keras-torch-here": {1: Goal("keras-torch-fit", 1.25)},
+    "keras-wrapped": {2: Goal("keras-parallel", 1.1)},
 }
+ON_PYTORCH = ("keras-torch-here", "keras-torch-fit", "keras-wrapped", "keras-parallel")
 ONE_PROCESS = ("keras-fit", "keras-torch-fit")  # contenders that know one rank only
+# These run when they are named only, on the coming Keras, where tests/coming-keras puts it.
+ON_COMING_KERAS = ("keras-wrapped", "keras-parallel")
+COMING_KERAS = Path(__file__).parents[2] / ".cache/coming-keras"
 SCALING_TARGET = 0.97
 BUSY = 1.2  # the longest to the shortest time of the fixed computation, on a machine at rest
 PATIENCE = 300  # seconds for the steps of one contender
@@ -103,7 +109,7 @@ def main(argv: list[str]) -> None:
 
     # Prepare the images before anything is timed.
     repeats = argv[0] if argv else "3"
-    names = argv[1:] or list(CONTENDERS)
+    names = argv[1:] or [name for name in CONTENDERS if name not in ON_COMING_KERAS]
     check(repeats, names)
     with noise.filtered():
         from recipe.data.prepare.builders import prepare
@@ -139,6 +145,8 @@ def check(repeats: str, names: list[str]) -> None:
         )
     if unknown := set(names) - set(CONTENDERS):
         raise UsageError(f"{min(unknown)} is no contender; there are {', '.join(CONTENDERS)}")
+    if (coming := set(names) & set(ON_COMING_KERAS)) and not COMING_KERAS.exists():
+        raise UsageError(f"{min(coming)} needs the coming Keras: tests/coming-keras installs it")
     if len(os.sched_getaffinity(0)) < 2:
         raise UsageError("this process may use one core only; two ranks with a core each need 2")
 
@@ -244,8 +252,11 @@ def processes(entry: Entry, core: int, arguments: list[str]) -> list[Process]:
     """Return the processes of a copy, as the contender's users would start them."""
     core_variable = {"BENCHMARK_CORE": str(core)}
     if entry.name.startswith("keras"):
-        backend = "torch" if entry.name.startswith("keras-torch") else "tensorflow"
+        backend = "torch" if entry.name in ON_PYTORCH else "tensorflow"
         core_variable["KERAS_BACKEND"] = backend
+    if entry.name in ON_COMING_KERAS:
+        folders = [str(COMING_KERAS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        core_variable["PYTHONPATH"] = os.pathsep.join(folders)
 
     # mpirun starts ours.
     if entry.name in PEERS:
@@ -255,8 +266,8 @@ def processes(entry: Entry, core: int, arguments: list[str]) -> list[Process]:
         command = [mpirun, *options, sys.executable, *arguments]
         return [Process(command, core_variable | launched.ANYWHERE)]
 
-    # torchrun starts DistributedDataParallel.
-    if entry.name == "torch-ddp":
+    # torchrun starts DistributedDataParallel, and Keras's way with it.
+    if entry.name in ("torch-ddp", "keras-parallel"):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [*torchrun, f"--nproc-per-node={entry.ranks}", *arguments]
         return [Process(command, core_variable)]

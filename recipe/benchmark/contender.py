@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,16 +137,51 @@ def keras_fit(recipe: Recipe, rank: int, tick: Tick) -> None:
     """Train with `keras.Model.fit` on one process, with nothing of Horovod."""
     import keras
 
+    _fit(recipe, rank, tick, keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True))
+
+
+def keras_wrapped(recipe: Recipe, rank: int, tick: Tick) -> None:
+    """Train with `keras.Model.fit` and recipe.keras, as its users do."""
+    import keras
+
+    import recipe.keras as hvd
+
+    hvd.init()
+    optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
+    callbacks = [hvd.callbacks.BroadcastState()]
+    _fit(recipe, rank, tick, hvd.DistributedOptimizer(optimizer), callbacks)
+
+
+def keras_data_parallel(recipe: Recipe, rank: int, tick: Tick) -> None:
+    """Train with `keras.Model.fit` and Keras's own DataParallel, of Keras 3.16 on PyTorch."""
+    import keras
+
+    keras.distribution.initialize()
+    strategy = keras.distribution.DataParallel(auto_shard_dataset=False)
+    keras.distribution.set_distribution(strategy)
+    keras_fit(recipe, rank, tick)
+
+
+def _fit(
+    recipe: Recipe,
+    rank: int,
+    tick: Tick,
+    optimizer: "keras.optimizers.Optimizer",
+    callbacks: Sequence["keras.callbacks.Callback"] = (),
+) -> None:
+    """Train with `keras.Model.fit` on this rank's examples."""
+    import keras
+
     class Clock(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
             tick()
 
     model = usual_keras(recipe, 10)
-    optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=False)
-    pairs = (((element.images,), element.labels) for element in batches(recipe, range(1)))
-    model.fit(pairs, steps_per_epoch=STEPS, epochs=1, callbacks=[Clock()], verbose=0)
+    elements = batches(recipe, range(rank, rank + 1))
+    pairs = (((element.images,), element.labels) for element in elements)
+    model.fit(pairs, steps_per_epoch=STEPS, epochs=1, callbacks=[*callbacks, Clock()], verbose=0)
 
 
 def mirrored(recipe: Recipe, rank: int, tick: Tick) -> None:
@@ -216,6 +251,8 @@ CONTENDERS: dict[str, Callable[[Recipe, int, Tick], None]] = {
     "keras-fit": keras_fit,
     "keras-torch-here": ours("keras"),
     "keras-torch-fit": keras_fit,
+    "keras-wrapped": keras_wrapped,
+    "keras-parallel": keras_data_parallel,
     "tf-mirrored": mirrored,
 }
 TENSORFLOW = ("keras-here", "keras-fit", "tf-mirrored")
