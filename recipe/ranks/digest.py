@@ -29,7 +29,9 @@ def numbers(digests: Sequence[Digest]) -> np.ndarray:
         return np.array(digests, dtype=np.int64)
     import torch
 
-    return torch.stack([torch.as_tensor(value) for value in digests]).numpy(force=True)
+    tensors = [torch.as_tensor(value) for value in digests]
+    device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), "cpu")
+    return torch.stack([tensor.to(device) for tensor in tensors]).numpy(force=True)
 
 
 def _digest_of_tensor(tensor: "torch.Tensor") -> "torch.Tensor":

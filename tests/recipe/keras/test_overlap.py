@@ -82,6 +82,19 @@ def test_the_numbers_are_those_without_overlap(name):
     assert_same(found[0], found[1], rtol=tolerance, atol=tolerance)
 
 
+@on_ranks(2)
+def test_the_loss_scale_is_divided_out_after_the_reduction():
+    """A power of two: not a bit changes. The scale stays, as no gradient overflows."""
+    found = []
+    for overlap in (False, True):
+        scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01, momentum=0.9))
+        model = compiled(network(), hvd.DistributedOptimizer(scaled, groups=5, overlap=overlap))
+        fit(model, 1)
+        found.append(values(model.variables))
+        assert value(model.optimizer.dynamic_scale) == 2**15
+    assert_same(*found)
+
+
 @on_ranks(2, 4)
 def test_reductions_begin_inside_the_backward_pass():
     """When the first layer gets its gradient, the last, those of the other layers are under way."""
@@ -194,7 +207,7 @@ def test_ranks_with_less_data_take_part():
             callbacks=[BroadcastState()],
         )
         found.append(values(model.variables))
-    assert_same(*found, rtol=0, atol=0)
+    assert_same(*found)
 
 
 def test_what_adds_up_several_passes_is_refused():
