@@ -46,6 +46,7 @@ reduce = _module.reduce
 set_random_state = _module.set_random_state
 strategy = _module.strategy
 sum_word = _module.sum_word
+take_over = _module.take_over
 total = _module.total
 without_gradients = _module.without_gradients
 zeros = _module.zeros

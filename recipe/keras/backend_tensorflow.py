@@ -273,6 +273,10 @@ def prepare(train_function: Callable, batch: Any) -> None:
     tf.function(lambda: train_function([batch]), autograph=False).get_concrete_function()
 
 
+def take_over(variables: Sequence[keras.Variable]) -> None:
+    """Do nothing: gradients have no hooks here."""
+
+
 def array(variable: keras.Variable) -> np.ndarray:
     """Return a variable's value, to compare with other ranks'."""
     return keras.ops.convert_to_numpy(variable)

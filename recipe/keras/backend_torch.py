@@ -11,11 +11,13 @@ import torch
 from horovod.common.process_sets import ProcessSet
 
 from recipe.keras import recording
-from recipe.keras.overlap import Overlap
+from recipe.keras.overlap import Overlap, take_over
 from recipe.keras.tensors import Gradient, Reduced
 
 if TYPE_CHECKING:
     from recipe.keras.reduction import Reduction
+
+__all__ = ["take_over"]
 
 Compression = hvd.Compression
 OVERLAP_GROUPS = 5  # enough to begin early, and few enough calls of Horovod
@@ -70,14 +72,8 @@ def reduce(
     # Collect the results.
     reduced = list(gradients)
     for group in started:
-        results = hvd.synchronize(group.handle)
-        if not isinstance(results, (list, tuple)):
-            results = [results]
-        for i, result, context in zip(group.places, results, group.contexts, strict=True):
-            if holders[i]:
-                reduced[i] = reduction.options.compression.decompress(result, context)
-            else:
-                reduced[i] = None
+        for place, result in zip(group.places, _results(group, reduction), strict=True):
+            reduced[place] = result if holders[place] else None
     return Reduced(reduced, summed_word)
 
 
@@ -135,6 +131,15 @@ def _start(
     else:
         handle = hvd.allreduce_async_(tensors[0], **arguments)
     return _Started(group, handle, contexts)
+
+
+def _results(group: _Started, reduction: "Reduction") -> list[torch.Tensor]:
+    """Wait for an allreduce, and return its gradients."""
+    results = hvd.synchronize(group.handle)
+    if not isinstance(results, (list, tuple)):
+        results = [results]
+    decompress = reduction.options.compression.decompress
+    return [decompress(*pair) for pair in zip(results, group.contexts, strict=True)]
 
 
 def sum_word(

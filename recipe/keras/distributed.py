@@ -90,12 +90,13 @@ class _Distributed(_Optimizer):
         kinds = [backend.kind(gradient) for gradient in gradients]
         recording.note(recording.Update(self, list(variables), kinds))
         agreement = self._hvd_reduction.agreement
+        # Variables can't be made where operations wait for those of other ranks.
+        if not self.built:
+            self.build(variables)
+            self.built = True
         if self._has_several_passes():
-            self._build_once(variables)
             self._apply_pass(gradients, variables)
         elif agreement is not None:
-            # Variables can't be made where operations wait for those of other ranks.
-            self._build_once(variables)
             self._apply_agreed(agreement, gradients, variables)
         else:
             reduced = self._hvd_reduction.reduce(gradients, variables)
@@ -127,11 +128,6 @@ class _Distributed(_Optimizer):
     def _has_several_passes(self) -> bool:
         """Whether several calls of `apply` make one update, by Horovod's option or by Keras's."""
         return self._hvd_reduction.accumulates or bool(self.gradient_accumulation_steps)
-
-    def _build_once(self, variables: list) -> None:
-        if not self.built:
-            self.build(variables)
-            self.built = True
 
     def _apply_agreed(
         self, agreement: "Agreement", gradients: list[Gradient], variables: list

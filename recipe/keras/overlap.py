@@ -1,5 +1,6 @@
 """Gradients that are reduced while backprop makes the next, with PyTorch: `overlap=True`."""
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +35,7 @@ class _Bucket(Generic[S]):
 class Overlap(Generic[S]):
     """Hooks of an optimizer's variables: a group's last gradient begins the group's reduction.
 
-    Raise RunError where that would lose gradients.
+    Raise RunError where that would lose gradients. A variable has hooks of one optimizer at most.
     """
 
     def __init__(
@@ -43,14 +44,34 @@ class Overlap(Generic[S]):
         """Hang hooks on the variables at the places in `groups`."""
         self.variables, self.groups, self._start = list(variables), groups, start
         self.forget()
-        for group in groups:
-            for place in group:
-                parameter: Any = variables[place].value
-                parameter.register_post_accumulate_grad_hook(partial(self._note, group, place))
+        self._hooks = [
+            _parameter(variables[place]).register_post_accumulate_grad_hook(
+                partial(self._note, group, place)
+            )
+            for group in groups
+            for place in group
+        ]
+        _live.add(self)
 
     def forget(self) -> None:
         """Drop what was begun since the last step."""
         self._buckets: dict[int, _Bucket[S]] = {group[0]: _Bucket() for group in self.groups}
+
+    def release(self) -> None:
+        """Remove the hooks: another optimizer trains these variables.
+
+        Raise RunError when they have begun to reduce its gradients.
+        """
+        if any(bucket.started is not None for bucket in self._buckets.values()):
+            raise RunError(
+                f"overlap=True: the former optimizer of {self.variables[0].path} has begun to "
+                "reduce gradients; call build(model.trainable_variables) of the new one before "
+                "backward()"
+            )
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.forget()
 
     def check(self, variables: Sequence[keras.Variable], groups: list[list[int]]) -> None:
         """Raise RunError when these are not the variables and groups of the hooks."""
@@ -92,6 +113,20 @@ class Overlap(Generic[S]):
             bucket.started = self._start(
                 {i: made.gradient for i, made in bucket.made.items()}, group
             )
+
+
+_live: weakref.WeakSet[Overlap] = weakref.WeakSet()
+
+
+def take_over(variables: Sequence[keras.Variable]) -> None:
+    """Remove other optimizers' hooks from the variables that an optimizer is built for."""
+    for overlap in list(_live):
+        if any(_is(one, other) for one in overlap.variables for other in variables):
+            overlap.release()
+
+
+def _parameter(variable: keras.Variable) -> Any:
+    return variable.value
 
 
 def _is(one: object, other: object) -> bool:

@@ -83,7 +83,8 @@ class Reduction:
         return self.options.backward_passes_per_step > 1
 
     def build(self, variables: list[keras.Variable]) -> None:
-        """Make the sums of several backward passes."""
+        """Make the sums of several backward passes, and take these variables over."""
+        backend.take_over(variables)
         if self.accumulates and self.accumulator is None:
             self.accumulator = Accumulator(variables)
 

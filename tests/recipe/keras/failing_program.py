@@ -36,11 +36,15 @@ def main():
         starts_keras_own(and_sets=WAY == "both, set")
     x = np.ones((64, 4), np.float32)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse", jit_compile=False)
+    overlap = WAY == "changed gradient"
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.01), overlap=overlap)
+    model.compile(optimizer, "mse", jit_compile=False)
     data = (x, x[:, :1])
     validation = data if rank == 0 and WAY == "long" else None
     if WAY == "absent" and rank == 1:
         waits_for_something_else()
+    if WAY == "changed gradient":
+        changes_a_gradient(model)
     if WAY == "own loop":
         for _ in range(3 + rank):
             model.train_on_batch(*data)
@@ -68,6 +72,20 @@ def starts_keras_own(and_sets: bool):
     keras.distribution.initialize(f"localhost:{port}", hvd.size(), rank)
     if and_sets:
         keras.distribution.set_distribution(keras.distribution.DataParallel())
+
+
+def changes_a_gradient(model):
+    """In a loop of its own, where rank 1 clips by hand in the third step."""
+    import torch
+
+    for step in range(5):
+        model.zero_grad()
+        model(np.ones((3, 4), np.float32)).sum().backward()
+        gradients = [v.value.grad for v in model.trainable_variables]
+        with torch.no_grad():
+            if rank == 1 and step == 2:
+                gradients[0].clamp_(-0.1, 0.1)
+            model.optimizer.apply(gradients, model.trainable_variables)
 
 
 def waits_for_something_else():

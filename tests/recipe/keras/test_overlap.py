@@ -179,6 +179,34 @@ def test_other_variables_are_refused():
 
 
 @on_ranks(2)
+def test_a_new_optimizer_takes_the_variables_over():
+    """After freezing a layer, as for transfer learning, in `fit`."""
+    found = []
+    for overlap in (False, True):
+        model = compiled(network(), distributed(overlap, groups=2))
+        fit(model, 1)
+        model.layers[0].trainable = False
+        fit(compiled(model, distributed(overlap, groups=2)), 1)
+        found.append(values(model.variables))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+@on_ranks(2)
+def test_a_new_optimizer_in_an_own_loop_is_built_before_it_is_used(is_built):
+    loop = Loop(distributed())
+    loop.step()
+    loop.model.compile(optimizer=distributed(overlap=False))
+    if is_built:
+        loop.model.optimizer.build(loop.model.trainable_variables)
+        loop.step()
+        assert_same_on_all_ranks(values(loop.model.variables))
+    else:
+        with pytest.raises(RunError, match=r"former optimizer of .*kernel.*call build\("):
+            loop.step()
+
+
+@on_ranks(2)
 def test_local_variables_stay_local():
     loop = Loop(distributed())
     bias = loop.model.trainable_variables[-1]

@@ -377,6 +377,13 @@ def test_an_error_on_one_rank_ends_the_others_with_its_words(backend):
     assert "rank 0 waits: the end of epoch 0" in done.stdout
 
 
+def test_a_gradient_that_one_rank_changes_ends_the_job():
+    """With overlap=True its reduction had begun. The others wait for nothing."""
+    done = run_failing("torch", "changed gradient", RECIPE_STEP_TIMEOUT="150")
+    assert done.returncode == 1
+    assert "kernel was changed after backward(), when its reduction had begun" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("backend", "way"), [("torch", "absent"), ("tensorflow", "absent"), ("torch", "own loop")]
 )
