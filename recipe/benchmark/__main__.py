@@ -1,10 +1,11 @@
 """PyTorch and Keras here beside their peers: `python -m recipe.benchmark [REPEATS] [CONTENDER …]`.
 
-By default three repeats of all but the last two. Each contender (torch-here, torch-ddp, keras-here,
-keras-fit, tf-mirrored, and keras-torch-here, keras-torch-fit, keras-wrapped, keras-parallel on
-Keras's PyTorch backend) trains the same small network on the same images on 1 and 2 ranks of this
-machine, one core a rank, all in turns. The last two, on the coming Keras, are recipe.keras in `fit`
-and Keras's own DataParallel. Prints medians over the repeats and their range:
+By default three repeats of all but the last three. Each contender (torch-here, torch-ddp,
+keras-here, keras-fit, tf-mirrored, and keras-torch-here, keras-torch-fit, keras-wrapped,
+keras-overlap, keras-parallel on Keras's PyTorch backend) trains the same small network on the same
+images on 1 and 2 ranks of this machine, one core a rank, all in turns. The last three are on the
+coming Keras: recipe.keras in `fit`, the same with overlap=True, and Keras's own DataParallel.
+Prints medians over the repeats and their range:
 
 - images/s of a rank, the seconds from the launch to the end of the first step, and the most memory
   of rank 0;
@@ -59,11 +60,12 @@ PEERS = {
     "keras-here": {1: Goal("keras-fit", 1.25), 2: Goal("tf-mirrored", 1.2)},
     "keras-torch-here": {1: Goal("keras-torch-fit", 1.25)},
     "keras-wrapped": {2: Goal("keras-parallel", 1.1)},
+    "keras-overlap": {2: Goal("keras-parallel", 1.1)},
 }
-ON_PYTORCH = ("keras-torch-here", "keras-torch-fit", "keras-wrapped", "keras-parallel")
 ONE_PROCESS = ("keras-fit", "keras-torch-fit")  # contenders that know one rank only
 # These run when they are named only, on the coming Keras, where tests/coming-keras puts it.
-ON_COMING_KERAS = ("keras-wrapped", "keras-parallel")
+ON_COMING_KERAS = ("keras-wrapped", "keras-overlap", "keras-parallel")
+ON_PYTORCH = ("keras-torch-here", "keras-torch-fit", *ON_COMING_KERAS)
 COMING_KERAS = Path(__file__).parents[2] / ".cache/coming-keras"
 SCALING_TARGET = 0.97
 BUSY = 1.2  # the longest to the shortest time of the fixed computation, on a machine at rest

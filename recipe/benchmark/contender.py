@@ -140,16 +140,20 @@ def keras_fit(recipe: Recipe, rank: int, tick: Tick) -> None:
     _fit(recipe, rank, tick, keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True))
 
 
-def keras_wrapped(recipe: Recipe, rank: int, tick: Tick) -> None:
-    """Train with `keras.Model.fit` and recipe.keras, as its users do."""
-    import keras
+def keras_wrapped(overlap: bool) -> Callable[[Recipe, int, Tick], None]:
+    """Return the training with `keras.Model.fit` and recipe.keras, as its users do it."""
 
-    import recipe.keras as hvd
+    def run(recipe: Recipe, rank: int, tick: Tick) -> None:
+        import keras
 
-    hvd.init()
-    optimizer = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
-    callbacks = [hvd.callbacks.BroadcastState()]
-    _fit(recipe, rank, tick, hvd.DistributedOptimizer(optimizer), callbacks)
+        import recipe.keras as hvd
+
+        hvd.init()
+        sgd = keras.optimizers.SGD(recipe.optimizer.base_rate, 0.9, nesterov=True)
+        optimizer = hvd.DistributedOptimizer(sgd, overlap=overlap)
+        _fit(recipe, rank, tick, optimizer, [hvd.callbacks.BroadcastState()])
+
+    return run
 
 
 def keras_data_parallel(recipe: Recipe, rank: int, tick: Tick) -> None:
@@ -251,7 +255,8 @@ CONTENDERS: dict[str, Callable[[Recipe, int, Tick], None]] = {
     "keras-fit": keras_fit,
     "keras-torch-here": ours("keras"),
     "keras-torch-fit": keras_fit,
-    "keras-wrapped": keras_wrapped,
+    "keras-wrapped": keras_wrapped(overlap=False),
+    "keras-overlap": keras_wrapped(overlap=True),
     "keras-parallel": keras_data_parallel,
     "tf-mirrored": mirrored,
 }

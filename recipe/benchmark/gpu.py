@@ -23,6 +23,7 @@ from recipe import cli
 from recipe.benchmark.gpu_rows import SIZES, Row, parts
 from recipe.errors import RunError, UsageError
 from recipe.system import ticking
+from recipe.system.files import whole_file
 
 PART_SECONDS = 9 * 60
 LEAST_SECONDS = 20  # that a row needs
@@ -50,12 +51,18 @@ class Results:
     def add(self, part: str, row: Row, result: dict[str, Any]) -> None:
         """Take up a row's result. Raise RunError when the file can't be written."""
         self.rows[row.name] = {"part": part, **asdict(row), **result}
-        rehearsal = self.device == "cpu"
-        text = json.dumps({"rehearsal": rehearsal, "rows": list(self.rows.values())}, indent=1)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file whole, or raise RunError."""
+        content = {"rehearsal": self.device == "cpu", "rows": list(self.rows.values())}
         try:
-            self.path.write_text(text + "\n")
+            with whole_file(self.path) as file:
+                file.write(f"{json.dumps(content, indent=1)}\n".encode())
         except OSError as error:
-            raise RunError(f"--json={self.path} can't be written: {error.strerror}") from None
+            raise RunError(
+                f"--json={self.path} can't be written: {error.strerror}; give another file"
+            ) from None
 
     def ratio(self, row: Row) -> float | None:
         """Return a row's speed to its peer's; None when one of them was not measured."""
@@ -78,6 +85,7 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends a row's process, as Ctrl-C
 
     results = Results(Path(VALUES.json), device)
+    results.write()  # nothing is measured for a file that can't be written
     print(
         f"images of {sizes.image} pixels, {sizes.steps} steps after {sizes.warmup}, median (range)"
     )

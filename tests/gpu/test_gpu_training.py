@@ -33,6 +33,8 @@ def check_losses(one: Trained, other: Trained, tolerance: float) -> None:
 @pytest.mark.parametrize("form", ["quick", "small", "dropout", "one value"])
 def test_a_training_is_the_cpus(device, form):
     """On the CPU this shows only that it can be trained."""
+    if (device, form) == ("cpu", "quick"):
+        pytest.skip("on the CPU the form small shows as much, in less time")
     reference, result = trained("cpu", form), trained(device, form)
     check_losses(result, reference, ROUNDING)
     # With the statistics of two batches of what was trained.

@@ -45,6 +45,13 @@ def test_a_users_mistake_is_one_sentence(arguments, message):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
+    done = benchmark("--device=cpu", f"--json={tmp_path}/no/gpu.json")
+    assert done.returncode == 1
+    assert "no/gpu.json can't be written: No such file or directory; give" in done.stderr
+    assert not done.stdout
+
+
 @pytest.mark.ranks
 def test_each_row_is_measured_or_named(tmp_path, monkeypatch, capsys):
     """The clock shows the part's end after the fourth row."""
