@@ -111,6 +111,14 @@ def ddp(recipe: Recipe, rank: int, tick: Tick) -> None:
         optimizer.zero_grad()
         loss.item()
         tick()
+    _leave_together()
+
+
+def _leave_together() -> None:
+    """Leave PyTorch's process group. A process that ends without would abort the other."""
+    from torch import distributed
+
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
@@ -164,6 +172,7 @@ def keras_data_parallel(recipe: Recipe, rank: int, tick: Tick) -> None:
     strategy = keras.distribution.DataParallel(auto_shard_dataset=False)
     keras.distribution.set_distribution(strategy)
     keras_fit(recipe, rank, tick)
+    _leave_together()
 
 
 def _fit(
